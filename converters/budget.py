@@ -1,0 +1,71 @@
+"""How much is cached: from what the user asks for to ``kv_lora_rank`` and ``qk_rope_head_dim``."""
+
+from dataclasses import dataclass
+
+from mla_converters.errors import ConversionError
+
+DEFAULT_CACHE_RATIO = 0.5
+
+
+@dataclass(frozen=True)
+class CacheBudget:
+    """Numbers cached per token and layer: ``kv_lora_rank + qk_rope_head_dim``."""
+
+    kv_lora_rank: int
+    qk_rope_head_dim: int
+
+    @property
+    def width(self) -> int:
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+
+def exact_budget(kv_heads: int, head_dim: int) -> CacheBudget:
+    """The budget of method ``exact``: that of GQA."""
+    return CacheBudget(kv_heads * head_dim, kv_heads * head_dim)
+
+
+def resolve_budget(
+    kv_heads: int,
+    head_dim: int,
+    kv_lora_rank: int | None = None,
+    qk_rope_head_dim: int | None = None,
+    cache_ratio: float | None = None,
+) -> CacheBudget:
+    """Fill in what the user left open.
+
+    Without sizes, the cache is ``cache_ratio`` of the source's, a third of it or less rotary: the
+    largest power-of-two fraction of the head size that fits, as TransMLA's code splits it.
+
+    Args:
+        kv_heads, head_dim: ``g`` and ``d`` of the source, which caches ``2 * g * d`` numbers.
+        kv_lora_rank, qk_rope_head_dim: sizes asked for.
+        cache_ratio: share of the source's cache, instead of ``kv_lora_rank``.
+
+    Raises:
+        ConversionError: the sizes contradict each other or do not fit the source.
+    """
+    width = kv_heads * head_dim
+    if cache_ratio is not None and kv_lora_rank is not None:
+        raise ConversionError("--cache-ratio and --kv-lora-rank both set the cache's size: give one of them.")
+    if cache_ratio is not None and not 0 < cache_ratio <= 1:
+        raise ConversionError(f"--cache-ratio is {cache_ratio}, but must be above 0 and at most 1.")
+    target = round(2 * width * (DEFAULT_CACHE_RATIO if cache_ratio is None else cache_ratio))
+    rope = qk_rope_head_dim
+    if rope is None:
+        reference = 3 * kv_lora_rank // 2 if kv_lora_rank is not None else target
+        rope = head_dim
+        while rope > reference / 3 and rope % 4 == 0:
+            rope //= 2
+    if rope % 2 or not 2 <= rope <= width:
+        raise ConversionError(
+            f"--qk-rope-head-dim is {rope}, but must be even, at least 2 and at most {width} "
+            f"(KV heads x head size of the source)."
+        )
+    rank = target - rope if kv_lora_rank is None else kv_lora_rank
+    largest = 2 * width - rope
+    if not 1 <= rank <= largest:
+        raise ConversionError(
+            f"A latent of {rank} numbers does not fit: with {rope} rotary dimensions of {2 * width} cached "
+            f"by the source, --kv-lora-rank can be 1 to {largest}."
+        )
+    return CacheBudget(rank, rope)

@@ -1,0 +1,75 @@
+"""Calibration tokens: cut from a text file, or sampled from the model itself."""
+
+from pathlib import Path
+
+import torch
+from rich.progress import Progress
+from transformers import AutoModelForCausalLM
+
+from mla_converters.errors import ConversionError
+from mla_converters.source import Source
+
+WINDOW = 512
+"""Tokens in a calibration window."""
+
+
+def calibration_windows(source: Source, origin: str, tokens: int, seed: int, progress: Progress) -> torch.Tensor:
+    """Token ids to calibrate on.
+
+    Args:
+        source: the model.
+        origin: a UTF-8 text file, or ``self``.
+        tokens: how many tokens, rounded down to whole windows.
+        seed: where to cut, or what to sample.
+
+    Returns:
+        ``[windows, WINDOW]`` int64.
+
+    Raises:
+        ConversionError: the text cannot be read or is too short.
+    """
+    count = tokens // WINDOW
+    if count < 1:
+        raise ConversionError(f"--calibration-tokens is {tokens}, but must be at least {WINDOW} (one window).")
+    generator = torch.Generator().manual_seed(seed)
+    if origin == "self":
+        return _sample(source, count, generator, progress)
+    return _cut(source, Path(origin), count, generator)
+
+
+def _cut(source: Source, path: Path, count: int, generator: torch.Generator) -> torch.Tensor:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConversionError(f"Calibration text {path} cannot be read: {error}") from error
+    if not text.strip():
+        raise ConversionError(f"Calibration text {path} is empty.")
+    ids = source.tokenizer()(text, return_tensors="pt", verbose=False).input_ids[0]
+    if len(ids) <= WINDOW:
+        raise ConversionError(
+            f"Calibration text {path} is too short: {len(ids)} tokens, where more than {WINDOW} are needed."
+        )
+    if int(ids.max()) >= source.config.vocab_size:
+        raise ConversionError(f"The tokenizer in {source.folder} has ids beyond the model's vocabulary.")
+    starts = torch.randint(0, len(ids) - WINDOW, (count,), generator=generator)
+    return torch.stack([ids[start : start + WINDOW] for start in starts.tolist()])
+
+
+@torch.inference_mode()
+def _sample(source: Source, count: int, generator: torch.Generator, progress: Progress) -> torch.Tensor:
+    """Text of the model's own: a random first token each, then sampled at temperature 1 (as LLM-QAT,
+    arXiv 2305.17888, generates its training data)."""
+    model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=source.dtype())
+    special = torch.tensor([i for i in source.tokenizer().all_special_ids if i < source.config.vocab_size])
+    allowed = torch.ones(source.config.vocab_size)
+    allowed[special] = 0
+    ids = torch.multinomial(allowed, count, replacement=True, generator=generator)[:, None]
+    windows, cache = [ids], None
+    for _ in progress.track(range(WINDOW - 1), description="Sampling calibration text"):
+        output = model(ids, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        # The end of a text ends nothing here: a window full of padding would calibrate for padding.
+        logits = output.logits[:, -1].float().index_fill(1, special, float("-inf"))
+        ids = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+        windows.append(ids)
+    return torch.cat(windows, dim=1)

@@ -1,0 +1,235 @@
+"""The conversion, start to end. :func:`convert` is the Python API behind ``vllm-mla convert``."""
+
+import resource
+import shutil
+import time
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+import vllm_mla_plugin
+from mla_converters.budget import CacheBudget, exact_budget, resolve_budget
+from mla_converters.calibration import calibration_windows
+from mla_converters.errors import ConversionError
+from mla_converters.latent_map import mla_weights
+from mla_converters.layers import run_layers, source_frequencies
+from mla_converters.methods.exact import exact_map
+from mla_converters.methods.transmla import fits_freqfold, transmla_map
+from mla_converters.search import freqfold_candidates, search_freqfold
+from mla_converters.source import Source, open_source
+from mla_converters.writer import ShardWriter, output_folder, write_json
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+
+
+class Method(StrEnum):
+    """Conversion methods."""
+
+    EXACT = "exact"
+    TRANSMLA = "transmla"
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a conversion is asked to do; the defaults are those of the command line.
+
+    Attributes:
+        method: which method.
+        kv_lora_rank, qk_rope_head_dim, cache_ratio: see :func:`mla_converters.budget.resolve_budget`.
+        freqfold: neighbouring frequencies treated as one (``transmla``), or None to search.
+        calibration: a text file, or ``self`` for text sampled from the model.
+        calibration_tokens: how many tokens calibrate.
+        seed: of calibration.
+        dtype: of the written weights; None keeps the source's.
+        device: where layers run.
+    """
+
+    method: Method = Method.TRANSMLA
+    kv_lora_rank: int | None = None
+    qk_rope_head_dim: int | None = None
+    cache_ratio: float | None = None
+    freqfold: int | None = None
+    calibration: str = "self"
+    calibration_tokens: int = 16384
+    seed: int = 0
+    dtype: str | None = None
+    device: str = "cpu"
+
+
+def convert(
+    source: str,
+    out: Path,
+    options: Options,
+    *,
+    revision: str | None = None,
+    force: bool = False,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Convert a GQA or MHA checkpoint to MLA.
+
+    Args:
+        source: a Hugging Face folder, a hub id, or a ``.gguf`` file.
+        out: folder to create; appears when it is complete.
+        options: method, cache size, calibration.
+        revision: of a hub id.
+        force: replace ``out``.
+        quiet: no progress bars.
+
+    Returns:
+        The report: what was converted, sizes, seconds, peak memory.
+
+    Raises:
+        ConversionError: the input cannot be converted; nothing is left behind.
+    """
+    started = time.monotonic()
+    if options.dtype not in (None, *DTYPES):
+        raise ConversionError(f"--dtype is {options.dtype!r}; choose one of {', '.join(DTYPES)}.")
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConversionError(f"--device is {options.device!r}, but this torch sees no CUDA device.")
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with (
+        Progress(*columns, disable=quiet) as progress,
+        open_source(source, revision) as opened,
+        output_folder(out, force) as folder,
+    ):
+        budget = _budget(opened, options)
+        details = _convert_weights(opened, folder, budget, options, progress)
+        _copy_side_files(opened, folder)
+        config = _mla_config(opened, budget, options, details)
+        write_json(folder / "config.json", config)
+        write_json(folder / "conversion_report.json", config["mla_conversion"])
+    return {
+        **config["mla_conversion"],
+        "out": str(out),
+        "seconds": round(time.monotonic() - started, 1),
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def _budget(source: Source, options: Options) -> CacheBudget:
+    heads, head_dim = source.config.num_key_value_heads, source.config.head_dim
+    if options.method == Method.EXACT:
+        if (options.kv_lora_rank, options.qk_rope_head_dim, options.cache_ratio) != (None, None, None):
+            raise ConversionError(
+                "Method exact keeps the whole cache: leave out --kv-lora-rank, --qk-rope-head-dim and "
+                "--cache-ratio, or use --method transmla."
+            )
+        return exact_budget(heads, head_dim)
+    budget = resolve_budget(heads, head_dim, options.kv_lora_rank, options.qk_rope_head_dim, options.cache_ratio)
+    candidates = freqfold_candidates(head_dim, budget.qk_rope_head_dim)
+    if options.freqfold is not None and (
+        options.freqfold < 1 or not fits_freqfold(options.freqfold, budget.qk_rope_head_dim, head_dim)
+    ):
+        raise ConversionError(
+            f"--freqfold {options.freqfold} does not fit {budget.qk_rope_head_dim} rotary dimensions of heads of "
+            f"{head_dim}; choose one of {', '.join(map(str, candidates))}."
+        )
+    return budget
+
+
+def _convert_weights(
+    source: Source, folder: Path, budget: CacheBudget, options: Options, progress: Progress
+) -> dict[str, Any]:
+    """Write all weights; return what was decided on the way, for the report."""
+    dtype = DTYPES[options.dtype] if options.dtype else source.dtype()
+    writer = ShardWriter(folder)
+    freqs, attention_factor = source_frequencies(source)
+    scale = source.config.head_dim**-0.5 * attention_factor**2
+    details: dict[str, Any] = {"softmax_scale": scale, "dtype": str(dtype).removeprefix("torch.")}
+    outside = [name for name in source.names() if not name.startswith("model.layers.")]
+    for name in outside:
+        writer.add(name, source.tensor(name).to(dtype))
+
+    count = source.config.num_hidden_layers
+    if options.method == Method.EXACT:
+        exact = exact_map(source.config.num_key_value_heads, source.config.head_dim, freqs)
+        for index in progress.track(range(count), description="Converting"):
+            attention = source.tensors(f"model.layers.{index}.self_attn.")
+            _write_layer(writer, source, index, mla_weights(attention, exact), dtype)
+    else:
+        windows = calibration_windows(
+            source, options.calibration, options.calibration_tokens, options.seed, progress
+        )
+        fold, errors = options.freqfold, {}
+        if fold is None:
+            fold, errors = search_freqfold(source, windows, budget, freqs, scale, options.device, progress)
+        details["freqfold"] = fold
+        details["freqfold_errors"] = {str(k): round(v, 6) for k, v in errors.items()}
+        details["calibration"] = {
+            "origin": "self" if options.calibration == "self" else Path(options.calibration).name,
+            "tokens": windows.numel(),
+            "seed": options.seed,
+        }
+        running = run_layers(source, windows, options.device)
+        for layer in progress.track(running, total=count, description="Converting"):
+            maps = transmla_map(layer.moments, freqs, budget.kv_lora_rank, budget.qk_rope_head_dim, fold)
+            _write_layer(writer, source, layer.index, mla_weights(layer.weights, maps), dtype)
+    writer.finish()
+    details["weights_bytes"] = writer.total_bytes
+    return details
+
+
+def _write_layer(
+    writer: ShardWriter, source: Source, index: int, converted: dict[str, torch.Tensor], dtype: torch.dtype
+) -> None:
+    """Write one layer: the converted projections, and everything else of the layer as it is."""
+    prefix = f"model.layers.{index}."
+    for name, tensor in converted.items():
+        # Rounded to 16 bits, a frequency is off by whole turns after a few hundred tokens.
+        writer.add(f"{prefix}self_attn.{name}", tensor.to(torch.float32 if name == "rope_freqs" else dtype))
+    for name, tensor in source.tensors(prefix).items():
+        if not any(name.startswith(f"self_attn.{projection}.") for projection in PROJECTIONS):
+            writer.add(prefix + name, tensor.to(dtype))
+
+
+def _copy_side_files(source: Source, folder: Path) -> None:
+    for path in source.side_files():
+        if not (folder / path.name).exists():
+            shutil.copyfile(path, folder / path.name)
+
+
+def _mla_config(
+    source: Source, budget: CacheBudget, options: Options, details: dict[str, Any]
+) -> dict[str, Any]:
+    """``config.json`` of the converted model; its block ``mla_conversion`` is the report."""
+    head_dim = source.config.head_dim
+    cached = 2 * source.config.num_key_value_heads * head_dim
+    config = {name: value for name, value in source.raw_config.items() if not name.startswith("_")}
+    config.pop("torch_dtype", None)  # the older name of dtype
+    config |= {
+        "architectures": [source.family.mla_architecture],
+        "model_type": source.family.mla_model_type,
+        "dtype": details["dtype"],
+        "head_dim": head_dim,
+        "kv_lora_rank": budget.kv_lora_rank,
+        "q_lora_rank": None,
+        "qk_rope_head_dim": budget.qk_rope_head_dim,
+        "qk_nope_head_dim": 0 if options.method == Method.EXACT else head_dim,
+        "v_head_dim": head_dim,
+        "softmax_scale": details.pop("softmax_scale"),
+        "mla_conversion": {
+            "method": options.method.value,
+            "source": source.name,
+            "revision": source.revision,
+            "kv_lora_rank": budget.kv_lora_rank,
+            "qk_rope_head_dim": budget.qk_rope_head_dim,
+            "cached_per_token_and_layer": {"source": cached, "mla": budget.width},
+            "cache_ratio": round(budget.width / cached, 6),
+            "layers": source.config.num_hidden_layers,
+            "versions": {
+                "vllm-mla-plugin": vllm_mla_plugin.__version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+            **details,
+        },
+    }
+    return config

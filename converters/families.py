@@ -1,0 +1,83 @@
+"""What the converter knows of each model family. A family is an entry of :data:`FAMILIES`."""
+
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig
+
+from mla_converters.errors import ConversionError
+
+SUPPORTED_ROPE = ("default", "linear", "llama3", "yarn")
+
+
+@dataclass(frozen=True)
+class Family:
+    """A source family and its MLA counterpart.
+
+    Attributes:
+        architecture: of the source, as in its ``config.json``.
+        model_type: of the source; the MLA checkpoint's is this plus ``_mla``.
+    """
+
+    architecture: str
+    model_type: str
+
+    @property
+    def mla_architecture(self) -> str:
+        return self.architecture.replace("ForCausalLM", "MLAForCausalLM")
+
+    @property
+    def mla_model_type(self) -> str:
+        return f"{self.model_type}_mla"
+
+
+FAMILIES = {family.architecture: family for family in (Family("LlamaForCausalLM", "llama"),)}
+
+
+def find_family(config: dict) -> Family:
+    """The family of a source by its ``config.json``.
+
+    Raises:
+        ConversionError: not a family that can be converted, or MLA already.
+    """
+    architectures = config.get("architectures") or []
+    name = architectures[0] if architectures else config.get("model_type", "none named")
+    supported = ", ".join(FAMILIES)
+    if "kv_lora_rank" in config or str(config.get("model_type", "")).endswith("_mla"):
+        raise ConversionError(f"The source ({name}) uses MLA already: serve it as it is.")
+    if name not in FAMILIES:
+        raise ConversionError(f"Architecture {name!r} is not supported; supported are: {supported}.")
+    family = FAMILIES[name]
+    if config.get("model_type") != family.model_type:
+        raise ConversionError(
+            f"config.json says architecture {name} but model_type {config.get('model_type')!r}, "
+            f"where {family.model_type!r} was expected."
+        )
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
+        raise ConversionError(
+            f"The source's weights are quantised ({method}): convert the unquantised model and quantise after."
+        )
+    return family
+
+
+def check_config(config: PretrainedConfig) -> None:
+    """Refuse variants of a supported family that MLA cannot represent.
+
+    Raises:
+        ConversionError: with the reason.
+    """
+    rope_type = config.rope_parameters.get("rope_type", "default")
+    if rope_type not in SUPPORTED_ROPE:
+        raise ConversionError(
+            f"RoPE type {rope_type!r} cannot be converted, for its frequencies are not constant or not known "
+            f"here; supported are: {', '.join(SUPPORTED_ROPE)}."
+        )
+    if config.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ConversionError("The source rotates only part of each head (partial_rotary_factor), not supported yet.")
+    if config.head_dim % 2:
+        raise ConversionError(f"The source's head size is {config.head_dim}; RoPE needs an even one.")
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise ConversionError(
+            f"{config.num_attention_heads} query heads cannot be shared evenly by "
+            f"{config.num_key_value_heads} KV heads: config.json is wrong."
+        )

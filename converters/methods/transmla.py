@@ -1,0 +1,111 @@
+"""Method ``transmla`` (arXiv 2502.07864): RoRoPE, FreqFold and Balanced-KV joint PCA.
+
+Everything is computed from second moments of keys and values instead of stored activations.
+"""
+
+import torch
+
+from mla_converters.latent_map import LatentMap
+from mla_converters.statistics import LayerMoments
+
+# TransMLA's own code adds this share of the mean variance to the diagonal before each PCA.
+DAMPING = 0.01
+
+
+def principal_axes(moments: torch.Tensor) -> torch.Tensor:
+    """Eigenvectors of ``[n, n]`` second moments as columns, largest eigenvalue first.
+
+    Damped like TransMLA's own code.
+    """
+    damping = DAMPING * moments.diagonal().mean()
+    return torch.linalg.eigh(moments + damping * torch.eye(len(moments), dtype=moments.dtype)).eigenvectors.flip(-1)
+
+
+def fits_freqfold(freqfold: int, rope_dim: int, head_dim: int) -> bool:
+    """Whether groups of ``freqfold`` frequencies can each keep the same number of components."""
+    return (head_dim // 2) % freqfold == 0 and rope_dim * freqfold % head_dim == 0
+
+
+def rotate_keys(
+    moments: torch.Tensor, kv_heads: int, head_dim: int, rope_dim: int, freqfold: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """RoRoPE with FreqFold (sections 4.2 and 4.3): concentrate the keys in few rotary components.
+
+    Groups of ``freqfold`` neighbouring frequencies count as one. Within a group, the components
+    of all KV heads are turned to their principal axes, with the same rotation for both halves of
+    the pairs, which commutes with RoPE as far as the group's frequencies agree. The leading
+    components of each group keep RoPE.
+
+    Args:
+        moments: ``E[k kᵀ]`` ``[g * d, g * d]`` float64, keys before RoPE.
+        kv_heads, head_dim: ``g`` and ``d`` of the source.
+        rope_dim: dimensions ``r`` that keep RoPE.
+        freqfold: frequencies to a group.
+
+    Returns:
+        An orthogonal ``[g * d, g * d]`` matrix, kept components first, laid out in halves; and the
+        ``[r / 2]`` index of each kept component's frequency in the source.
+    """
+    half = head_dim // 2
+    groups = half // freqfold
+    keep = rope_dim * freqfold // head_dim  # components that each group keeps
+    # Dimension of (half of pair, group, KV head, place in group).
+    dims = torch.arange(kv_heads * head_dim).view(kv_heads, 2, groups, freqfold).permute(1, 2, 0, 3)
+    dims = dims.reshape(2, groups, kv_heads * freqfold)
+    rotation = torch.zeros(kv_heads * head_dim, 2, groups, kv_heads * freqfold, dtype=torch.float64)
+    for group in range(groups):
+        real, imaginary = dims[0, group], dims[1, group]
+        axes = principal_axes(moments[real][:, real] + moments[imaginary][:, imaginary])
+        rotation[real, 0, group] = axes
+        rotation[imaginary, 1, group] = axes
+    kept, lost = rotation.split([keep, kv_heads * freqfold - keep], dim=-1)
+    # As in TransMLA's own code, the kept components of a group take its frequencies in even steps.
+    places = torch.arange(keep) * freqfold // keep if keep <= freqfold else torch.arange(keep) % freqfold
+    frequency = (torch.arange(groups)[:, None] * freqfold + places).flatten()
+    return torch.cat((kept.flatten(1), lost.flatten(1)), dim=1).mT.contiguous(), frequency
+
+
+def transmla_map(
+    moments: LayerMoments,
+    freqs: torch.Tensor,
+    kv_lora_rank: int,
+    rope_dim: int,
+    freqfold: int,
+    balance_kv_ratio: float = 1.0,
+) -> LatentMap:
+    """The TransMLA conversion of a layer.
+
+    Args:
+        moments: of the layer's keys and values.
+        freqs: ``[d / 2]`` RoPE frequencies of the source.
+        kv_lora_rank: rank ``R`` of the latent.
+        rope_dim: dimensions ``r`` that keep RoPE; must satisfy :func:`fits_freqfold`.
+        freqfold: neighbouring frequencies treated as one.
+        balance_kv_ratio: how much louder than the values the keys are made before the joint PCA.
+
+    Returns:
+        A map with ``n = d``.
+    """
+    kv_heads, head_dim = moments.kv_heads, moments.head_dim
+    width = kv_heads * head_dim
+    rotation, frequency = rotate_keys(moments.kv[:width, :width], kv_heads, head_dim, rope_dim, freqfold)
+    rope, nope = rotation[:rope_dim], rotation[rope_dim:]
+
+    # Balanced-KV (section 4.4): PCA sees keys and values at the same mean norm.
+    remaining = torch.block_diag(nope, torch.eye(width, dtype=torch.float64))  # [2gd - r, 2gd]
+    joint = remaining @ moments.kv @ remaining.mT
+    rms = joint.diagonal().sqrt()
+    keys = width - rope_dim
+    scale = rms[:keys].mean() / (rms[keys:].mean() * balance_kv_ratio) if keys else joint.new_tensor(1.0)
+    shrink = torch.cat((joint.new_full((keys,), 1.0) / scale, joint.new_ones(width)))
+    basis = principal_axes(shrink[:, None] * joint * shrink)[:, :kv_lora_rank]  # [2gd - r, R]
+
+    return LatentMap(
+        rope_freqs=freqs.float()[frequency],
+        key_to_rope=rope,
+        query_to_rope=rope.view(rope_dim, kv_heads, head_dim).transpose(0, 1).contiguous(),
+        query_to_nope=torch.eye(head_dim, dtype=torch.float64).expand(kv_heads, -1, -1),
+        kv_to_latent=basis.mT @ (shrink[:, None] * remaining),
+        latent_to_key=(nope.mT @ (scale * basis[:keys])).view(kv_heads, head_dim, -1),
+        latent_to_value=basis[keys:].view(kv_heads, head_dim, -1),
+    )

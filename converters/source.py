@@ -1,0 +1,230 @@
+"""Reading the model to convert: a Hugging Face folder, a hub id, or a GGUF file."""
+
+import json
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+
+from mla_converters.errors import ConversionError
+from mla_converters.families import Family, check_config, find_family
+
+INDEX = "model.safetensors.index.json"
+FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Everything that travels with a model besides its configuration and weights.
+SIDE_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+    "generation_config.json",
+    "LICENSE*",
+)
+
+
+class Source:
+    """A checkpoint folder, opened and checked; tensors are read one at a time.
+
+    Attributes:
+        name: hub id or path, as the user gave it.
+        revision: hub revision asked for, or None.
+        folder: where the files are.
+        family: the source's family.
+        raw_config: its ``config.json``.
+        config: its transformers configuration.
+    """
+
+    def __init__(self, name: str, folder: Path, revision: str | None = None) -> None:
+        self.name = name
+        self.revision = revision
+        self.folder = folder
+        self.raw_config = _read_json(folder / "config.json")
+        self.family: Family = find_family(self.raw_config)
+        try:
+            self.config: PretrainedConfig = AutoConfig.from_pretrained(folder)
+        except Exception as error:  # transformers validates with many exception types
+            raise ConversionError(f"{folder / 'config.json'} is not a valid configuration: {error}") from error
+        check_config(self.config)
+        self._stack = ExitStack()
+        self._files: dict[str, safe_open] = {}  # tensor name -> open shard
+        self._open_shards()
+        self._check_tensors()
+
+    def __enter__(self) -> "Source":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+    def _open_shards(self) -> None:
+        for path in self._shards():
+            try:
+                shard = self._stack.enter_context(safe_open(path, framework="pt"))
+                self._files.update(dict.fromkeys(shard.keys(), shard))
+            except (SafetensorError, OSError) as error:
+                raise ConversionError(
+                    f"{path} is not a readable safetensors file ({error}): download it again."
+                ) from error
+
+    def _shards(self) -> list[Path]:
+        index = self.folder / INDEX
+        if index.exists():
+            names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        elif (self.folder / "model.safetensors").exists():
+            names = ["model.safetensors"]
+        else:
+            names = []
+        if not names:
+            pickles = any(self.folder.glob("*.bin"))
+            hint = (
+                "only pickle files (.bin), which are never loaded: save the model with safetensors first"
+                if pickles
+                else f"neither model.safetensors nor {INDEX}"
+            )
+            raise ConversionError(f"{self.folder} has no safetensors weights; there is {hint}.")
+        for name in names:
+            if Path(name).name != name:
+                raise ConversionError(f"{index} names {name!r}, which is not a file of the same folder.")
+            if not (self.folder / name).exists():
+                raise ConversionError(f"{index} names {name}, which is missing from {self.folder}.")
+        return [self.folder / name for name in names]
+
+    def _check_tensors(self) -> None:
+        """Compare names, shapes and dtypes with what the configuration asks for; report all at once."""
+        expected = {name: tensor.shape for name, tensor in self.skeleton().state_dict().items()}
+        # Derived tensors that some checkpoints carry along; the model does not read them.
+        derived = [name for name in self._files if name.endswith("rotary_emb.inv_freq")]
+        if self.config.tie_word_embeddings:
+            expected.pop("lm_head.weight", None)
+            derived.append("lm_head.weight")
+        for name in derived:
+            self._files.pop(name, None)
+        problems = [f"{name} is missing" for name in expected if name not in self._files]
+        problems += [f"{name} is no part of the architecture" for name in self._files if name not in expected]
+        for name, shape in expected.items():
+            if name not in self._files:
+                continue
+            found = self._files[name].get_slice(name)
+            if list(shape) != found.get_shape():
+                problems.append(f"{name} has shape {found.get_shape()} where {list(shape)} was expected")
+            elif found.get_dtype() not in FLOAT_DTYPES:
+                problems.append(f"{name} has dtype {found.get_dtype()}, not a float of 16 bits or more")
+        if problems:
+            more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
+            raise ConversionError(
+                f"The weights in {self.folder} do not fit config.json: {'; '.join(problems[:5])}{more}."
+            )
+
+    def skeleton(self) -> torch.nn.Module:
+        """The source's transformers model without weights (meta device)."""
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
+
+    def names(self) -> list[str]:
+        """Names of all tensors, sorted."""
+        return sorted(self._files)
+
+    def dtype(self) -> torch.dtype:
+        """The dtype of the embedding, which stands for the checkpoint's."""
+        return FLOAT_DTYPES[self._files["model.embed_tokens.weight"].get_slice("model.embed_tokens.weight").get_dtype()]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Read one tensor.
+
+        Raises:
+            ConversionError: it holds NaN or infinity.
+        """
+        tensor = self._files[name].get_tensor(name)
+        if not torch.isfinite(tensor).all():
+            raise ConversionError(f"Tensor {name} of {self.folder} holds NaN or infinity.")
+        return tensor
+
+    def tensors(self, prefix: str) -> dict[str, torch.Tensor]:
+        """All tensors below ``prefix``, their names without it."""
+        return {n.removeprefix(prefix): self.tensor(n) for n in self.names() if n.startswith(prefix)}
+
+    def tokenizer(self):  # noqa: ANN201 - transformers exports no common type
+        """The source's tokenizer."""
+        try:
+            return AutoTokenizer.from_pretrained(self.folder)
+        except Exception as error:  # tokenizers raises bare Exception
+            raise ConversionError(f"The tokenizer in {self.folder} cannot be loaded: {error}") from error
+
+    def side_files(self) -> Iterator[Path]:
+        """Files to carry over unchanged."""
+        for pattern in SIDE_FILES:
+            yield from sorted(path for path in self.folder.glob(pattern) if path.is_file())
+
+
+@contextmanager
+def open_source(source: str, revision: str | None = None) -> Iterator[Source]:
+    """Open ``source`` for the time of a ``with`` block.
+
+    Args:
+        source: a folder, a ``.gguf`` file, or a hub id.
+        revision: branch, tag or commit of a hub id.
+
+    Raises:
+        ConversionError: it does not exist or cannot be converted.
+    """
+    path = Path(source)
+    with ExitStack() as stack:
+        if path.is_dir():
+            folder = path
+        elif path.is_file() and path.suffix == ".gguf":
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vllm-mla-gguf-")))
+            unpack_gguf(path, folder)
+        elif path.is_file():
+            raise ConversionError(f"{source} is a file but not a .gguf: give a model folder or a hub id.")
+        elif path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
+            raise ConversionError(f"{source} does not exist.")
+        else:
+            folder = _download(source, revision)
+        yield stack.enter_context(Source(source, folder, revision))
+
+
+def _download(repo: str, revision: str | None) -> Path:
+    patterns: Iterable[str] = ("config.json", "*.safetensors", INDEX, *SIDE_FILES)
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConversionError(
+            f"{repo!r} is neither a folder here nor a model that can be fetched from the hub ({reason})."
+        ) from error
+
+
+def unpack_gguf(path: Path, folder: Path) -> None:
+    """Write a GGUF file as a float32 Hugging Face folder, through transformers' own reader."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except Exception as error:  # gguf and transformers raise whatever the bytes provoke
+        raise ConversionError(f"{path} is not a GGUF file that transformers can read: {error}") from error
+    # The tensors are plain floats by now, but transformers still calls the model quantised and would not save it.
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _read_json(path: Path) -> dict:
+    if not path.exists():
+        raise ConversionError(f"{path.parent} is not a model folder: it has no {path.name}.")
+    try:
+        content = json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise ConversionError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ConversionError(f"{path} does not hold a JSON object.")
+    return content

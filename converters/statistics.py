@@ -1,0 +1,36 @@
+"""Second moments of a layer's queries, keys and values over calibration tokens.
+
+Moments, never activations: their size does not depend on how much text calibrates.
+"""
+
+import torch
+
+
+class LayerMoments:
+    """Running uncentred second moments of one layer, before RoPE.
+
+    Attributes:
+        tokens: how many tokens went in.
+    """
+
+    def __init__(self, kv_heads: int, head_dim: int) -> None:
+        width = 2 * kv_heads * head_dim
+        self.kv_heads = kv_heads
+        self.head_dim = head_dim
+        self.tokens = 0
+        self._kv = torch.zeros(width, width, dtype=torch.float64)
+
+    def add(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Take in some tokens.
+
+        Args:
+            k, v: ``[..., g * d]``, any float dtype.
+        """
+        kv = torch.cat((k, v), dim=-1).flatten(0, -2)
+        self._kv += (kv.mT @ kv).to("cpu", torch.float64)
+        self.tokens += kv.shape[0]
+
+    @property
+    def kv(self) -> torch.Tensor:
+        """``E [k; v][k; v]ᵀ``, ``[2 * g * d, 2 * g * d]`` float64."""
+        return self._kv / self.tokens

@@ -1,0 +1,19 @@
+"""Maps the folder ``converters/`` to the import name ``mla_converters``.
+
+A top-level module called ``converters`` would collide with users' own code. Everything else
+about the package is in ``pyproject.toml``.
+"""
+
+from setuptools import setup
+
+PLUGIN_PACKAGES = [
+    "vllm_mla_plugin",
+    "vllm_mla_plugin.backends",
+    "vllm_mla_plugin.hf",
+    "vllm_mla_plugin.models",
+]
+
+setup(
+    packages=[*PLUGIN_PACKAGES, "mla_converters", "mla_converters.methods"],
+    package_dir={"mla_converters": "converters"},
+)

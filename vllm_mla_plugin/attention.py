@@ -1,0 +1,146 @@
+"""The MLA self-attention that every family shares, on vLLM's MLA attention layer."""
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+from vllm.config import CacheConfig, get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.attention import MLAAttention
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+)
+from vllm.model_executor.layers.quantization import QuantizationConfig
+from vllm.model_executor.utils import set_weight_attrs
+from vllm.v1.attention.backend import AttentionType
+
+from vllm_mla_plugin.backends import select_backend
+from vllm_mla_plugin.rope import FrequencyRotaryEmbedding
+
+
+class MLASelfAttention(nn.Module):
+    """Drop-in for ``LlamaAttention``: same constructor, MLA inside (DeepSeek-V2, section 2.1).
+
+    Unlike DeepSeek's, it has no norm on the latent (a converted model would compute another
+    function), takes the RoPE frequencies from the checkpoint, and may carry biases.
+
+    Args:
+        config: an MLA configuration (:class:`vllm_mla_plugin.config.MLAFields`).
+        num_heads: query heads over all tensor-parallel ranks.
+        bias: whether ``q_proj`` and ``kv_a_proj_with_mqa`` have a bias.
+        bias_o_proj: whether ``o_proj`` has one.
+
+    Raises:
+        ValueError: MLA is disabled, or the attention is not causal.
+    """
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        max_position_embeddings: int = 8192,
+        quant_config: QuantizationConfig | None = None,
+        bias: bool = False,
+        bias_o_proj: bool = False,
+        cache_config: CacheConfig | None = None,
+        prefix: str = "",
+        attn_type: str = AttentionType.DECODER,
+    ) -> None:
+        super().__init__()
+        if attn_type != AttentionType.DECODER:
+            raise ValueError(f"MLA models are causal decoders; attention type {attn_type!r} is not served.")
+        model_config = get_current_vllm_config().model_config
+        if not model_config.use_mla:
+            raise ValueError("This checkpoint can only be served with MLA: unset VLLM_MLA_DISABLE.")
+
+        self.nope_dim = config.qk_nope_head_dim
+        self.rope_dim = config.qk_rope_head_dim
+        self.v_dim = config.v_head_dim
+        self.latent_dim = config.kv_lora_rank
+        self.num_heads = num_heads // get_tensor_model_parallel_world_size()
+
+        self.q_proj = ColumnParallelLinear(
+            hidden_size,
+            num_heads * (self.nope_dim + self.rope_dim),
+            bias=bias,
+            quant_config=quant_config,
+            prefix=f"{prefix}.q_proj",
+        )
+        # Every rank caches the whole latent, so every rank computes it.
+        self.kv_a_proj_with_mqa = ReplicatedLinear(
+            hidden_size,
+            self.latent_dim + self.rope_dim,
+            bias=bias,
+            quant_config=quant_config,
+            prefix=f"{prefix}.kv_a_proj_with_mqa",
+        )
+        self.kv_b_proj = ColumnParallelLinear(
+            self.latent_dim,
+            num_heads * (self.nope_dim + self.v_dim),
+            bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.kv_b_proj",
+        )
+        self.o_proj = RowParallelLinear(
+            num_heads * self.v_dim,
+            hidden_size,
+            bias=bias_o_proj,
+            quant_config=quant_config,
+            prefix=f"{prefix}.o_proj",
+        )
+
+        # Plain RoPE frequencies until weights are loaded: `--load-format dummy` never loads them.
+        theta = config.rope_parameters["rope_theta"]
+        exponents = torch.arange(0, self.rope_dim, 2, dtype=torch.float32) / self.rope_dim
+        self.rope_freqs = nn.Parameter(theta**-exponents, requires_grad=False)
+        set_weight_attrs(self.rope_freqs, {"weight_loader": self._load_rope_freqs})
+        self.rotary_emb = FrequencyRotaryEmbedding(
+            self.rope_freqs, max_position=model_config.max_model_len, dtype=model_config.dtype
+        )
+
+        self.attn = MLAAttention(
+            num_heads=self.num_heads,
+            scale=config.softmax_scale,
+            qk_nope_head_dim=self.nope_dim,
+            qk_rope_head_dim=self.rope_dim,
+            v_head_dim=self.v_dim,
+            q_lora_rank=None,
+            kv_lora_rank=self.latent_dim,
+            kv_b_proj=self.kv_b_proj,
+            cache_config=cache_config,
+            quant_config=quant_config,
+            prefix=f"{prefix}.attn",
+            attn_backend=select_backend(),
+        )
+
+    def _load_rope_freqs(self, param: nn.Parameter, loaded: torch.Tensor) -> None:
+        param.data.copy_(loaded)
+        self.rotary_emb.set_frequencies(param.data)
+
+    def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Attend.
+
+        Args:
+            positions: ``[tokens]``.
+            hidden_states: ``[tokens, hidden_size]``.
+
+        Returns:
+            ``[tokens, hidden_size]``.
+        """
+        q = self.q_proj(hidden_states)[0]  # [tokens, heads * (nope + rope)]
+        q = q.view(-1, self.num_heads, self.nope_dim + self.rope_dim)
+        cached = self.kv_a_proj_with_mqa(hidden_states)[0]  # [tokens, latent + rope]
+        latent, k_rope = cached.split([self.latent_dim, self.rope_dim], dim=-1)
+        q[..., self.nope_dim :], k_rope = self.rotary_emb(
+            positions, q[..., self.nope_dim :], k_rope.unsqueeze(1)
+        )
+        output = self.attn(
+            q,
+            latent,
+            k_rope,  # [tokens, 1, rope]: one rotary key for all heads
+            output_shape=(hidden_states.shape[0], self.num_heads * self.v_dim),
+        )
+        return self.o_proj(output)[0]

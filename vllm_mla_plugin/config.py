@@ -1,0 +1,56 @@
+"""Configurations of MLA checkpoints: the source family's fields, plus DeepSeek's names for MLA's sizes."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from transformers import LlamaConfig
+
+MLA_TP_PLAN = {
+    "layers.*.self_attn.q_proj": "colwise",
+    "layers.*.self_attn.kv_b_proj": "colwise",
+    "layers.*.self_attn.o_proj": "rowwise",
+    "layers.*.mlp.gate_proj": "colwise",
+    "layers.*.mlp.up_proj": "colwise",
+    "layers.*.mlp.down_proj": "rowwise",
+}
+
+
+@dataclass(kw_only=True, repr=False, eq=False)
+class MLAFields:
+    """Fields that every MLA family adds to the configuration of its source family.
+
+    Attributes:
+        kv_lora_rank: width ``R`` of the latent that is cached for keys and values.
+        q_lora_rank: rank of the query projection; None, for queries are not cached.
+        qk_rope_head_dim: width ``r`` of the rotary key that all heads share. Cached too, so a
+            token costs ``R + r`` numbers in each layer.
+        qk_nope_head_dim: per-head width of queries and keys without RoPE (0 for a model whose
+            whole key keeps RoPE).
+        v_head_dim: per-head width of the values.
+        softmax_scale: factor on attention scores: ``head_dim ** -0.5`` of the source, times the
+            square of its RoPE attention factor (YaRN).
+        mla_conversion: how the checkpoint was made: method, source, calibration, versions.
+    """
+
+    kv_lora_rank: int = 512
+    q_lora_rank: int | None = None
+    qk_rope_head_dim: int = 64
+    qk_nope_head_dim: int = 128
+    v_head_dim: int = 128
+    softmax_scale: float | None = None
+    mla_conversion: dict[str, Any] | None = None
+
+
+class LlamaMLAConfig(MLAFields, LlamaConfig):
+    """Llama with MLA (``model_type`` ``llama_mla``)."""
+
+    model_type = "llama_mla"
+    base_model_tp_plan: ClassVar[dict[str, str]] = MLA_TP_PLAN
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if self.softmax_scale is None:
+            self.softmax_scale = self.head_dim**-0.5
+
+
+CONFIG_CLASSES = (LlamaMLAConfig,)

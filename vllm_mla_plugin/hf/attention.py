@@ -1,0 +1,103 @@
+"""MLA self-attention for transformers models, shared by all families."""
+
+import torch
+from torch import nn
+from transformers import Cache, PretrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward, rotate_half
+
+
+def apply_rope(x: torch.Tensor, freqs: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+    """Rotate the pairs ``(i, i + r / 2)`` of ``x`` by ``position * freqs[i]``.
+
+    Args:
+        x: ``[batch, heads, tokens, r]``.
+        freqs: ``[r / 2]``, radians per position; the angles are computed in float32 or wider.
+        position_ids: ``[batch or 1, tokens]``.
+
+    Returns:
+        Shape and dtype of ``x``.
+    """
+    freqs = freqs.to(torch.promote_types(freqs.dtype, torch.float32))
+    angles = position_ids[:, None, :, None].to(freqs.dtype) * freqs  # [batch or 1, 1, tokens, r / 2]
+    angles = torch.cat((angles, angles), dim=-1)
+    return x * angles.cos().to(x.dtype) + rotate_half(x) * angles.sin().to(x.dtype)
+
+
+class MLASelfAttention(nn.Module):
+    """Multi-head latent attention (DeepSeek-V2, section 2.1) that caches latents only.
+
+    The cache holds, per layer, the latent ``[batch, 1, tokens, R]`` where transformers keeps keys
+    and the rotated shared key ``[batch, 1, tokens, r]`` where it keeps values.
+    """
+
+    is_causal = True
+    num_key_value_groups = 1  # after expansion every query head has its own keys and values
+
+    def __init__(self, config: PretrainedConfig, layer_idx: int, bias: bool, bias_o_proj: bool) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.nope_dim = config.qk_nope_head_dim
+        self.rope_dim = config.qk_rope_head_dim
+        self.latent_dim = config.kv_lora_rank
+        self.v_dim = config.v_head_dim
+        self.scaling = config.softmax_scale
+        self.attention_dropout = config.attention_dropout
+        hidden, heads = config.hidden_size, config.num_attention_heads
+        self.q_proj = nn.Linear(hidden, heads * (self.nope_dim + self.rope_dim), bias=bias)
+        self.kv_a_proj_with_mqa = nn.Linear(hidden, self.latent_dim + self.rope_dim, bias=bias)
+        self.kv_b_proj = nn.Linear(self.latent_dim, heads * (self.nope_dim + self.v_dim), bias=False)
+        self.o_proj = nn.Linear(heads * self.v_dim, hidden, bias=bias_o_proj)
+        self.rope_freqs = nn.Parameter(torch.ones(self.rope_dim // 2), requires_grad=False)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: object,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attend.
+
+        Args:
+            hidden_states: ``[batch, tokens, hidden]``.
+            position_ids: ``[batch or 1, tokens]``.
+            attention_mask: as transformers builds it for the chosen attention implementation.
+            past_key_values: latents of earlier tokens; updated.
+
+        Returns:
+            ``[batch, tokens, hidden]``, and the attention weights if the implementation has them.
+        """
+        batch, tokens, _ = hidden_states.shape
+        kwargs.pop("position_embeddings", None)  # the source's frequencies; each layer has its own here
+        q = self.q_proj(hidden_states).view(batch, tokens, -1, self.nope_dim + self.rope_dim).transpose(1, 2)
+        q_nope, q_rope = q.split([self.nope_dim, self.rope_dim], dim=-1)
+        latent, k_rope = (
+            self.kv_a_proj_with_mqa(hidden_states)
+            .unsqueeze(1)
+            .split([self.latent_dim, self.rope_dim], dim=-1)
+        )
+        q = torch.cat((q_nope, apply_rope(q_rope, self.rope_freqs, position_ids)), dim=-1)
+        k_rope = apply_rope(k_rope, self.rope_freqs, position_ids)
+        if past_key_values is not None:
+            latent, k_rope = past_key_values.update(latent, k_rope, self.layer_idx)
+
+        kv = self.kv_b_proj(latent.squeeze(1)).view(batch, latent.shape[2], -1, self.nope_dim + self.v_dim)
+        k_nope, v = kv.transpose(1, 2).split([self.nope_dim, self.v_dim], dim=-1)
+        k = torch.cat((k_nope, k_rope.expand(-1, k_nope.shape[1], -1, -1)), dim=-1)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attend(
+            self,
+            q,
+            k,
+            v,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )  # [batch, tokens, heads, v]
+        return self.o_proj(output.reshape(batch, tokens, -1)), weights

@@ -1,0 +1,42 @@
+"""Llama with MLA: vLLM's Llama, with another self-attention."""
+
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import VllmConfig
+from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
+from vllm.model_executor.models.utils import WeightsMapper
+
+from vllm_mla_plugin.attention import MLASelfAttention
+
+
+class LlamaMLADecoderLayer(LlamaDecoderLayer):
+    """A Llama layer whose ``self_attn`` is MLA."""
+
+    def __init__(self, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix, attn_layer_type=MLASelfAttention)
+
+
+@support_torch_compile
+class LlamaMLAModel(LlamaModel):
+    """Llama's decoder stack; ``q_proj`` stays itself, where Llama's mapper folds it into ``qkv_proj``."""
+
+    hf_to_vllm_mapper = WeightsMapper(
+        orig_to_new_stacked={
+            ".gate_proj": (".gate_up_proj", 0),
+            ".up_proj": (".gate_up_proj", 1),
+        }
+    )
+
+
+class LlamaMLAForCausalLM(LlamaForCausalLM):
+    """``LlamaForCausalLM`` with MLA, for checkpoints that ``vllm-mla convert`` writes."""
+
+    hf_to_vllm_mapper = LlamaMLAModel.hf_to_vllm_mapper
+    packed_modules_mapping = {"gate_up_proj": ["gate_proj", "up_proj"]}  # noqa: RUF012
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=LlamaMLADecoderLayer)
+
+    def _init_model(
+        self, vllm_config: VllmConfig, prefix: str = "", layer_type: type = LlamaMLADecoderLayer
+    ) -> LlamaMLAModel:
+        return LlamaMLAModel(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)

@@ -1,0 +1,47 @@
+"""Rotary embedding from explicit frequencies, which a converted layer carries in ``rope_freqs``."""
+
+from weakref import WeakValueDictionary
+
+import torch
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+
+# cos/sin tables by everything that determines them: layers that keep the same frequencies share one.
+_TABLES: WeakValueDictionary[tuple, torch.Tensor] = WeakValueDictionary()
+
+
+class FrequencyRotaryEmbedding(RotaryEmbedding):
+    """RoPE whose ``rotary_dim / 2`` frequencies come from the checkpoint instead of a base.
+
+    The pairs are laid out in halves (component ``i`` is dimensions ``i`` and ``i + dim / 2``).
+    vLLM's own kernels do the rotation; only the cos/sin table is ours.
+
+    Args:
+        freqs: ``[dim / 2]`` radians per position.
+        max_position: number of positions in the table.
+        dtype: of the table, as vLLM does: the model's.
+    """
+
+    def __init__(self, freqs: torch.Tensor, max_position: int, dtype: torch.dtype) -> None:
+        dim = 2 * freqs.numel()
+        super().__init__(
+            head_size=dim,
+            rotary_dim=dim,
+            max_position_embeddings=max_position,
+            base=0.0,
+            is_neox_style=True,
+            dtype=dtype,
+            init_cache=False,
+        )
+        self.set_frequencies(freqs)
+
+    def set_frequencies(self, freqs: torch.Tensor) -> None:
+        """Point this module at the table of ``freqs`` (``[dim / 2]``, float32), made if it is new."""
+        device = freqs.device
+        key = (tuple(freqs.tolist()), self.max_position_embeddings, self.dtype, device)
+        table = _TABLES.get(key)
+        if table is None:
+            positions = torch.arange(self.max_position_embeddings, dtype=torch.float32, device=device)
+            angles = torch.outer(positions, freqs.float())
+            table = torch.cat((angles.cos(), angles.sin()), dim=-1).to(self.dtype)
+            _TABLES[key] = table
+        self.register_buffer("cos_sin_cache", table, persistent=False)
