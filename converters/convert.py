@@ -3,6 +3,7 @@
 import resource
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -17,11 +18,11 @@ from mla_converters.budget import CacheBudget, exact_budget, resolve_budget
 from mla_converters.calibration import calibration_windows
 from mla_converters.errors import ConversionError
 from mla_converters.latent_map import mla_weights
-from mla_converters.layers import run_layers, source_frequencies
+from mla_converters.layers import source_frequencies
 from mla_converters.methods.exact import exact_map
-from mla_converters.methods.transmla import fits_freqfold, transmla_map
-from mla_converters.search import freqfold_candidates, search_freqfold
+from mla_converters.methods.transmla import fits_freqfold, freqfold_candidates
 from mla_converters.source import Source, open_source
+from mla_converters.transmla_run import search_freqfold, transmla_layers
 from mla_converters.writer import ShardWriter, output_folder, write_json
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
@@ -123,7 +124,9 @@ def _budget(source: Source, options: Options) -> CacheBudget:
                 "--cache-ratio, or use --method transmla."
             )
         return exact_budget(heads, head_dim)
-    budget = resolve_budget(heads, head_dim, options.kv_lora_rank, options.qk_rope_head_dim, options.cache_ratio)
+    budget = resolve_budget(
+        heads, head_dim, options.kv_lora_rank, options.qk_rope_head_dim, options.cache_ratio
+    )
     candidates = freqfold_candidates(head_dim, budget.qk_rope_head_dim)
     if options.freqfold is not None and (
         options.freqfold < 1 or not fits_freqfold(options.freqfold, budget.qk_rope_head_dim, head_dim)
@@ -148,12 +151,8 @@ def _convert_weights(
     for name in outside:
         writer.add(name, source.tensor(name).to(dtype))
 
-    count = source.config.num_hidden_layers
     if options.method == Method.EXACT:
-        exact = exact_map(source.config.num_key_value_heads, source.config.head_dim, freqs)
-        for index in progress.track(range(count), description="Converting"):
-            attention = source.tensors(f"model.layers.{index}.self_attn.")
-            _write_layer(writer, source, index, mla_weights(attention, exact), dtype)
+        layers = _exact_layers(source, freqs)
     else:
         windows = calibration_windows(
             source, options.calibration, options.calibration_tokens, options.seed, progress
@@ -168,13 +167,20 @@ def _convert_weights(
             "tokens": windows.numel(),
             "seed": options.seed,
         }
-        running = run_layers(source, windows, options.device)
-        for layer in progress.track(running, total=count, description="Converting"):
-            maps = transmla_map(layer.moments, freqs, budget.kv_lora_rank, budget.qk_rope_head_dim, fold)
-            _write_layer(writer, source, layer.index, mla_weights(layer.weights, maps), dtype)
+        layers = transmla_layers(source, windows, budget, freqs, scale, fold, options.device)
+    count = source.config.num_hidden_layers
+    for index, converted in enumerate(progress.track(layers, total=count, description="Converting")):
+        _write_layer(writer, source, index, converted, dtype)
     writer.finish()
     details["weights_bytes"] = writer.total_bytes
     return details
+
+
+def _exact_layers(source: Source, freqs: torch.Tensor) -> Iterator[dict[str, torch.Tensor]]:
+    """Every layer's converted projections, with method ``exact``."""
+    exact = exact_map(source.config.num_key_value_heads, source.config.head_dim, freqs)
+    for index in range(source.config.num_hidden_layers):
+        yield mla_weights(source.tensors(f"model.layers.{index}.self_attn."), exact)
 
 
 def _write_layer(

@@ -52,7 +52,9 @@ class Source:
         try:
             self.config: PretrainedConfig = AutoConfig.from_pretrained(folder)
         except Exception as error:  # transformers validates with many exception types
-            raise ConversionError(f"{folder / 'config.json'} is not a valid configuration: {error}") from error
+            raise ConversionError(
+                f"{folder / 'config.json'} is not a valid configuration: {error}"
+            ) from error
         check_config(self.config)
         self._stack = ExitStack()
         self._files: dict[str, safe_open] = {}  # tensor name -> open shard
@@ -135,7 +137,9 @@ class Source:
 
     def dtype(self) -> torch.dtype:
         """The dtype of the embedding, which stands for the checkpoint's."""
-        return FLOAT_DTYPES[self._files["model.embed_tokens.weight"].get_slice("model.embed_tokens.weight").get_dtype()]
+        return FLOAT_DTYPES[
+            self._files["model.embed_tokens.weight"].get_slice("model.embed_tokens.weight").get_dtype()
+        ]
 
     def tensor(self, name: str) -> torch.Tensor:
         """Read one tensor.
@@ -152,7 +156,7 @@ class Source:
         """All tensors below ``prefix``, their names without it."""
         return {n.removeprefix(prefix): self.tensor(n) for n in self.names() if n.startswith(prefix)}
 
-    def tokenizer(self):  # noqa: ANN201 - transformers exports no common type
+    def tokenizer(self):
         """The source's tokenizer."""
         try:
             return AutoTokenizer.from_pretrained(self.folder)

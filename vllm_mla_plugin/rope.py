@@ -45,3 +45,10 @@ class FrequencyRotaryEmbedding(RotaryEmbedding):
             table = torch.cat((angles.cos(), angles.sin()), dim=-1).to(self.dtype)
             _TABLES[key] = table
         self.register_buffer("cos_sin_cache", table, persistent=False)
+
+    def forward_cpu(
+        self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """vLLM's CPU kernel (0.32) reads a query ``[tokens, heads, dim]`` wrongly: it wants two
+        dimensions, which a slice of MLA's query cannot have without a copy."""
+        return self.forward_native(positions, query, key)

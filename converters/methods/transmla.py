@@ -3,8 +3,11 @@
 Everything is computed from second moments of keys and values instead of stored activations.
 """
 
+from dataclasses import dataclass
+
 import torch
 
+from mla_converters.errors import ConversionError
 from mla_converters.latent_map import LatentMap
 from mla_converters.statistics import LayerMoments
 
@@ -18,7 +21,9 @@ def principal_axes(moments: torch.Tensor) -> torch.Tensor:
     Damped like TransMLA's own code.
     """
     damping = DAMPING * moments.diagonal().mean()
-    return torch.linalg.eigh(moments + damping * torch.eye(len(moments), dtype=moments.dtype)).eigenvectors.flip(-1)
+    return torch.linalg.eigh(
+        moments + damping * torch.eye(len(moments), dtype=moments.dtype)
+    ).eigenvectors.flip(-1)
 
 
 def fits_freqfold(freqfold: int, rope_dim: int, head_dim: int) -> bool:
@@ -26,9 +31,35 @@ def fits_freqfold(freqfold: int, rope_dim: int, head_dim: int) -> bool:
     return (head_dim // 2) % freqfold == 0 and rope_dim * freqfold % head_dim == 0
 
 
-def rotate_keys(
-    moments: torch.Tensor, kv_heads: int, head_dim: int, rope_dim: int, freqfold: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def freqfold_candidates(head_dim: int, rope_dim: int) -> list[int]:
+    """Powers of two that fit the sizes.
+
+    Raises:
+        ConversionError: none does.
+    """
+    folds = [2**i for i in range((head_dim // 2).bit_length()) if fits_freqfold(2**i, rope_dim, head_dim)]
+    if not folds:
+        raise ConversionError(
+            f"--qk-rope-head-dim {rope_dim} cannot be spread over the source's {head_dim // 2} frequencies with "
+            f"any FreqFold: choose a multiple or a power-of-two fraction of the head size {head_dim}."
+        )
+    return folds
+
+
+@dataclass(frozen=True)
+class KeyRotation:
+    """Keys turned so that few components carry the rotary part.
+
+    Attributes:
+        matrix: orthogonal ``[g * d, g * d]`` float64; kept components first, laid out in halves.
+        frequency: ``[r / 2]`` index of each kept component's frequency in the source.
+    """
+
+    matrix: torch.Tensor
+    frequency: torch.Tensor
+
+
+def rotate_keys(moments: LayerMoments, rope_dim: int, freqfold: int) -> KeyRotation:
     """RoRoPE with FreqFold (sections 4.2 and 4.3): concentrate the keys in few rotary components.
 
     Groups of ``freqfold`` neighbouring frequencies count as one. Within a group, the components
@@ -37,71 +68,61 @@ def rotate_keys(
     components of each group keep RoPE.
 
     Args:
-        moments: ``E[k kᵀ]`` ``[g * d, g * d]`` float64, keys before RoPE.
-        kv_heads, head_dim: ``g`` and ``d`` of the source.
-        rope_dim: dimensions ``r`` that keep RoPE.
+        moments: of the layer's keys.
+        rope_dim: dimensions ``r`` that keep RoPE; must satisfy :func:`fits_freqfold`.
         freqfold: frequencies to a group.
-
-    Returns:
-        An orthogonal ``[g * d, g * d]`` matrix, kept components first, laid out in halves; and the
-        ``[r / 2]`` index of each kept component's frequency in the source.
     """
-    half = head_dim // 2
-    groups = half // freqfold
+    kv_heads, head_dim = moments.kv_heads, moments.head_dim
+    width = kv_heads * head_dim
+    keys = moments.kv[:width, :width]
+    groups = head_dim // 2 // freqfold
     keep = rope_dim * freqfold // head_dim  # components that each group keeps
-    # Dimension of (half of pair, group, KV head, place in group).
-    dims = torch.arange(kv_heads * head_dim).view(kv_heads, 2, groups, freqfold).permute(1, 2, 0, 3)
-    dims = dims.reshape(2, groups, kv_heads * freqfold)
-    rotation = torch.zeros(kv_heads * head_dim, 2, groups, kv_heads * freqfold, dtype=torch.float64)
+    # Dimension of (half of pair, group, KV head and place in group).
+    dims = torch.arange(width).view(kv_heads, 2, groups, freqfold).permute(1, 2, 0, 3).flatten(2)
+    rotation = torch.zeros(width, 2, groups, kv_heads * freqfold, dtype=torch.float64)
     for group in range(groups):
         real, imaginary = dims[0, group], dims[1, group]
-        axes = principal_axes(moments[real][:, real] + moments[imaginary][:, imaginary])
+        axes = principal_axes(keys[real][:, real] + keys[imaginary][:, imaginary])
         rotation[real, 0, group] = axes
         rotation[imaginary, 1, group] = axes
     kept, lost = rotation.split([keep, kv_heads * freqfold - keep], dim=-1)
     # As in TransMLA's own code, the kept components of a group take its frequencies in even steps.
     places = torch.arange(keep) * freqfold // keep if keep <= freqfold else torch.arange(keep) % freqfold
     frequency = (torch.arange(groups)[:, None] * freqfold + places).flatten()
-    return torch.cat((kept.flatten(1), lost.flatten(1)), dim=1).mT.contiguous(), frequency
+    return KeyRotation(torch.cat((kept.flatten(1), lost.flatten(1)), dim=1).mT.contiguous(), frequency)
 
 
-def transmla_map(
+def joint_map(
     moments: LayerMoments,
     freqs: torch.Tensor,
-    kv_lora_rank: int,
-    rope_dim: int,
-    freqfold: int,
+    rotation: KeyRotation,
+    kv_lora_rank: int | None,
     balance_kv_ratio: float = 1.0,
 ) -> LatentMap:
-    """The TransMLA conversion of a layer.
+    """Joint PCA of the keys without RoPE and the values, with Balanced-KV (section 4.4).
 
     Args:
         moments: of the layer's keys and values.
         freqs: ``[d / 2]`` RoPE frequencies of the source.
-        kv_lora_rank: rank ``R`` of the latent.
-        rope_dim: dimensions ``r`` that keep RoPE; must satisfy :func:`fits_freqfold`.
-        freqfold: neighbouring frequencies treated as one.
-        balance_kv_ratio: how much louder than the values the keys are made before the joint PCA.
+        rotation: of the keys.
+        kv_lora_rank: rank ``R`` of the latent; None keeps everything.
+        balance_kv_ratio: how much louder than the values the keys are made before the PCA.
 
     Returns:
         A map with ``n = d``.
     """
     kv_heads, head_dim = moments.kv_heads, moments.head_dim
-    width = kv_heads * head_dim
-    rotation, frequency = rotate_keys(moments.kv[:width, :width], kv_heads, head_dim, rope_dim, freqfold)
-    rope, nope = rotation[:rope_dim], rotation[rope_dim:]
-
-    # Balanced-KV (section 4.4): PCA sees keys and values at the same mean norm.
+    width, rope_dim = kv_heads * head_dim, 2 * len(rotation.frequency)
+    rope, nope = rotation.matrix[:rope_dim], rotation.matrix[rope_dim:]
     remaining = torch.block_diag(nope, torch.eye(width, dtype=torch.float64))  # [2gd - r, 2gd]
     joint = remaining @ moments.kv @ remaining.mT
-    rms = joint.diagonal().sqrt()
+    rms = joint.diagonal().clamp(min=0).sqrt()  # rounding can leave a zero below zero
     keys = width - rope_dim
     scale = rms[:keys].mean() / (rms[keys:].mean() * balance_kv_ratio) if keys else joint.new_tensor(1.0)
     shrink = torch.cat((joint.new_full((keys,), 1.0) / scale, joint.new_ones(width)))
     basis = principal_axes(shrink[:, None] * joint * shrink)[:, :kv_lora_rank]  # [2gd - r, R]
-
     return LatentMap(
-        rope_freqs=freqs.float()[frequency],
+        rope_freqs=freqs.float()[rotation.frequency],
         key_to_rope=rope,
         query_to_rope=rope.view(rope_dim, kv_heads, head_dim).transpose(0, 1).contiguous(),
         query_to_nope=torch.eye(head_dim, dtype=torch.float64).expand(kv_heads, -1, -1),
@@ -109,3 +130,10 @@ def transmla_map(
         latent_to_key=(nope.mT @ (scale * basis[:keys])).view(kv_heads, head_dim, -1),
         latent_to_value=basis[keys:].view(kv_heads, head_dim, -1),
     )
+
+
+def transmla_map(
+    moments: LayerMoments, freqs: torch.Tensor, kv_lora_rank: int, rope_dim: int, freqfold: int
+) -> LatentMap:
+    """Both steps on the same moments; see :func:`rotate_keys` and :func:`joint_map`."""
+    return joint_map(moments, freqs, rotate_keys(moments, rope_dim, freqfold), kv_lora_rank)
