@@ -15,9 +15,7 @@ def rotate(x: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-def gqa_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, freqs: torch.Tensor, scale: float
-) -> torch.Tensor:
+def gqa_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, freqs: torch.Tensor, scale: float) -> torch.Tensor:
     """The source's attention.
 
     Args:
@@ -33,9 +31,7 @@ def gqa_attention(
     )
 
 
-def mla_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, maps: LatentMap, scale: float
-) -> torch.Tensor:
+def mla_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, maps: LatentMap, scale: float) -> torch.Tensor:
     """What the source's attention becomes under ``maps``; shapes as in :func:`gqa_attention`."""
     kv_heads, tokens = k.shape[1:3]
     cast = {name: value.to(q) for name, value in vars(maps).items() if name != "rope_freqs"}
@@ -58,7 +54,5 @@ def mla_attention(
     width, value_width = queries.shape[-1], values.shape[-1]
     if value_width < width:
         values = F.pad(values, (0, width - value_width))
-    output = F.scaled_dot_product_attention(
-        queries, keys, values, is_causal=True, scale=scale, enable_gqa=True
-    )
+    output = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale, enable_gqa=True)
     return output[..., :value_width]

@@ -13,9 +13,7 @@ WINDOW = 512
 """Tokens in a calibration window."""
 
 
-def calibration_windows(
-    source: Source, origin: str, tokens: int, seed: int, progress: Progress
-) -> torch.Tensor:
+def calibration_windows(source: Source, origin: str, tokens: int, seed: int, progress: Progress) -> torch.Tensor:
     """Token ids to calibrate on.
 
     Args:
@@ -32,9 +30,7 @@ def calibration_windows(
     """
     count = tokens // WINDOW
     if count < 1:
-        raise ConversionError(
-            f"--calibration-tokens is {tokens}, but must be at least {WINDOW} (one window)."
-        )
+        raise ConversionError(f"--calibration-tokens is {tokens}, but must be at least {WINDOW} (one window).")
     generator = torch.Generator().manual_seed(seed)
     if origin == "self":
         return _sample(source, count, generator, progress)

@@ -80,18 +80,14 @@ def convert(
     calibration_tokens: Annotated[
         int, typer.Option(help="How many tokens, in windows of 512.", rich_help_panel="Calibration")
     ] = 16384,
-    seed: Annotated[
-        int, typer.Option(help="Same seed, same output to the byte.", rich_help_panel="Calibration")
-    ] = 0,
+    seed: Annotated[int, typer.Option(help="Same seed, same output to the byte.", rich_help_panel="Calibration")] = 0,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     dtype: Annotated[
         str | None,
         typer.Option(help="float32, bfloat16 or float16. [default: the source's; float32 for GGUF]"),
     ] = None,
     device: Annotated[str, typer.Option(help="Where layers run: cpu, cuda, cuda:1 …")] = "cpu",
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the report here, for machines.")
-    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report here, for machines.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
 ) -> None:
     """Write an MLA checkpoint of SOURCE that `vllm serve OUT` runs."""

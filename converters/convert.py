@@ -93,8 +93,7 @@ def convert(
     started = time.monotonic()
     if options.dtype not in (None, *DTYPES):
         raise ConversionError(f"--dtype is {options.dtype!r}; choose one of {', '.join(DTYPES)}.")
-    if options.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConversionError(f"--device is {options.device!r}, but this torch sees no CUDA device.")
+    _check_device(options.device)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with (
         Progress(*columns, disable=quiet) as progress,
@@ -115,6 +114,15 @@ def convert(
     }
 
 
+def _check_device(device: str) -> None:
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ConversionError(f"--device is {device!r}, which is not a device: use cpu, cuda or cuda:N.") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ConversionError(f"--device is {device!r}, but this torch sees no CUDA device.")
+
+
 def _budget(source: Source, options: Options) -> CacheBudget:
     heads, head_dim = source.config.num_key_value_heads, source.config.head_dim
     if options.method == Method.EXACT:
@@ -124,9 +132,7 @@ def _budget(source: Source, options: Options) -> CacheBudget:
                 "--cache-ratio, or use --method transmla."
             )
         return exact_budget(heads, head_dim)
-    budget = resolve_budget(
-        heads, head_dim, options.kv_lora_rank, options.qk_rope_head_dim, options.cache_ratio
-    )
+    budget = resolve_budget(heads, head_dim, options.kv_lora_rank, options.qk_rope_head_dim, options.cache_ratio)
     candidates = freqfold_candidates(head_dim, budget.qk_rope_head_dim)
     if options.freqfold is not None and (
         options.freqfold < 1 or not fits_freqfold(options.freqfold, budget.qk_rope_head_dim, head_dim)
@@ -154,9 +160,7 @@ def _convert_weights(
     if options.method == Method.EXACT:
         layers = _exact_layers(source, freqs)
     else:
-        windows = calibration_windows(
-            source, options.calibration, options.calibration_tokens, options.seed, progress
-        )
+        windows = calibration_windows(source, options.calibration, options.calibration_tokens, options.seed, progress)
         fold, errors = options.freqfold, {}
         if fold is None:
             fold, errors = search_freqfold(source, windows, budget, freqs, scale, options.device, progress)
@@ -202,9 +206,7 @@ def _copy_side_files(source: Source, folder: Path) -> None:
             shutil.copyfile(path, folder / path.name)
 
 
-def _mla_config(
-    source: Source, budget: CacheBudget, options: Options, details: dict[str, Any]
-) -> dict[str, Any]:
+def _mla_config(source: Source, budget: CacheBudget, options: Options, details: dict[str, Any]) -> dict[str, Any]:
     """``config.json`` of the converted model; its block ``mla_conversion`` is the report."""
     head_dim = source.config.head_dim
     cached = 2 * source.config.num_key_value_heads * head_dim

@@ -53,9 +53,7 @@ def find_family(config: dict) -> Family:
             f"where {family.model_type!r} was expected."
         )
     if quantization := config.get("quantization_config"):
-        method = (
-            quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
-        )
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
         raise ConversionError(
             f"The source's weights are quantised ({method}): convert the unquantised model and quantise after."
         )
@@ -75,9 +73,7 @@ def check_config(config: PretrainedConfig) -> None:
             f"here; supported are: {', '.join(SUPPORTED_ROPE)}."
         )
     if config.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ConversionError(
-            "The source rotates only part of each head (partial_rotary_factor), not supported yet."
-        )
+        raise ConversionError("The source rotates only part of each head (partial_rotary_factor), not supported yet.")
     if config.head_dim % 2:
         raise ConversionError(f"The source's head size is {config.head_dim}; RoPE needs an even one.")
     if config.num_attention_heads % config.num_key_value_heads:

@@ -55,10 +55,7 @@ def mla_weights(source: dict[str, torch.Tensor], maps: LatentMap) -> dict[str, t
     for kind in ("weight", "bias"):
         if f"q_proj.{kind}" not in source:
             continue
-        q, k, v = (
-            source[f"{p}_proj.{kind}"].double().reshape(source[f"{p}_proj.{kind}"].shape[0], -1)
-            for p in "qkv"
-        )
+        q, k, v = (source[f"{p}_proj.{kind}"].double().reshape(source[f"{p}_proj.{kind}"].shape[0], -1) for p in "qkv")
         q = q.view(kv_heads, -1, head_dim, q.shape[-1])  # [g, H / g, d, D], D = 1 for a bias
         q = torch.einsum("gmd,ghdD->ghmD", query_map, q)
         parts = {

@@ -52,9 +52,7 @@ class SourceLayer:
         self.config = source.config
         self.device = device
         self._module = module
-        module.load_state_dict(
-            {name: t.to(device, torch.float32) for name, t in self.weights.items()}, assign=True
-        )
+        module.load_state_dict({name: t.to(device, torch.float32) for name, t in self.weights.items()}, assign=True)
         module.eval()
 
     @torch.inference_mode()

@@ -52,9 +52,7 @@ class Source:
         try:
             self.config: PretrainedConfig = AutoConfig.from_pretrained(folder)
         except Exception as error:  # transformers validates with many exception types
-            raise ConversionError(
-                f"{folder / 'config.json'} is not a valid configuration: {error}"
-            ) from error
+            raise ConversionError(f"{folder / 'config.json'} is not a valid configuration: {error}") from error
         check_config(self.config)
         self._stack = ExitStack()
         self._files: dict[str, safe_open] = {}  # tensor name -> open shard
@@ -137,9 +135,7 @@ class Source:
 
     def dtype(self) -> torch.dtype:
         """The dtype of the embedding, which stands for the checkpoint's."""
-        return FLOAT_DTYPES[
-            self._files["model.embed_tokens.weight"].get_slice("model.embed_tokens.weight").get_dtype()
-        ]
+        return FLOAT_DTYPES[self._files["model.embed_tokens.weight"].get_slice("model.embed_tokens.weight").get_dtype()]
 
     def tensor(self, name: str) -> torch.Tensor:
         """Read one tensor.

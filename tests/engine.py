@@ -1,0 +1,47 @@
+"""One run of the vLLM engine: job as JSON on stdin, result as the last line of stdout.
+
+A process of its own, because an engine never gives back everything it took. Job: ``model``,
+``prompts`` (token ids), ``max_tokens``, ``prompt_logprobs`` (bool), ``engine`` (arguments of
+``vllm.LLM``). Result: ``tokens`` and ``logprobs`` of what was generated, ``prompt_logprobs`` of
+each prompt token but the first, ``kv_tokens`` (capacity of the cache).
+"""
+
+import json
+import sys
+
+
+def main() -> None:
+    """Run the job."""
+    from vllm import LLM, SamplingParams
+
+    job = json.load(sys.stdin)
+    arguments = {"dtype": "float32", "enforce_eager": True, "max_model_len": 2048}
+    llm = LLM(job["model"], skip_tokenizer_init=job.get("no_tokenizer", False), **arguments | job.get("engine", {}))
+    sampling = SamplingParams(
+        temperature=0,
+        max_tokens=job.get("max_tokens", 1),
+        logprobs=0,
+        prompt_logprobs=0 if job.get("prompt_logprobs") else None,
+        ignore_eos=True,
+        detokenize=False,
+    )
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in job["prompts"]], sampling, use_tqdm=False)
+    cache = llm.llm_engine.vllm_config.cache_config
+    result = {
+        "tokens": [list(o.outputs[0].token_ids) for o in outputs],
+        "logprobs": [
+            [step[token].logprob for step, token in zip(o.outputs[0].logprobs, o.outputs[0].token_ids, strict=True)]
+            for o in outputs
+        ],
+        "kv_tokens": (cache.num_gpu_blocks or 0) * cache.block_size,
+    }
+    if job.get("prompt_logprobs"):
+        result["prompt_logprobs"] = [
+            [step[token].logprob for step, token in zip(o.prompt_logprobs[1:], ids[1:], strict=True)]
+            for o, ids in zip(outputs, job["prompts"], strict=True)
+        ]
+    print("\n" + json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

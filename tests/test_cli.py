@@ -1,0 +1,219 @@
+"""``vllm-mla convert``: what it accepts, what it refuses, and what it leaves behind."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CALIBRATION, ROOT, RandomLlama, convert, vllm_mla
+from safetensors.torch import load_file, save_file
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return RandomLlama(heads=6, kv_heads=3, hidden=96).save(tmp_path_factory.mktemp("pristine") / "model")
+
+
+@pytest.fixture
+def source(pristine: Path, tmp_path: Path) -> Path:
+    """A convertible model (6 heads, 3 KV heads of 16) that a test may damage."""
+    return Path(shutil.copytree(pristine, tmp_path / "source"))
+
+
+def refused(tmp_path: Path, source: object, *options: object) -> str:
+    """The one sentence of a refused conversion, which must leave nothing behind."""
+    before = sorted(tmp_path.iterdir())
+    result = vllm_mla("convert", source, tmp_path / "out", *options)
+    assert result.returncode == 2, result.stdout + result.stderr
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("vllm-mla: error: ")
+    assert sorted(tmp_path.iterdir()) == before
+    return line
+
+
+def edit_config(source: Path, **changes: object) -> None:
+    path = source / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_tensors(source: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(source / "model.safetensors")
+    change(tensors)
+    save_file(tensors, source / "model.safetensors")
+
+
+def test_no_such_source(tmp_path: Path) -> None:
+    assert "does not exist" in refused(tmp_path, tmp_path / "nowhere")
+    assert "neither a folder here nor a model" in refused(tmp_path, "someone/some-model")
+
+
+def test_not_a_model(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert "no config.json" in refused(tmp_path, tmp_path / "empty")
+    (tmp_path / "file.txt").write_text("hello")
+    assert "not a .gguf" in refused(tmp_path, tmp_path / "file.txt")
+    (tmp_path / "file.gguf").write_bytes(b"GGUF" + bytes(100))
+    assert "not a GGUF file that transformers can read" in refused(tmp_path, tmp_path / "file.gguf")
+
+
+CONFIGS = {
+    "unknown": ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, "supported are: LlamaForCausalLM"),
+    "mla": ({"kv_lora_rank": 512}, "uses MLA already"),
+    "quantised": ({"quantization_config": {"quant_method": "gptq"}}, "quantised (gptq)"),
+    "dynamic": (
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+        "RoPE type 'dynamic' cannot be converted",
+    ),
+    "heads": ({"num_key_value_heads": 4}, "config.json is wrong"),
+    "layers": ({"num_hidden_layers": 3}, "model.layers.2.input_layernorm.weight is missing"),
+    "fewer-layers": ({"num_hidden_layers": 1}, "is no part of the architecture"),
+    "type": ({"hidden_size": "big"}, "not a valid configuration"),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_refused_configs(case: str, source: Path, tmp_path: Path) -> None:
+    changes, reason = CONFIGS[case]
+    edit_config(source, **changes)
+    assert reason in refused(tmp_path, source, "--method", "exact")
+
+
+def test_config_that_is_no_json(source: Path, tmp_path: Path) -> None:
+    (source / "config.json").write_text("{")
+    assert "cannot be read as JSON" in refused(tmp_path, source)
+
+
+OPTIONS = {
+    "rank": (("--qk-rope-head-dim", 16, "--kv-lora-rank", 81), "--kv-lora-rank can be 1 to 80"),
+    "rank-zero": (("--kv-lora-rank", 0), "can be 1 to"),
+    "odd-rope": (("--qk-rope-head-dim", 15), "must be even, at least 2 and at most 48"),
+    "large-rope": (("--qk-rope-head-dim", 50), "must be even, at least 2 and at most 48"),
+    "freqfold": (("--qk-rope-head-dim", 16, "--freqfold", 3), "choose one of 1, 2, 4, 8"),
+    "freqfold-word": (("--freqfold", "many"), "must be a whole number or auto"),
+    "ratio": (("--cache-ratio", 1.5), "must be above 0 and at most 1"),
+    "both": (("--cache-ratio", 0.5, "--kv-lora-rank", 8), "give one of them"),
+    "exact-rank": (("--method", "exact", "--kv-lora-rank", 8), "keeps the whole cache"),
+    "method": (("--method", "magic"), "choose one of exact, transmla"),
+    "dtype": (("--dtype", "int4"), "choose one of float32, bfloat16, float16"),
+    "device": (("--device", "cuda"), "sees no CUDA device"),
+    "device-word": (("--device", "toaster"), "is not a device"),
+    "tokens": (("--calibration", CALIBRATION, "--calibration-tokens", 100), "must be at least 512"),
+    "no-text": (("--calibration", "/nowhere.txt"), "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_refused_options(case: str, source: Path, tmp_path: Path) -> None:
+    options, reason = OPTIONS[case]
+    assert reason in refused(tmp_path, source, *options)
+
+
+def test_refused_calibration_text(source: Path, tmp_path: Path) -> None:
+    empty, short, binary = (tmp_path / name for name in ("empty.txt", "short.txt", "binary.txt"))
+    empty.write_text(" \n")
+    short.write_text("Too short.")
+    binary.write_bytes(b"\xff\xfe\x00\xd8")
+    assert "is empty" in refused(tmp_path, source, "--calibration", empty)
+    assert "too short" in refused(tmp_path, source, "--calibration", short)
+    assert "cannot be read" in refused(tmp_path, source, "--calibration", binary)
+
+
+def test_refused_tokenizer(source: Path, tmp_path: Path) -> None:
+    (source / "tokenizer.json").write_text("{}")
+    assert "tokenizer" in refused(tmp_path, source, "--calibration", CALIBRATION)
+
+
+def test_damaged_weights(source: Path, tmp_path: Path) -> None:
+    weights = source / "model.safetensors"
+    content = weights.read_bytes()
+    for damaged in (content[:-100], content[:50], b"\x00" * 200, b""):
+        weights.write_bytes(damaged)
+        assert "not a readable safetensors file" in refused(tmp_path, source, "--method", "exact")
+    weights.unlink()
+    assert "no safetensors weights" in refused(tmp_path, source)
+    torch.save({}, source / "pytorch_model.bin")
+    assert "pickle files (.bin), which are never loaded" in refused(tmp_path, source)
+
+
+def test_wrong_tensors(source: Path, tmp_path: Path) -> None:
+    name = "model.layers.1.self_attn.k_proj.weight"
+    edit_tensors(source, lambda tensors: tensors.update({name: torch.zeros(3, 3)}))
+    assert f"{name} has shape [3, 3] where [48, 96] was expected" in refused(tmp_path, source)
+    edit_tensors(source, lambda tensors: tensors.update({name: torch.zeros(48, 96, dtype=torch.int8)}))
+    assert f"{name} has dtype I8" in refused(tmp_path, source)
+    edit_tensors(source, lambda tensors: tensors.update({name: torch.full((48, 96), torch.nan)}))
+    assert f"{name} of" in refused(tmp_path, source, "--method", "exact")
+
+
+def test_index_must_stay_in_its_folder(source: Path, tmp_path: Path) -> None:
+    index = source / "model.safetensors.index.json"
+    for name, reason in (("../model.safetensors", "not a file of the same folder"), ("a.safetensors", "missing")):
+        index.write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+        assert reason in refused(tmp_path, source)
+
+
+def test_out_exists(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious.txt").write_text("mine")
+    assert "exists: choose another OUT" in refused(tmp_path, source, "--method", "exact")
+    assert "will not replace it" in refused(tmp_path, source, "--method", "exact", "--force")
+    assert (out / "precious.txt").read_text() == "mine"
+    shutil.rmtree(out)
+    convert(source, out, "--method", "exact")
+    convert(source, out, "--method", "exact", "--force")
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def test_same_seed_same_bytes(smollm2: Path, half: Path, tmp_path: Path) -> None:
+    """A second conversion of a real model equals the first to the byte; another seed does not."""
+    options = ("--calibration", CALIBRATION, "--calibration-tokens", 4096, "--freqfold", 2)
+    assert digests(convert(smollm2, tmp_path / "again", *options)) == digests(half)
+    other = digests(convert(smollm2, tmp_path / "other", *options, "--seed", 1))
+    assert other["model.safetensors"] != digests(half)["model.safetensors"]
+
+
+def test_everything_is_carried_over(smollm2: Path, half: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        assert (half / name).read_bytes() == (smollm2 / name).read_bytes()
+    config = json.loads((half / "config.json").read_text())
+    assert config["architectures"] == ["LlamaMLAForCausalLM"] and config["model_type"] == "llama_mla"
+    assert (config["kv_lora_rank"], config["qk_rope_head_dim"], config["qk_nope_head_dim"]) == (128, 64, 64)
+    report = json.loads((half / "conversion_report.json").read_text())
+    assert report["cache_ratio"] == 0.5 and report["method"] == "transmla"
+
+
+def test_time_and_memory(smollm2: Path, tmp_path: Path) -> None:
+    """16k calibration tokens from a file: at most 60 s and 2 GB, FreqFold searched."""
+    text = tmp_path / "text.txt"
+    text.write_text((ROOT / "LICENSE").read_text() * 10)
+    report = tmp_path / "report.json"
+    convert(smollm2, tmp_path / "out", "--calibration", text, "--json", report)
+    measured = json.loads(report.read_text())
+    assert measured["calibration"]["tokens"] == 16384
+    assert measured["peak_rss_bytes"] < 2e9
+    assert measured["seconds"] < 60
+    errors = measured["freqfold_errors"]
+    assert measured["freqfold"] == int(min(errors, key=errors.get))
+
+
+def test_shards(tmp_path: Path) -> None:
+    """A checkpoint in several shards reads and writes like one in a single file."""
+    from mla_converters.writer import ShardWriter
+
+    tensors = {f"t{i}": torch.full((100,), float(i)) for i in range(7)}
+    writer = ShardWriter(tmp_path, shard_bytes=1000)
+    for name, tensor in tensors.items():
+        writer.add(name, tensor)
+    writer.finish()
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 2800
+    assert set(index["weight_map"].values()) == {f"model-{i:05d}-of-00004.safetensors" for i in range(1, 5)}
+    for name, file in index["weight_map"].items():
+        assert torch.equal(load_file(tmp_path / file)[name], tensors[name])

@@ -1,0 +1,142 @@
+"""Converted models in the real vLLM engine, against transformers and against their source."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CALIBRATION, TEXT, RandomLlama, convert, load, run_engine
+from transformers import AutoTokenizer
+
+MAX_LOGPROB_ERROR = 1e-3
+
+
+def text_prompts(folder: Path, count: int, longest: int = 48) -> list[list[int]]:
+    """Prompts of different lengths from the test text."""
+    ids = AutoTokenizer.from_pretrained(folder)(TEXT).input_ids
+    return [ids[37 * i : 37 * i + 3 + (11 * i) % longest] for i in range(count)]
+
+
+@torch.inference_mode()
+def hf_logprobs(model: torch.nn.Module, ids: list[int]) -> list[float]:
+    """Log-probability that transformers gives each token but the first."""
+    logits = model(torch.tensor([ids])).logits[0, :-1].float().log_softmax(-1)
+    return logits.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
+
+
+def assert_agrees(result: dict, model: torch.nn.Module, prompts: list[list[int]]) -> None:
+    """vLLM's log-probabilities of prompts and of decoded tokens equal transformers'."""
+    worst = 0.0
+    for i, prompt in enumerate(prompts):
+        expected = hf_logprobs(model, prompt + result["tokens"][i])
+        got = result["prompt_logprobs"][i] + result["logprobs"][i]
+        assert len(got) == len(expected)
+        worst = max(worst, *(abs(a - b) for a, b in zip(got, expected, strict=True)))
+    assert worst < MAX_LOGPROB_ERROR, f"log-probabilities differ by up to {worst:.2e}"
+
+
+def perplexity(logprobs: list[float]) -> float:
+    return math.exp(-sum(logprobs) / len(logprobs))
+
+
+def test_exact_equals_source_in_vllm(smollm2: Path, exact: Path) -> None:
+    """Same greedy tokens (16 prompts x 64), same perplexity to 4 digits, same capacity."""
+    ids = AutoTokenizer.from_pretrained(smollm2)(TEXT).input_ids
+    job = {"max_tokens": 64, "prompt_logprobs": True}
+    prompts = [*text_prompts(smollm2, 16), ids]
+    source, mla = (run_engine(folder, prompts, **job) for folder in (smollm2, exact))
+    assert mla["tokens"][:16] == source["tokens"][:16]
+    source_ppl, mla_ppl = (perplexity(result["prompt_logprobs"][16]) for result in (source, mla))
+    assert f"{mla_ppl:.4g}" == f"{source_ppl:.4g}"
+    assert mla["kv_tokens"] == source["kv_tokens"]
+
+
+def test_half_equals_transformers(smollm2: Path, half: Path) -> None:
+    """Different lengths in one batch, prefill and decode; twice the source's capacity."""
+    prompts = text_prompts(half, 12, longest=300)
+    result = run_engine(half, prompts, max_tokens=24, prompt_logprobs=True)
+    assert_agrees(result, load(half), prompts)
+    assert result["kv_tokens"] == pytest.approx(2 * 23296, rel=0.01)
+
+
+def test_compiled_equals_eager(half: Path, tmp_path: Path) -> None:
+    """torch.compile is what `vllm serve` does without further flags."""
+    prompts = text_prompts(half, 4)
+    environment = {"VLLM_CACHE_ROOT": str(tmp_path)}
+    job = {"max_tokens": 16, "prompt_logprobs": True, "engine": {"enforce_eager": False}}
+    result = run_engine(half, prompts, environment=environment, **job)
+    assert_agrees(result, load(half), prompts)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision(half: Path, dtype: str) -> None:
+    """16-bit serving stays close to float32: what rounding costs, measured on a text's perplexity."""
+    ids = AutoTokenizer.from_pretrained(half)(TEXT).input_ids
+    result = run_engine(half, [ids], prompt_logprobs=True, engine={"dtype": dtype})
+    expected = perplexity(hf_logprobs(load(half), ids))
+    assert perplexity(result["prompt_logprobs"][0]) == pytest.approx(expected, rel=0.02)
+
+
+SHAPES = {
+    "gqa": (RandomLlama(), 48),
+    "mha-head-48-bias": (RandomLlama(heads=2, kv_heads=2, head_dim=48, hidden=64, bias=True), 100),
+    "mqa-head-80-tied": (RandomLlama(heads=4, kv_heads=1, head_dim=80, hidden=64, tied=True), 60),
+    "nine-heads": (RandomLlama(heads=9, kv_heads=3, head_dim=16, hidden=144), 40),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_random_shapes(shape: str, tmp_path: Path) -> None:
+    """Awkward shapes, exactly converted: the source's tokens, and transformers' log-probabilities."""
+    variant, length = SHAPES[shape]
+    source = variant.save(tmp_path / "source")
+    out = convert(source, tmp_path / "mla", "--method", "exact")
+    generator = torch.Generator().manual_seed(3)
+    prompts = [torch.randint(0, 199, (n,), generator=generator).tolist() for n in (length, 1, 17, 2)]
+    job = {"max_tokens": 16, "prompt_logprobs": True, "no_tokenizer": True, "engine": {"max_model_len": 256}}
+    mla = run_engine(out, prompts, **job)
+    assert_agrees(mla, load(out), prompts)
+    assert_agrees(mla, load(source), prompts)
+
+
+def test_tensor_parallel(smollm2: Path, tmp_path: Path) -> None:
+    """Two ranks compute what one does."""
+    source = RandomLlama(heads=4, kv_heads=1, head_dim=32, hidden=128, bias=True).save(tmp_path / "source")
+    out = convert(source, tmp_path / "mla", "--method", "exact")
+    prompts = [list(range(5, 45)), [7], list(range(100, 117))]
+    job = {"max_tokens": 12, "prompt_logprobs": True, "no_tokenizer": True}
+    engine = {"max_model_len": 256, "tensor_parallel_size": 2}
+    environment = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    result = run_engine(out, prompts, engine=engine, environment=environment, **job)
+    assert_agrees(result, load(source), prompts)
+
+
+def test_dummy_weights(half: Path) -> None:
+    """`--load-format dummy` runs: shapes can be measured without weights."""
+    result = run_engine(half, [[1, 2, 3]], max_tokens=4, engine={"load_format": "dummy"})
+    assert len(result["tokens"][0]) == 4
+
+
+def test_preemption_changes_nothing(half: Path) -> None:
+    """A cache too small for all requests at once makes vLLM preempt; the tokens stay the same."""
+    prompts = text_prompts(half, 6, longest=200)
+    alone = run_engine(half, prompts, max_tokens=48)
+    crowded = run_engine(half, prompts, max_tokens=48, engine={"num_gpu_blocks_override": 40, "max_model_len": 512})
+    assert crowded["tokens"] == alone["tokens"]
+
+
+def test_calibration_from_text_and_self_both_serve(tmp_path: Path) -> None:
+    """The default, text sampled from the model, needs no data set."""
+    source = RandomLlama(heads=6, kv_heads=3, hidden=96).save(tmp_path / "source")
+    for origin in ("self", CALIBRATION):
+        out = convert(source, tmp_path / "mla", "--calibration", origin, "--calibration-tokens", 1024, "--force")
+        model = load(out)
+        assert model.config.mla_conversion["calibration"]["tokens"] == 1024
+        prompts = [list(range(60, 90))]
+        job = {
+            "max_tokens": 8,
+            "prompt_logprobs": True,
+            "no_tokenizer": True,
+            "engine": {"max_model_len": 256},
+        }
+        assert_agrees(run_engine(out, prompts, **job), model, prompts)

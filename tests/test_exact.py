@@ -1,0 +1,97 @@
+"""With nothing truncated, a converted model computes what its source computes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CALIBRATION, RandomLlama, convert, load
+from safetensors import safe_open
+
+from mla_converters.attention import gqa_attention, mla_attention
+from mla_converters.methods.transmla import transmla_map
+from mla_converters.statistics import LayerMoments
+
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+VARIANTS = {
+    "gqa": RandomLlama(),
+    "nine-heads": RandomLlama(heads=9, kv_heads=3, head_dim=16, hidden=144),
+    "mha-head-48": RandomLlama(heads=2, kv_heads=2, head_dim=48, hidden=64),
+    "mqa-head-80": RandomLlama(heads=4, kv_heads=1, head_dim=80, hidden=64, tied=True),
+    "biases": RandomLlama(bias=True),
+    "tied": RandomLlama(tied=True),
+    "linear": RandomLlama(rope={"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}),
+    "llama3": RandomLlama(rope=LLAMA3),
+    "yarn": RandomLlama(rope=YARN),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_exact_equals_source(variant: str, tmp_path: Path) -> None:
+    """Logits agree to 1e-9 in float64 (1e-4 in float32), beyond the original context of scaled RoPE too."""
+    source = VARIANTS[variant].save(tmp_path / "source")
+    out = convert(source, tmp_path / "mla", "--method", "exact")
+    ids = torch.randint(0, 199, (2, 150), generator=torch.Generator().manual_seed(1))
+    for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-4)):
+        models = [load(folder, dtype) for folder in (source, out)]
+        with torch.inference_mode():
+            expected, got = (model(ids).logits for model in models)
+        error = (got - expected).norm() / expected.norm()
+        if variant == "yarn" and dtype == torch.float64:
+            tolerance = 1e-6  # transformers rounds cos and sin times the attention factor to float32
+        assert error < tolerance, f"{dtype}: relative error {error:.2e}"
+
+
+def test_maps_are_exact_in_float64() -> None:
+    """The mathematics without any model: full-rank TransMLA attention equals GQA attention to 1e-9."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 40, 16, dtype=torch.float64, generator=generator) for heads in (6, 3, 3))
+    freqs = torch.rand(8, generator=generator)
+    moments = LayerMoments(3, 16)
+    moments.add(k.transpose(1, 2).flatten(2), v.transpose(1, 2).flatten(2))
+    maps = transmla_map(moments, freqs, kv_lora_rank=48, rope_dim=48, freqfold=1)
+    expected = gqa_attention(q, k, v, freqs, 0.25)
+    torch.testing.assert_close(mla_attention(q, k, v, maps, 0.25), expected, rtol=0, atol=1e-9)
+
+
+def test_smollm2_exact_logits(smollm2: Path, exact: Path) -> None:
+    """A real model: float32 logits equal the source's to 1e-4 relative."""
+    ids = torch.randint(0, 49152, (2, 200), generator=torch.Generator().manual_seed(2))
+    with torch.inference_mode():
+        expected, got = (load(folder)(ids).logits for folder in (smollm2, exact))
+    assert (got - expected).norm() / expected.norm() < 1e-4
+
+
+def test_transmla_with_nothing_truncated(tmp_path: Path) -> None:
+    """At full rank, RoRoPE (freqfold 1) only rotates: the function stays."""
+    source = RandomLlama(heads=6, kv_heads=3, hidden=96, bias=True).save(tmp_path / "source")
+    out = convert(
+        source,
+        tmp_path / "mla",
+        *("--kv-lora-rank", 48, "--qk-rope-head-dim", 48, "--freqfold", 1),
+        *("--calibration", CALIBRATION, "--calibration-tokens", 2048),
+    )
+    ids = torch.randint(0, 199, (2, 100), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected, got = (load(folder)(ids).logits for folder in (source, out))
+    assert (got - expected).norm() / expected.norm() < 1e-4
+
+
+def test_gguf_equals_folder(smollm2_gguf: Path, exact: Path, tmp_path: Path) -> None:
+    """A GGUF file converts to the same weights as the folder made of it."""
+    out = convert(smollm2_gguf, tmp_path / "mla", "--method", "exact")
+    with safe_open(out / "model.safetensors", "pt") as a, safe_open(exact / "model.safetensors", "pt") as b:
+        assert sorted(a.keys()) == sorted(b.keys())
+        assert all(torch.equal(a.get_tensor(name), b.get_tensor(name)) for name in a.keys())  # noqa: SIM118

