@@ -161,11 +161,11 @@ def _convert_weights(
         layers = _exact_layers(source, freqs)
     else:
         windows = calibration_windows(source, options.calibration, options.calibration_tokens, options.seed, progress)
-        fold, errors = options.freqfold, {}
+        fold = options.freqfold
         if fold is None:
             fold, errors = search_freqfold(source, windows, budget, freqs, scale, options.device, progress)
+            details["freqfold_errors"] = {str(k): round(v, 6) for k, v in errors.items()}
         details["freqfold"] = fold
-        details["freqfold_errors"] = {str(k): round(v, 6) for k, v in errors.items()}
         details["calibration"] = {
             "origin": "self" if options.calibration == "self" else Path(options.calibration).name,
             "tokens": windows.numel(),

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -121,14 +122,15 @@ def run_engine(model: Path, prompts: list[list[int]], timeout: int = 600, **job:
     """Generate with the real vLLM engine, in a process of its own; see ``engine.py``."""
     job |= {"model": str(model), "prompts": prompts}
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", **job.pop("environment", {})}
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "engine.py")],
-        input=json.dumps(job),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env=environment,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    return json.loads(result.stdout.splitlines()[-1])
+    with tempfile.NamedTemporaryFile(suffix=".json") as answer:
+        result = subprocess.run(
+            [sys.executable, str(ROOT / "tests" / "engine.py"), answer.name],
+            input=json.dumps(job),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env=environment,
+            check=False,
+        )
+        assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+        return json.loads(Path(answer.name).read_text())

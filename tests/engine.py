@@ -1,4 +1,4 @@
-"""One run of the vLLM engine: job as JSON on stdin, result as the last line of stdout.
+"""One run of the vLLM engine: job as JSON on stdin, result as JSON into the file named by its argument.
 
 A process of its own, because an engine never gives back everything it took. Job: ``model``,
 ``prompts`` (token ids), ``max_tokens``, ``prompt_logprobs`` (bool), ``engine`` (arguments of
@@ -8,6 +8,7 @@ each prompt token but the first, ``kv_tokens`` (capacity of the cache).
 
 import json
 import sys
+from pathlib import Path
 
 
 def main() -> None:
@@ -40,7 +41,7 @@ def main() -> None:
             [step[token].logprob for step, token in zip(o.prompt_logprobs[1:], ids[1:], strict=True)]
             for o, ids in zip(outputs, job["prompts"], strict=True)
         ]
-    print("\n" + json.dumps(result))
+    Path(sys.argv[1]).write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

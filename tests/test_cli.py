@@ -68,7 +68,7 @@ CONFIGS = {
         "RoPE type 'dynamic' cannot be converted",
     ),
     "heads": ({"num_key_value_heads": 4}, "config.json is wrong"),
-    "layers": ({"num_hidden_layers": 3}, "model.layers.2.input_layernorm.weight is missing"),
+    "layers": ({"num_hidden_layers": 3}, "model.layers.2.mlp.gate_proj.weight is missing"),
     "fewer-layers": ({"num_hidden_layers": 1}, "is no part of the architecture"),
     "type": ({"hidden_size": "big"}, "not a valid configuration"),
 }
