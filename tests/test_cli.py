@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,10 @@ import pytest
 import torch
 from conftest import CALIBRATION, ROOT, RandomLlama, convert, vllm_mla
 from safetensors.torch import load_file, save_file
+
+from mla_converters.cli import main
+
+Refused = Callable[..., str]
 
 
 @pytest.fixture(scope="module")
@@ -23,15 +28,24 @@ def source(pristine: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(pristine, tmp_path / "source"))
 
 
-def refused(tmp_path: Path, source: object, *options: object) -> str:
-    """The one sentence of a refused conversion, which must leave nothing behind."""
-    before = sorted(tmp_path.iterdir())
-    result = vllm_mla("convert", source, tmp_path / "out", *options)
-    assert result.returncode == 2, result.stdout + result.stderr
-    (line,) = result.stderr.strip().splitlines()
-    assert line.startswith("vllm-mla: error: ")
-    assert sorted(tmp_path.iterdir()) == before
-    return line
+@pytest.fixture
+def refused(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Refused:
+    """Runs a conversion that must be refused, in this process; returns its one sentence."""
+
+    def run(source: object, *options: object) -> str:
+        before = sorted(tmp_path.iterdir())
+        arguments = ["vllm-mla", "convert", str(source), str(tmp_path / "out"), *map(str, options)]
+        monkeypatch.setattr(sys, "argv", arguments)
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as exit_info:
+            main()
+        assert exit_info.value.code == 2
+        (line,) = capfd.readouterr().err.strip().splitlines()
+        assert line.startswith("vllm-mla: error: ")
+        assert sorted(tmp_path.iterdir()) == before, "something was left behind"
+        return line
+
+    return run
 
 
 def edit_config(source: Path, **changes: object) -> None:
@@ -45,18 +59,25 @@ def edit_tensors(source: Path, change: Callable[[dict[str, torch.Tensor]], objec
     save_file(tensors, source / "model.safetensors")
 
 
-def test_no_such_source(tmp_path: Path) -> None:
-    assert "does not exist" in refused(tmp_path, tmp_path / "nowhere")
-    assert "neither a folder here nor a model" in refused(tmp_path, "someone/some-model")
+def test_refusal_as_users_see_it(tmp_path: Path) -> None:
+    """The installed command: exit code 2, one line, no traceback."""
+    result = vllm_mla("convert", tmp_path / "nowhere", tmp_path / "out")
+    assert result.returncode == 2 and not list(tmp_path.iterdir())
+    assert result.stderr == f"vllm-mla: error: {tmp_path / 'nowhere'} does not exist.\n"
 
 
-def test_not_a_model(tmp_path: Path) -> None:
+def test_no_such_source(refused: Refused, tmp_path: Path) -> None:
+    assert "does not exist" in refused(tmp_path / "nowhere")
+    assert "neither a folder here nor a model" in refused("someone/some-model")
+
+
+def test_not_a_model(refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    assert "no config.json" in refused(tmp_path, tmp_path / "empty")
+    assert "no config.json" in refused(tmp_path / "empty")
     (tmp_path / "file.txt").write_text("hello")
-    assert "not a .gguf" in refused(tmp_path, tmp_path / "file.txt")
+    assert "not a .gguf" in refused(tmp_path / "file.txt")
     (tmp_path / "file.gguf").write_bytes(b"GGUF" + bytes(100))
-    assert "not a GGUF file that transformers can read" in refused(tmp_path, tmp_path / "file.gguf")
+    assert "not a GGUF file that transformers can read" in refused(tmp_path / "file.gguf")
 
 
 CONFIGS = {
@@ -75,15 +96,15 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("case", CONFIGS)
-def test_refused_configs(case: str, source: Path, tmp_path: Path) -> None:
+def test_refused_configs(refused: Refused, case: str, source: Path, tmp_path: Path) -> None:
     changes, reason = CONFIGS[case]
     edit_config(source, **changes)
-    assert reason in refused(tmp_path, source, "--method", "exact")
+    assert reason in refused(source, "--method", "exact")
 
 
-def test_config_that_is_no_json(source: Path, tmp_path: Path) -> None:
+def test_config_that_is_no_json(refused: Refused, source: Path, tmp_path: Path) -> None:
     (source / "config.json").write_text("{")
-    assert "cannot be read as JSON" in refused(tmp_path, source)
+    assert "cannot be read as JSON" in refused(source)
 
 
 OPTIONS = {
@@ -106,61 +127,61 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("case", OPTIONS)
-def test_refused_options(case: str, source: Path, tmp_path: Path) -> None:
+def test_refused_options(refused: Refused, case: str, source: Path, tmp_path: Path) -> None:
     options, reason = OPTIONS[case]
-    assert reason in refused(tmp_path, source, *options)
+    assert reason in refused(source, *options)
 
 
-def test_refused_calibration_text(source: Path, tmp_path: Path) -> None:
+def test_refused_calibration_text(refused: Refused, source: Path, tmp_path: Path) -> None:
     empty, short, binary = (tmp_path / name for name in ("empty.txt", "short.txt", "binary.txt"))
     empty.write_text(" \n")
     short.write_text("Too short.")
     binary.write_bytes(b"\xff\xfe\x00\xd8")
-    assert "is empty" in refused(tmp_path, source, "--calibration", empty)
-    assert "too short" in refused(tmp_path, source, "--calibration", short)
-    assert "cannot be read" in refused(tmp_path, source, "--calibration", binary)
+    assert "is empty" in refused(source, "--calibration", empty)
+    assert "too short" in refused(source, "--calibration", short)
+    assert "cannot be read" in refused(source, "--calibration", binary)
 
 
-def test_refused_tokenizer(source: Path, tmp_path: Path) -> None:
+def test_refused_tokenizer(refused: Refused, source: Path, tmp_path: Path) -> None:
     (source / "tokenizer.json").write_text("{}")
-    assert "tokenizer" in refused(tmp_path, source, "--calibration", CALIBRATION)
+    assert "tokenizer" in refused(source, "--calibration", CALIBRATION)
 
 
-def test_damaged_weights(source: Path, tmp_path: Path) -> None:
+def test_damaged_weights(refused: Refused, source: Path, tmp_path: Path) -> None:
     weights = source / "model.safetensors"
     content = weights.read_bytes()
     for damaged in (content[:-100], content[:50], b"\x00" * 200, b""):
         weights.write_bytes(damaged)
-        assert "not a readable safetensors file" in refused(tmp_path, source, "--method", "exact")
+        assert "not a readable safetensors file" in refused(source, "--method", "exact")
     weights.unlink()
-    assert "no safetensors weights" in refused(tmp_path, source)
+    assert "no safetensors weights" in refused(source)
     torch.save({}, source / "pytorch_model.bin")
-    assert "pickle files (.bin), which are never loaded" in refused(tmp_path, source)
+    assert "pickle files (.bin), which are never loaded" in refused(source)
 
 
-def test_wrong_tensors(source: Path, tmp_path: Path) -> None:
+def test_wrong_tensors(refused: Refused, source: Path, tmp_path: Path) -> None:
     name = "model.layers.1.self_attn.k_proj.weight"
     edit_tensors(source, lambda tensors: tensors.update({name: torch.zeros(3, 3)}))
-    assert f"{name} has shape [3, 3] where [48, 96] was expected" in refused(tmp_path, source)
+    assert f"{name} has shape [3, 3] where [48, 96] was expected" in refused(source)
     edit_tensors(source, lambda tensors: tensors.update({name: torch.zeros(48, 96, dtype=torch.int8)}))
-    assert f"{name} has dtype I8" in refused(tmp_path, source)
+    assert f"{name} has dtype I8" in refused(source)
     edit_tensors(source, lambda tensors: tensors.update({name: torch.full((48, 96), torch.nan)}))
-    assert f"{name} of" in refused(tmp_path, source, "--method", "exact")
+    assert f"{name} of" in refused(source, "--method", "exact")
 
 
-def test_index_must_stay_in_its_folder(source: Path, tmp_path: Path) -> None:
+def test_index_must_stay_in_its_folder(refused: Refused, source: Path, tmp_path: Path) -> None:
     index = source / "model.safetensors.index.json"
     for name, reason in (("../model.safetensors", "not a file of the same folder"), ("a.safetensors", "missing")):
         index.write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
-        assert reason in refused(tmp_path, source)
+        assert reason in refused(source)
 
 
-def test_out_exists(source: Path, tmp_path: Path) -> None:
+def test_out_exists(refused: Refused, source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "precious.txt").write_text("mine")
-    assert "exists: choose another OUT" in refused(tmp_path, source, "--method", "exact")
-    assert "will not replace it" in refused(tmp_path, source, "--method", "exact", "--force")
+    assert "exists: choose another OUT" in refused(source, "--method", "exact")
+    assert "will not replace it" in refused(source, "--method", "exact", "--force")
     assert (out / "precious.txt").read_text() == "mine"
     shutil.rmtree(out)
     convert(source, out, "--method", "exact")
