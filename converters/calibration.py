@@ -60,7 +60,8 @@ def _sample(source: Source, count: int, generator: torch.Generator, progress: Pr
     """Text of the model's own: a random first token each, then sampled at temperature 1 (as LLM-QAT,
     arXiv 2305.17888, generates its training data)."""
     model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=source.dtype())
-    special = torch.tensor([i for i in source.tokenizer().all_special_ids if i < source.config.vocab_size])
+    special_ids = [i for i in source.tokenizer().all_special_ids if i < source.config.vocab_size]
+    special = torch.tensor(special_ids, dtype=torch.long)
     allowed = torch.ones(source.config.vocab_size)
     allowed[special] = 0
     ids = torch.multinomial(allowed, count, replacement=True, generator=generator)[:, None]

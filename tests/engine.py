@@ -42,6 +42,7 @@ def main() -> None:
             for o, ids in zip(outputs, job["prompts"], strict=True)
         ]
     Path(sys.argv[1]).write_text(json.dumps(result))
+    llm.llm_engine.engine_core.shutdown()
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ class MLASelfAttention(nn.Module):
     and the rotated shared key ``[batch, 1, tokens, r]`` where it keeps values.
     """
 
+    rope_freqs: torch.Tensor
     is_causal = True
     num_key_value_groups = 1  # after expansion every query head has its own keys and values
 
@@ -48,7 +49,7 @@ class MLASelfAttention(nn.Module):
         self.kv_a_proj_with_mqa = nn.Linear(hidden, self.latent_dim + self.rope_dim, bias=bias)
         self.kv_b_proj = nn.Linear(self.latent_dim, heads * (self.nope_dim + self.v_dim), bias=False)
         self.o_proj = nn.Linear(heads * self.v_dim, hidden, bias=bias_o_proj)
-        self.rope_freqs = nn.Parameter(torch.ones(self.rope_dim // 2), requires_grad=False)
+        self.register_buffer("rope_freqs", torch.ones(self.rope_dim // 2))
 
     def forward(
         self,
