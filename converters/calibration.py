@@ -7,6 +7,7 @@ from rich.progress import Progress
 from transformers import AutoModelForCausalLM
 
 from mla_converters.errors import ConversionError
+from mla_converters.layers import native_bfloat16
 from mla_converters.source import Source
 
 WINDOW = 512
@@ -59,7 +60,8 @@ def _cut(source: Source, path: Path, count: int, generator: torch.Generator) -> 
 def _sample(source: Source, count: int, generator: torch.Generator, progress: Progress) -> torch.Tensor:
     """Text of the model's own: a random first token each, then sampled at temperature 1 (as LLM-QAT,
     arXiv 2305.17888, generates its training data)."""
-    model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=source.dtype())
+    dtype = torch.bfloat16 if native_bfloat16("cpu") else source.dtype()  # for speed; text is text
+    model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype)
     special_ids = [i for i in source.tokenizer().all_special_ids if i < source.config.vocab_size]
     special = torch.tensor(special_ids, dtype=torch.long)
     allowed = torch.ones(source.config.vocab_size)
