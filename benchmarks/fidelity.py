@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import platform
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -21,7 +22,6 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import vllm_mla_plugin.hf
-from mla_converters.convert import Method, Options, convert
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 from demo_model import demo_folder
@@ -67,25 +67,28 @@ def main() -> None:
         for mark, plain in UNDO_TOKENISATION:
             content = content.replace(mark, plain)
         text.write_text(content)
-        jobs = [Options(method=Method.EXACT)]
+        jobs: list[tuple[list[str], float | None]] = [(["--method", "exact"], None)]
         jobs += [
-            Options(kv_lora_rank=rank, qk_rope_head_dim=rope, freqfold=fold, calibration=str(text))
-            for rank, rope, fold in TRANSMLA
+            (
+                f"--kv-lora-rank {rank} --qk-rope-head-dim {rope} --freqfold {fold} --calibration {text}".split(),
+                reference,
+            )
+            for (rank, rope, fold), reference in TRANSMLA.items()
         ]
-        for options in jobs:
-            out = Path(scratch) / "model"
-            report = convert(str(source), out, options, force=True)
+        for options, reference in jobs:
+            out, report_file = Path(scratch) / "model", Path(scratch) / "report.json"
+            # A process of its own, so that peak memory is that of the conversion.
+            command = [Path(sys.executable).with_name("vllm-mla"), "convert", source, out, *options]
+            subprocess.run([*command, "--force", "--json", report_file], check=True)
+            report = json.loads(report_file.read_text())
             row = {
-                "model": f"{options.method} {report['kv_lora_rank']}+{report['qk_rope_head_dim']}",
+                "model": f"{report['method']} {report['kv_lora_rank']}+{report['qk_rope_head_dim']}",
                 "perplexity": round(perplexity(out, arguments.test), 4),
                 "seconds": report["seconds"],
                 "peak_rss_gb": round(report["peak_rss_bytes"] / 1e9, 2),
             }
-            if options.freqfold is not None:
-                row["freqfold"] = options.freqfold
-                row["transmla_own_code"] = TRANSMLA[
-                    options.kv_lora_rank or 0, options.qk_rope_head_dim or 0, options.freqfold
-                ]
+            if reference is not None:
+                row |= {"freqfold": report["freqfold"], "transmla_own_code": reference}
             rows.append(row)
             print(row)
     result = {
