@@ -41,9 +41,11 @@ def demo_gguf() -> Path:
 
 def demo_folder() -> Path:
     """The model as a float32 Hugging Face folder."""
-    if not (FOLDER / "tokenizer.json").exists():
-        FOLDER.mkdir(exist_ok=True)
-        unpack_gguf(demo_gguf(), FOLDER)
+    if not FOLDER.exists():
+        gguf = demo_gguf()
+        partial = Path(tempfile.mkdtemp(prefix="partial-", dir=FOLDER.parent))
+        unpack_gguf(gguf, partial)
+        partial.rename(FOLDER)
     return FOLDER
 
 
