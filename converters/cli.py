@@ -81,6 +81,10 @@ def convert(
         int, typer.Option(help="How many tokens, in windows of 512.", rich_help_panel="Calibration")
     ] = 16384,
     seed: Annotated[int, typer.Option(help="Same seed, same output to the byte.", rich_help_panel="Calibration")] = 0,
+    max_context: Annotated[
+        int | None,
+        typer.Option(help="Limit the context. A source with a sliding window converts up to the window."),
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     dtype: Annotated[
         str | None,
@@ -114,6 +118,7 @@ def convert(
         seed=seed,
         dtype=dtype,
         device=device,
+        max_context=max_context,
     )
     report = run(source, out, options, revision=revision, force=force, quiet=not console.is_terminal)
     if json_file:

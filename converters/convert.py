@@ -17,6 +17,7 @@ import vllm_mla_plugin
 from mla_converters.budget import CacheBudget, exact_budget, resolve_budget
 from mla_converters.calibration import calibration_windows
 from mla_converters.errors import ConversionError
+from mla_converters.families import active_window
 from mla_converters.latent_map import mla_weights
 from mla_converters.layers import source_frequencies
 from mla_converters.methods.exact import exact_map
@@ -51,6 +52,7 @@ class Options:
         seed: of calibration.
         dtype: of the written weights; None keeps the source's.
         device: where layers run.
+        max_context: limit on the context of the converted model, as a sliding window needs.
     """
 
     method: Method = Method.TRANSMLA
@@ -63,6 +65,7 @@ class Options:
     seed: int = 0
     dtype: str | None = None
     device: str = "cpu"
+    max_context: int | None = None
 
 
 def convert(
@@ -100,10 +103,11 @@ def convert(
         open_source(source, revision) as opened,
         output_folder(out, force) as folder,
     ):
+        context = _context(opened, options)
         budget = _budget(opened, options)
         details = _convert_weights(opened, folder, budget, options, progress)
         _copy_side_files(opened, folder)
-        config = _mla_config(opened, budget, options, details)
+        config = _mla_config(opened, budget, context, options, details)
         write_json(folder / "config.json", config)
         write_json(folder / "conversion_report.json", config["mla_conversion"])
     return {
@@ -123,8 +127,23 @@ def _check_device(device: str) -> None:
         raise ConversionError(f"--device is {device!r}, but this torch sees no CUDA device.")
 
 
+def _context(source: Source, options: Options) -> int:
+    """The converted model's context: within it, no sliding window of the source is active."""
+    longest = source.config.max_position_embeddings
+    if options.max_context is not None and not 1 <= options.max_context <= longest:
+        raise ConversionError(f"--max-context is {options.max_context}, but must be 1 to the source's {longest}.")
+    context = options.max_context or longest
+    window = active_window(source.config)
+    if window is not None and context > window:
+        raise ConversionError(
+            f"The source attends through a sliding window of {window} tokens, which MLA does not represent; with "
+            f"--max-context {window} it is converted for contexts in which the window is inactive."
+        )
+    return context
+
+
 def _budget(source: Source, options: Options) -> CacheBudget:
-    heads, head_dim = source.config.num_key_value_heads, source.config.head_dim
+    heads, head_dim = source.config.num_key_value_heads, source.head_dim
     if options.method == Method.EXACT:
         if (options.kv_lora_rank, options.qk_rope_head_dim, options.cache_ratio) != (None, None, None):
             raise ConversionError(
@@ -151,7 +170,7 @@ def _convert_weights(
     dtype = DTYPES[options.dtype] if options.dtype else source.dtype()
     writer = ShardWriter(folder)
     freqs, attention_factor = source_frequencies(source)
-    scale = source.config.head_dim**-0.5 * attention_factor**2
+    scale = source.head_dim**-0.5 * attention_factor**2
     details: dict[str, Any] = {"softmax_scale": scale, "dtype": str(dtype).removeprefix("torch.")}
     outside = [name for name in source.names() if not name.startswith("model.layers.")]
     for name in outside:
@@ -182,7 +201,7 @@ def _convert_weights(
 
 def _exact_layers(source: Source, freqs: torch.Tensor) -> Iterator[dict[str, torch.Tensor]]:
     """Every layer's converted projections, with method ``exact``."""
-    exact = exact_map(source.config.num_key_value_heads, source.config.head_dim, freqs)
+    exact = exact_map(source.config.num_key_value_heads, source.head_dim, freqs)
     for index in range(source.config.num_hidden_layers):
         yield mla_weights(source.tensors(f"model.layers.{index}.self_attn."), exact)
 
@@ -206,17 +225,23 @@ def _copy_side_files(source: Source, folder: Path) -> None:
             shutil.copyfile(path, folder / path.name)
 
 
-def _mla_config(source: Source, budget: CacheBudget, options: Options, details: dict[str, Any]) -> dict[str, Any]:
+def _mla_config(
+    source: Source, budget: CacheBudget, context: int, options: Options, details: dict[str, Any]
+) -> dict[str, Any]:
     """``config.json`` of the converted model; its block ``mla_conversion`` is the report."""
-    head_dim = source.config.head_dim
+    head_dim = source.head_dim
     cached = 2 * source.config.num_key_value_heads * head_dim
     config = {name: value for name, value in source.raw_config.items() if not name.startswith("_")}
-    config.pop("torch_dtype", None)  # the older name of dtype
+    for stale in ("torch_dtype", "layer_types", "max_window_layers"):  # dtype's older name; sliding windows
+        config.pop(stale, None)
     config |= {
         "architectures": [source.family.mla_architecture],
         "model_type": source.family.mla_model_type,
         "dtype": details["dtype"],
         "head_dim": head_dim,
+        "max_position_embeddings": context,
+        "sliding_window": None,
+        "use_sliding_window": False,
         "kv_lora_rank": budget.kv_lora_rank,
         "q_lora_rank": None,
         "qk_rope_head_dim": budget.qk_rope_head_dim,

@@ -30,7 +30,28 @@ class Family:
         return f"{self.model_type}_mla"
 
 
-FAMILIES = {family.architecture: family for family in (Family("LlamaForCausalLM", "llama"),)}
+FAMILIES = {
+    family.architecture: family
+    for family in (
+        Family("LlamaForCausalLM", "llama"),
+        Family("MistralForCausalLM", "mistral"),
+        Family("Qwen2ForCausalLM", "qwen2"),
+    )
+}
+
+
+def source_head_dim(config: PretrainedConfig) -> int:
+    """Head size ``d`` of a source, which some configurations leave to be computed."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def active_window(config: PretrainedConfig) -> int | None:
+    """The sliding window through which some layer attends, or None if none ever cuts anything off."""
+    window = getattr(config, "sliding_window", None)
+    layer_types = getattr(config, "layer_types", None)
+    if window is None or (layer_types is not None and "sliding_attention" not in layer_types):
+        return None
+    return window if window < config.max_position_embeddings else None
 
 
 def find_family(config: dict) -> Family:
@@ -74,8 +95,8 @@ def check_config(config: PretrainedConfig) -> None:
         )
     if config.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
         raise ConversionError("The source rotates only part of each head (partial_rotary_factor), not supported yet.")
-    if config.head_dim % 2:
-        raise ConversionError(f"The source's head size is {config.head_dim}; RoPE needs an even one.")
+    if source_head_dim(config) % 2:
+        raise ConversionError(f"The source's head size is {source_head_dim(config)}; RoPE needs an even one.")
     if config.num_attention_heads % config.num_key_value_heads:
         raise ConversionError(
             f"{config.num_attention_heads} query heads cannot be shared evenly by "

@@ -52,7 +52,8 @@ class SourceLayer:
     def __init__(self, source: Source, index: int, module: nn.Module, device: str) -> None:
         self.index = index
         self.weights = source.tensors(f"model.layers.{index}.")
-        self.config = source.config
+        self.kv_heads = source.config.num_key_value_heads
+        self.head_dim = source.head_dim
         self.device = device
         self._module = module
         module.load_state_dict({name: t.to(device, torch.float32) for name, t in self.weights.items()}, assign=True)
@@ -64,7 +65,7 @@ class SourceLayer:
         x = self._module.input_layernorm(hidden.to(self.device))
         attention = self._module.self_attn
         q, k, v = (
-            projection(x).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
+            projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
         return q, k, v
@@ -79,7 +80,7 @@ class SourceLayer:
 
     def moments(self, hidden: torch.Tensor) -> LayerMoments:
         """Second moments over all windows ``[windows, tokens, D]``."""
-        moments = LayerMoments(self.config.num_key_value_heads, self.config.head_dim)
+        moments = LayerMoments(self.kv_heads, self.head_dim)
         for batch in hidden.split(BATCH):
             _, k, v = self.project(batch)
             moments.add(*(x.transpose(1, 2).flatten(2).float() for x in (k, v)))

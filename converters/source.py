@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from mla_converters.errors import ConversionError
-from mla_converters.families import Family, check_config, find_family
+from mla_converters.families import Family, check_config, find_family, source_head_dim
 
 INDEX = "model.safetensors.index.json"
 FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -123,6 +123,11 @@ class Source:
             raise ConversionError(
                 f"The weights in {self.folder} do not fit config.json: {'; '.join(problems[:5])}{more}."
             )
+
+    @property
+    def head_dim(self) -> int:
+        """Head size ``d``."""
+        return source_head_dim(self.config)
 
     def skeleton(self) -> torch.nn.Module:
         """The source's transformers model without weights (meta device)."""

@@ -31,7 +31,7 @@ def search_freqfold(
     Returns:
         The winner, and every candidate's mean relative squared error.
     """
-    candidates = freqfold_candidates(source.config.head_dim, budget.qk_rope_head_dim)
+    candidates = freqfold_candidates(source.head_dim, budget.qk_rope_head_dim)
     if len(candidates) == 1:
         return candidates[0], {}
     errors = dict.fromkeys(candidates, 0.0)

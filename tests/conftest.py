@@ -16,7 +16,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import vllm_mla_plugin.hf  # noqa: F401 - registers the MLA models with transformers
 
@@ -73,9 +73,10 @@ def load(folder: Path, dtype: torch.dtype = torch.float32, **kwargs: Any) -> tor
 
 
 @dataclass
-class RandomLlama:
-    """Shapes of a small random Llama; the defaults are an ordinary GQA model."""
+class RandomModel:
+    """A small random model; the defaults are an ordinary GQA Llama."""
 
+    family: str = "llama"
     heads: int = 4
     kv_heads: int = 2
     head_dim: int = 16
@@ -84,12 +85,14 @@ class RandomLlama:
     bias: bool = False
     tied: bool = False
     rope: dict = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
+    window: int | None = None
     dtype: torch.dtype = torch.float32
 
     def save(self, folder: Path) -> Path:
         """Write the model; biases and norms get random values, which initialisation leaves at 0 and 1."""
         torch.manual_seed(0)
-        config = LlamaConfig(
+        config = AutoConfig.for_model(
+            self.family,
             vocab_size=199,
             hidden_size=self.hidden,
             intermediate_size=48,
@@ -97,15 +100,15 @@ class RandomLlama:
             num_attention_heads=self.heads,
             num_key_value_heads=self.kv_heads,
             head_dim=self.head_dim,
-            attention_bias=self.bias,
-            mlp_bias=self.bias,
             tie_word_embeddings=self.tied,
             rope_parameters=dict(self.rope),
             max_position_embeddings=256,
             initializer_range=0.2,
             dtype=self.dtype,
+            **({"attention_bias": True, "mlp_bias": True} if self.bias else {}),
+            **({"sliding_window": self.window} if self.family == "mistral" else {}),
         )
-        model = LlamaForCausalLM(config).to(self.dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=self.dtype)
         for name, parameter in model.named_parameters():
             if "bias" in name or "norm" in name:
                 parameter.data += 0.2 * torch.randn_like(parameter)

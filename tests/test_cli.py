@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CALIBRATION, ROOT, RandomLlama, convert, vllm_mla
+from conftest import CALIBRATION, ROOT, RandomModel, convert, vllm_mla
 from safetensors.torch import load_file, save_file
 
 from mla_converters.cli import main
@@ -19,7 +19,7 @@ Refused = Callable[..., str]
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return RandomLlama(heads=6, kv_heads=3, hidden=96).save(tmp_path_factory.mktemp("pristine") / "model")
+    return RandomModel(heads=6, kv_heads=3, hidden=96).save(tmp_path_factory.mktemp("pristine") / "model")
 
 
 @pytest.fixture
@@ -81,7 +81,10 @@ def test_not_a_model(refused: Refused, tmp_path: Path) -> None:
 
 
 CONFIGS = {
-    "unknown": ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, "supported are: LlamaForCausalLM"),
+    "unknown": (
+        {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"},
+        "supported are: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM",
+    ),
     "mla": ({"kv_lora_rank": 512}, "uses MLA already"),
     "quantised": ({"quantization_config": {"quant_method": "gptq"}}, "quantised (gptq)"),
     "dynamic": (
@@ -100,6 +103,19 @@ def test_refused_configs(refused: Refused, case: str, source: Path, tmp_path: Pa
     changes, reason = CONFIGS[case]
     edit_config(source, **changes)
     assert reason in refused(source, "--method", "exact")
+
+
+def test_sliding_window(refused: Refused, tmp_path: Path) -> None:
+    """Refused while it is active; converted, with the limit in the configuration, while it is not."""
+    source = RandomModel("mistral", window=64).save(tmp_path / "mistral")
+    assert "--max-context 64" in refused(source, "--method", "exact")
+    assert "sliding window of 64" in refused(source, "--method", "exact", "--max-context", 65)
+    assert "must be 1 to the source's 256" in refused(source, "--method", "exact", "--max-context", 257)
+    out = convert(source, tmp_path / "mla", "--method", "exact", "--max-context", 64)
+    config = json.loads((out / "config.json").read_text())
+    assert config["max_position_embeddings"] == 64 and config["sliding_window"] is None
+    inactive = RandomModel("mistral", window=256).save(tmp_path / "inactive")
+    convert(inactive, tmp_path / "mla-256", "--method", "exact")
 
 
 def test_config_that_is_no_json(refused: Refused, source: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CALIBRATION, TEXT, RandomLlama, convert, load, run_engine
+from conftest import CALIBRATION, TEXT, RandomModel, convert, load, run_engine
 from transformers import AutoTokenizer
 
 MAX_LOGPROB_ERROR = 1e-3
@@ -78,10 +78,12 @@ def test_half_precision(half: Path, dtype: str) -> None:
 
 
 SHAPES = {
-    "gqa": (RandomLlama(), 48),
-    "mha-head-48-bias": (RandomLlama(heads=2, kv_heads=2, head_dim=48, hidden=64, bias=True), 100),
-    "mqa-head-80-tied": (RandomLlama(heads=4, kv_heads=1, head_dim=80, hidden=64, tied=True), 60),
-    "nine-heads": (RandomLlama(heads=9, kv_heads=3, head_dim=16, hidden=144), 40),
+    "gqa": (RandomModel(), 48),
+    "mha-head-48-bias": (RandomModel(heads=2, kv_heads=2, head_dim=48, hidden=64, bias=True), 100),
+    "mqa-head-80-tied": (RandomModel(heads=4, kv_heads=1, head_dim=80, hidden=64, tied=True), 60),
+    "mistral": (RandomModel("mistral", heads=9, kv_heads=3, hidden=144), 50),
+    "qwen2": (RandomModel("qwen2", heads=3, kv_heads=3, head_dim=48, hidden=144, tied=True), 50),
+    "nine-heads": (RandomModel(heads=9, kv_heads=3, head_dim=16, hidden=144), 40),
 }
 
 
@@ -101,7 +103,7 @@ def test_random_shapes(shape: str, tmp_path: Path) -> None:
 
 def test_tensor_parallel(smollm2: Path, tmp_path: Path) -> None:
     """Two ranks compute what one does."""
-    source = RandomLlama(heads=4, kv_heads=1, head_dim=32, hidden=128, bias=True).save(tmp_path / "source")
+    source = RandomModel(heads=4, kv_heads=1, head_dim=32, hidden=128, bias=True).save(tmp_path / "source")
     out = convert(source, tmp_path / "mla", "--method", "exact")
     prompts = [list(range(5, 45)), [7], list(range(100, 117))]
     job = {"max_tokens": 12, "prompt_logprobs": True, "no_tokenizer": True}
@@ -127,7 +129,7 @@ def test_preemption_changes_nothing(half: Path) -> None:
 
 def test_calibration_from_text_and_self_both_serve(tmp_path: Path) -> None:
     """The default, text sampled from the model, needs no data set."""
-    source = RandomLlama(heads=6, kv_heads=3, hidden=96).save(tmp_path / "source")
+    source = RandomModel(heads=6, kv_heads=3, hidden=96).save(tmp_path / "source")
     for origin in ("self", CALIBRATION):
         out = convert(source, tmp_path / "mla", "--calibration", origin, "--calibration-tokens", 1024, "--force")
         model = load(out)

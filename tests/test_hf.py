@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TEXT, RandomLlama, convert, load
+from conftest import TEXT, RandomModel, convert, load
 from transformers import AutoTokenizer, DynamicCache
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
-    source = RandomLlama(heads=6, kv_heads=3, hidden=96, bias=True).save(folder / "source")
+    source = RandomModel(heads=6, kv_heads=3, hidden=96, bias=True).save(folder / "source")
     return convert(source, folder / "mla", "--method", "exact")
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
 MLA_TP_PLAN = {
     "layers.*.self_attn.q_proj": "colwise",
@@ -40,6 +40,11 @@ class MLAFields:
     softmax_scale: float | None = None
     mla_conversion: dict[str, Any] | None = None
 
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)  # type: ignore[misc]  # the source family's
+        if self.softmax_scale is None:
+            self.softmax_scale = self.v_head_dim**-0.5
+
 
 class LlamaMLAConfig(MLAFields, LlamaConfig):
     """Llama with MLA (``model_type`` ``llama_mla``)."""
@@ -47,10 +52,28 @@ class LlamaMLAConfig(MLAFields, LlamaConfig):
     model_type = "llama_mla"
     base_model_tp_plan: ClassVar[dict[str, str]] = MLA_TP_PLAN
 
-    def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
-        if self.softmax_scale is None:
-            self.softmax_scale = self.head_dim**-0.5
+    @property
+    def attention_biases(self) -> tuple[bool, bool]:
+        """Whether queries, keys and values have a bias, and whether the output has one."""
+        return self.attention_bias, self.attention_bias
 
 
-CONFIG_CLASSES = (LlamaMLAConfig,)
+class MistralMLAConfig(MLAFields, MistralConfig):
+    """Mistral with MLA (``model_type`` ``mistral_mla``); never with an active sliding window."""
+
+    model_type = "mistral_mla"
+    base_model_tp_plan: ClassVar[dict[str, str]] = MLA_TP_PLAN
+    attention_biases: ClassVar[tuple[bool, bool]] = (False, False)
+    sliding_window: int | None = None
+
+
+class Qwen2MLAConfig(MLAFields, Qwen2Config):
+    """Qwen2 and Qwen2.5 with MLA (``model_type`` ``qwen2_mla``)."""
+
+    model_type = "qwen2_mla"
+    base_model_tp_plan: ClassVar[dict[str, str]] = MLA_TP_PLAN
+    attention_biases: ClassVar[tuple[bool, bool]] = (True, False)
+    qkv_bias: bool = True  # read by vLLM's Llama layer
+
+
+CONFIG_CLASSES = (LlamaMLAConfig, MistralMLAConfig, Qwen2MLAConfig)

@@ -12,6 +12,8 @@ from vllm_mla_plugin.config import CONFIG_CLASSES
 # Lazy "module:class" strings: vLLM imports a model's module only when it serves that model.
 ARCHITECTURES = {
     "LlamaMLAForCausalLM": "vllm_mla_plugin.models.llama:LlamaMLAForCausalLM",
+    "MistralMLAForCausalLM": "vllm_mla_plugin.models.mistral:MistralMLAForCausalLM",
+    "Qwen2MLAForCausalLM": "vllm_mla_plugin.models.qwen2:Qwen2MLAForCausalLM",
 }
 
 

@@ -1,5 +1,7 @@
 """MLA self-attention for transformers models, shared by all families."""
 
+from typing import ClassVar
+
 import torch
 from torch import nn
 from transformers import Cache, PretrainedConfig
@@ -34,7 +36,7 @@ class MLASelfAttention(nn.Module):
     is_causal = True
     num_key_value_groups = 1  # after expansion every query head has its own keys and values
 
-    def __init__(self, config: PretrainedConfig, layer_idx: int, bias: bool, bias_o_proj: bool) -> None:
+    def __init__(self, config: PretrainedConfig, layer_idx: int) -> None:
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
@@ -44,6 +46,7 @@ class MLASelfAttention(nn.Module):
         self.v_dim = config.v_head_dim
         self.scaling = config.softmax_scale
         self.attention_dropout = config.attention_dropout
+        bias, bias_o_proj = config.attention_biases
         hidden, heads = config.hidden_size, config.num_attention_heads
         self.q_proj = nn.Linear(hidden, heads * (self.nope_dim + self.rope_dim), bias=bias)
         self.kv_a_proj_with_mqa = nn.Linear(hidden, self.latent_dim + self.rope_dim, bias=bias)
@@ -97,3 +100,18 @@ class MLASelfAttention(nn.Module):
             **kwargs,
         )  # [batch, tokens, heads, v]
         return self.o_proj(output.reshape(batch, tokens, -1)), weights
+
+
+class MLAModel:
+    """Mixed into a family's ``ForCausalLM``: replaces every ``self_attn`` by MLA."""
+
+    # Rounded to bfloat16, a frequency is off by whole turns after a few hundred tokens.
+    _keep_in_fp32_modules_strict: ClassVar[set[str]] = {"rope_freqs"}
+    _supports_flash_attn = False  # keys and values differ in head size
+    _supports_flex_attn = False
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
+        for index, layer in enumerate(self.model.layers):  # type: ignore[attr-defined]
+            layer.self_attn = MLASelfAttention(config, index)
+        self.post_init()  # type: ignore[attr-defined]
