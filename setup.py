@@ -14,6 +14,6 @@ PLUGIN_PACKAGES = [
 ]
 
 setup(
-    packages=[*PLUGIN_PACKAGES, "mla_converters", "mla_converters.methods"],
+    packages=[*PLUGIN_PACKAGES, "mla_converters", "mla_converters.commands", "mla_converters.methods"],
     package_dir={"mla_converters": "converters"},
 )

@@ -1,0 +1,128 @@
+"""``vllm-mla convert``."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from mla_converters.errors import ConversionError
+
+EPILOG = """
+**Examples**
+
+Half the cache, calibrated on text the model writes itself:
+
+`vllm-mla convert HuggingFaceTB/SmolLM2-135M-Instruct ./smol-mla`
+
+DeepSeek's sizes, which have the fastest GPU kernels, calibrated on your text:
+
+`vllm-mla convert ./Llama-3.1-8B ./llama-mla --kv-lora-rank 512 --qk-rope-head-dim 64 --calibration my.txt`
+
+**Next**: `vllm serve OUT`
+"""
+
+
+def convert(
+    source: Annotated[str, typer.Argument(help="Hugging Face folder, hub id, or .gguf file.")],
+    out: Annotated[Path, typer.Argument(help="Folder to create. It appears when it is complete.")],
+    method: Annotated[
+        str,
+        typer.Option(
+            help="**transmla** (arXiv 2502.07864) shrinks the cache; **exact** changes nothing, neither "
+            "outputs nor cache size."
+        ),
+    ] = "transmla",
+    kv_lora_rank: Annotated[
+        int | None, typer.Option(help="Width of the cached latent.", rich_help_panel="Cache size")
+    ] = None,
+    qk_rope_head_dim: Annotated[
+        int | None, typer.Option(help="Dimensions that keep RoPE, cached too.", rich_help_panel="Cache size")
+    ] = None,
+    cache_ratio: Annotated[
+        float | None,
+        typer.Option(
+            help="Cache size as a share of the source's, instead of --kv-lora-rank. [default: 0.5]",
+            rich_help_panel="Cache size",
+        ),
+    ] = None,
+    freqfold: Annotated[
+        str,
+        typer.Option(help="Neighbouring RoPE frequencies treated as one: a number, or **auto** to search."),
+    ] = "auto",
+    calibration: Annotated[
+        str,
+        typer.Option(
+            help="Text file like what you will serve, or **self**: text sampled from the model.",
+            rich_help_panel="Calibration",
+        ),
+    ] = "self",
+    calibration_tokens: Annotated[
+        int, typer.Option(help="How many tokens, in windows of 512.", rich_help_panel="Calibration")
+    ] = 16384,
+    seed: Annotated[int, typer.Option(help="Same seed, same output to the byte.", rich_help_panel="Calibration")] = 0,
+    max_context: Annotated[
+        int | None,
+        typer.Option(help="Limit the context. A source with a sliding window converts up to the window."),
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, bfloat16 or float16. [default: the source's; float32 for GGUF]"),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where layers run: cpu, cuda, cuda:1 …")] = "cpu",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report here, for machines.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
+) -> None:
+    """Write an MLA checkpoint of SOURCE that `vllm serve OUT` runs."""
+    # transformers is imported here, not above: `--help` should not wait for torch.
+    from transformers.utils import logging as transformers_logging
+
+    from mla_converters.convert import Method, Options
+    from mla_converters.convert import convert as run
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    if method not in list(Method):
+        raise ConversionError(f"--method is {method!r}; choose one of {', '.join(Method)}.")
+    if freqfold != "auto" and not freqfold.isdecimal():
+        raise ConversionError(f"--freqfold is {freqfold!r}, but must be a whole number or auto.")
+    options = Options(
+        method=Method(method),
+        kv_lora_rank=kv_lora_rank,
+        qk_rope_head_dim=qk_rope_head_dim,
+        cache_ratio=cache_ratio,
+        freqfold=None if freqfold == "auto" else int(freqfold),
+        calibration=calibration,
+        calibration_tokens=calibration_tokens,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+        max_context=max_context,
+    )
+    report = run(source, out, options, revision=revision, force=force, quiet=not Console(stderr=True).is_terminal)
+    if json_file:
+        json_file.write_text(json.dumps(report, indent=2) + "\n")
+    _print_report(report)
+
+
+def _print_report(report: dict) -> None:
+    table = Table(title=f"{report['source']} as MLA ({report['method']})", show_header=False)
+    cached = report["cached_per_token_and_layer"]
+    bytes_each = 4 if report["dtype"] == "float32" else 2
+    per_token = {who: n * report["layers"] * bytes_each for who, n in cached.items()}
+    rows = {
+        "kv_lora_rank + qk_rope_head_dim": f"{report['kv_lora_rank']} + {report['qk_rope_head_dim']}",
+        "KV cache per token": f"{per_token['source']:,} -> {per_token['mla']:,} bytes ({report['dtype']})",
+        "Share of the source's cache": f"{report['cache_ratio']:.1%}",
+        **({"FreqFold": str(report["freqfold"])} if "freqfold" in report else {}),
+        "Weights": f"{report['weights_bytes'] / 1e6:,.0f} MB",
+        "Took": f"{report['seconds']:.1f} s, {report['peak_rss_bytes'] / 1e9:.2f} GB peak memory",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    out = Console()
+    out.print(table)
+    out.print(f"Serve it: vllm serve {report['out']}", highlight=False, soft_wrap=True)
