@@ -70,7 +70,10 @@ def main() -> None:
         jobs: list[tuple[list[str], float | None]] = [(["--method", "exact"], None)]
         jobs += [
             (
-                f"--kv-lora-rank {rank} --qk-rope-head-dim {rope} --freqfold {fold} --calibration {text}".split(),
+                [
+                    *("--method", "transmla", "--calibration", str(text)),
+                    *f"--kv-lora-rank {rank} --qk-rope-head-dim {rope} --freqfold {fold}".split(),
+                ],
                 reference,
             )
             for (rank, rope, fold), reference in TRANSMLA.items()

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from mla_converters.errors import ConversionError
 
 DEFAULT_CACHE_RATIO = 0.5
+SPLITS = (1 / 4, 1 / 3, 5 / 12)  # shares of the cache that may keep RoPE
+FAST_WIDTHS = (320, 576)  # 64 of them rotary: the sizes that vLLM's fast GPU kernels take
 
 
 @dataclass(frozen=True)
@@ -69,3 +71,24 @@ def resolve_budget(
             f"by the source, --kv-lora-rank can be 1 to {largest}."
         )
     return CacheBudget(rank, rope)
+
+
+def candidate_budgets(kv_heads: int, head_dim: int, budget: CacheBudget) -> list[CacheBudget]:
+    """Splits of the same cache between latent and rotary key, for a search.
+
+    Args:
+        kv_heads, head_dim: ``g`` and ``d`` of the source.
+        budget: whose cache is split.
+
+    Returns:
+        ``budget`` alone if GPU kernels want it as it is or nothing else fits.
+    """
+    if budget.width in FAST_WIDTHS:
+        return [CacheBudget(budget.width - 64, 64)]
+    ropes = {max(8, round(budget.width * share / 8) * 8) for share in SPLITS}
+    fitting = [
+        CacheBudget(budget.width - rope, rope)
+        for rope in sorted(ropes)
+        if rope <= kv_heads * head_dim and 1 <= budget.width - rope <= 2 * kv_heads * head_dim - rope
+    ]
+    return fitting or [budget]

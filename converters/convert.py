@@ -14,14 +14,16 @@ import transformers
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 import vllm_mla_plugin
-from mla_converters.budget import CacheBudget, exact_budget, resolve_budget
+from mla_converters.attention_aware_run import AttentionAware, Ingredient, attention_aware_layers, search_split
+from mla_converters.budget import CacheBudget, candidate_budgets, exact_budget, resolve_budget
 from mla_converters.calibration import calibration_windows
 from mla_converters.errors import ConversionError
 from mla_converters.families import active_window
 from mla_converters.latent_map import mla_weights
-from mla_converters.layers import source_frequencies
+from mla_converters.layers import softmax_scale, source_frequencies
 from mla_converters.methods.exact import exact_map
 from mla_converters.methods.transmla import fits_freqfold, freqfold_candidates
+from mla_converters.refit import Refit
 from mla_converters.source import Source, open_source
 from mla_converters.transmla_run import search_freqfold, transmla_layers
 from mla_converters.writer import ShardWriter, output_folder, write_json
@@ -34,6 +36,7 @@ class Method(StrEnum):
 
     EXACT = "exact"
     TRANSMLA = "transmla"
+    ATTENTION_AWARE = "attention-aware"
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -47,6 +50,8 @@ class Options:
         method: which method.
         kv_lora_rank, qk_rope_head_dim, cache_ratio: see :func:`mla_converters.budget.resolve_budget`.
         freqfold: neighbouring frequencies treated as one (``transmla``), or None to search.
+        refit_steps: of Adam for each layer (``attention-aware``); 0 for the closed form alone.
+        without: ingredients of ``attention-aware`` to leave out.
         calibration: a text file, or ``self`` for text sampled from the model.
         calibration_tokens: how many tokens calibrate.
         seed: of calibration.
@@ -55,11 +60,13 @@ class Options:
         max_context: limit on the context of the converted model, as a sliding window needs.
     """
 
-    method: Method = Method.TRANSMLA
+    method: Method = Method.ATTENTION_AWARE
     kv_lora_rank: int | None = None
     qk_rope_head_dim: int | None = None
     cache_ratio: float | None = None
     freqfold: int | None = None
+    refit_steps: int = Refit.steps
+    without: frozenset[Ingredient] = frozenset()
     calibration: str = "self"
     calibration_tokens: int = 16384
     seed: int = 0
@@ -104,8 +111,9 @@ def convert(
         output_folder(out, force) as folder,
     ):
         context = _context(opened, options)
-        budget = _budget(opened, options)
-        details = _convert_weights(opened, folder, budget, options, progress)
+        _check_options(options)
+        budget, layers, details = _plan(opened, options, progress)
+        details |= _convert_weights(opened, folder, layers, options, progress)
         _copy_side_files(opened, folder)
         config = _mla_config(opened, budget, context, options, details)
         write_json(folder / "config.json", config)
@@ -142,65 +150,105 @@ def _context(source: Source, options: Options) -> int:
     return context
 
 
-def _budget(source: Source, options: Options) -> CacheBudget:
+def _check_options(options: Options) -> None:
+    if options.refit_steps < 0:
+        raise ConversionError(f"--refit-steps is {options.refit_steps}, but must be 0 or more.")
+    of_one_method = {"--freqfold": (options.freqfold is not None, Method.TRANSMLA)}
+    of_one_method["--without"] = (bool(options.without), Method.ATTENTION_AWARE)
+    for name, (given, method) in of_one_method.items():
+        if given and options.method != method:
+            raise ConversionError(f"{name} is an option of --method {method}, not of {options.method}: leave it out.")
+
+
+def _plan(
+    source: Source, options: Options, progress: Progress
+) -> tuple[CacheBudget, Iterator[dict[str, torch.Tensor]], dict[str, Any]]:
+    """The cache's sizes, the converted projections of every layer, and what the report says of them."""
     heads, head_dim = source.config.num_key_value_heads, source.head_dim
     if options.method == Method.EXACT:
         if (options.kv_lora_rank, options.qk_rope_head_dim, options.cache_ratio) != (None, None, None):
             raise ConversionError(
                 "Method exact keeps the whole cache: leave out --kv-lora-rank, --qk-rope-head-dim and "
-                "--cache-ratio, or use --method transmla."
+                "--cache-ratio, or use another --method."
             )
-        return exact_budget(heads, head_dim)
+        return exact_budget(heads, head_dim), _exact_layers(source), {}
     budget = resolve_budget(heads, head_dim, options.kv_lora_rank, options.qk_rope_head_dim, options.cache_ratio)
-    candidates = freqfold_candidates(head_dim, budget.qk_rope_head_dim)
-    if options.freqfold is not None and (
-        options.freqfold < 1 or not fits_freqfold(options.freqfold, budget.qk_rope_head_dim, head_dim)
-    ):
-        raise ConversionError(
-            f"--freqfold {options.freqfold} does not fit {budget.qk_rope_head_dim} rotary dimensions of heads of "
-            f"{head_dim}; choose one of {', '.join(map(str, candidates))}."
-        )
-    return budget
-
-
-def _convert_weights(
-    source: Source, folder: Path, budget: CacheBudget, options: Options, progress: Progress
-) -> dict[str, Any]:
-    """Write all weights; return what was decided on the way, for the report."""
-    dtype = DTYPES[options.dtype] if options.dtype else source.dtype()
-    writer = ShardWriter(folder)
-    freqs, attention_factor = source_frequencies(source)
-    scale = source.head_dim**-0.5 * attention_factor**2
-    details: dict[str, Any] = {"softmax_scale": scale, "dtype": str(dtype).removeprefix("torch.")}
-    outside = [name for name in source.names() if not name.startswith("model.layers.")]
-    for name in outside:
-        writer.add(name, source.tensor(name).to(dtype))
-
-    if options.method == Method.EXACT:
-        layers = _exact_layers(source, freqs)
-    else:
-        windows = calibration_windows(source, options.calibration, options.calibration_tokens, options.seed, progress)
-        fold = options.freqfold
-        if fold is None:
-            fold, errors = search_freqfold(source, windows, budget, freqs, scale, options.device, progress)
-            details["freqfold_errors"] = {str(k): round(v, 6) for k, v in errors.items()}
-        details["freqfold"] = fold
-        details["calibration"] = {
+    if options.method == Method.TRANSMLA:
+        _check_freqfold(options.freqfold, budget, head_dim)
+    windows = calibration_windows(source, options.calibration, options.calibration_tokens, options.seed, progress)
+    details: dict[str, Any] = {
+        "calibration": {
             "origin": "self" if options.calibration == "self" else Path(options.calibration).name,
             "tokens": windows.numel(),
             "seed": options.seed,
         }
-        layers = transmla_layers(source, windows, budget, freqs, scale, fold, options.device)
+    }
+    if options.method == Method.TRANSMLA:
+        return budget, *_transmla(source, windows, budget, options, details, progress)
+    return _attention_aware(source, windows, budget, options, details, progress)
+
+
+def _check_freqfold(freqfold: int | None, budget: CacheBudget, head_dim: int) -> None:
+    candidates = freqfold_candidates(head_dim, budget.qk_rope_head_dim)
+    if freqfold is not None and (freqfold < 1 or not fits_freqfold(freqfold, budget.qk_rope_head_dim, head_dim)):
+        raise ConversionError(
+            f"--freqfold {freqfold} does not fit {budget.qk_rope_head_dim} rotary dimensions of heads of "
+            f"{head_dim}; choose one of {', '.join(map(str, candidates))}."
+        )
+
+
+def _transmla(
+    source: Source,
+    windows: torch.Tensor,
+    budget: CacheBudget,
+    options: Options,
+    details: dict[str, Any],
+    progress: Progress,
+) -> tuple[Iterator[dict[str, torch.Tensor]], dict[str, Any]]:
+    fold = options.freqfold
+    if fold is None:
+        fold, errors = search_freqfold(source, windows, budget, options.device, progress)
+        details["freqfold_errors"] = {str(k): round(v, 6) for k, v in errors.items()}
+    details["freqfold"] = fold
+    return transmla_layers(source, windows, budget, fold, options.device), details
+
+
+def _attention_aware(
+    source: Source,
+    windows: torch.Tensor,
+    budget: CacheBudget,
+    options: Options,
+    details: dict[str, Any],
+    progress: Progress,
+) -> tuple[CacheBudget, Iterator[dict[str, torch.Tensor]], dict[str, Any]]:
+    method = AttentionAware(Refit(options.refit_steps), options.without, options.seed)
+    if options.qk_rope_head_dim is None and options.kv_lora_rank is None and Ingredient.SEARCH not in options.without:
+        budgets = candidate_budgets(source.config.num_key_value_heads, source.head_dim, budget)
+        budget, errors = search_split(source, windows, budgets, method, options.device, progress)
+        details["split_errors"] = {f"{b.kv_lora_rank}+{b.qk_rope_head_dim}": round(e, 6) for b, e in errors.items()}
+    details |= {"refit_steps": options.refit_steps, "without": sorted(options.without)}
+    return budget, attention_aware_layers(source, windows, budget, method, options.device), details
+
+
+def _convert_weights(
+    source: Source, folder: Path, layers: Iterator[dict[str, torch.Tensor]], options: Options, progress: Progress
+) -> dict[str, Any]:
+    """Write all weights; return what the report says of them."""
+    dtype = DTYPES[options.dtype] if options.dtype else source.dtype()
+    writer = ShardWriter(folder)
+    for name in source.names():
+        if not name.startswith("model.layers."):
+            writer.add(name, source.tensor(name).to(dtype))
     count = source.config.num_hidden_layers
     for index, converted in enumerate(progress.track(layers, total=count, description="Converting")):
         _write_layer(writer, source, index, converted, dtype)
     writer.finish()
-    details["weights_bytes"] = writer.total_bytes
-    return details
+    return {"dtype": str(dtype).removeprefix("torch."), "weights_bytes": writer.total_bytes}
 
 
-def _exact_layers(source: Source, freqs: torch.Tensor) -> Iterator[dict[str, torch.Tensor]]:
+def _exact_layers(source: Source) -> Iterator[dict[str, torch.Tensor]]:
     """Every layer's converted projections, with method ``exact``."""
+    freqs, _ = source_frequencies(source)
     exact = exact_map(source.config.num_key_value_heads, source.head_dim, freqs)
     for index in range(source.config.num_hidden_layers):
         yield mla_weights(source.tensors(f"model.layers.{index}.self_attn."), exact)
@@ -215,7 +263,8 @@ def _write_layer(
         # Rounded to 16 bits, a frequency is off by whole turns after a few hundred tokens.
         writer.add(f"{prefix}self_attn.{name}", tensor.to(torch.float32 if name == "rope_freqs" else dtype))
     for name, tensor in source.tensors(prefix).items():
-        if not any(name.startswith(f"self_attn.{projection}.") for projection in PROJECTIONS):
+        replaced = name.removeprefix("self_attn.") in converted
+        if not replaced and not any(name.startswith(f"self_attn.{projection}.") for projection in PROJECTIONS):
             writer.add(prefix + name, tensor.to(dtype))
 
 
@@ -247,7 +296,7 @@ def _mla_config(
         "qk_rope_head_dim": budget.qk_rope_head_dim,
         "qk_nope_head_dim": 0 if options.method == Method.EXACT else head_dim,
         "v_head_dim": head_dim,
-        "softmax_scale": details.pop("softmax_scale"),
+        "softmax_scale": softmax_scale(source),
         "mla_conversion": {
             "method": options.method.value,
             "source": source.name,

@@ -4,7 +4,7 @@ The maps act on keys, values and queries as the source computes them before RoPE
 nothing of weights; :func:`mla_weights` folds them into a layer's projections.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -18,8 +18,8 @@ class LatentMap:
     Attributes:
         rope_freqs: ``[r / 2]`` float32, radians per position of the kept components.
         key_to_rope: ``[r, g * d]``; the shared rotary key is ``key_to_rope @ k``.
-        query_to_rope: ``[g, r, d]``; for a query head that reads KV head ``h``, ``query_to_rope[h] @ q``.
-        query_to_nope: ``[g, n, d]``, likewise for the part without RoPE.
+        query_to_rope: ``[g or H, r, d]``, one map per KV head or per query head, of the query.
+        query_to_nope: ``[g or H, n, d]``, likewise for the part without RoPE.
         kv_to_latent: ``[R, 2 * g * d]``; the latent is ``kv_to_latent @ [k; v]``.
         latent_to_key: ``[g, n, R]``, the keys without RoPE that KV head ``h`` shows its queries.
         latent_to_value: ``[g, d, R]``.
@@ -39,34 +39,65 @@ def mla_weights(source: dict[str, torch.Tensor], maps: LatentMap) -> dict[str, t
 
     Args:
         source: ``q_proj.weight`` ``[H * d, D]``, ``k_proj.weight`` and ``v_proj.weight``
-            ``[g * d, D]``, and possibly their biases; any float dtype.
+            ``[g * d, D]``, ``o_proj.weight`` and possibly biases; any float dtype.
         maps: the layer's conversion.
 
     Returns:
         DeepSeek's names: ``q_proj``, ``kv_a_proj_with_mqa`` (with biases if the source has them)
-        and ``kv_b_proj`` in float64, and ``rope_freqs`` in float32.
+        and ``kv_b_proj`` in float64, ``rope_freqs`` in float32, and ``o_proj`` as it was.
     """
-    kv_heads, _, head_dim = maps.query_to_rope.shape
-    query_map = torch.cat((maps.query_to_nope, maps.query_to_rope), dim=1)  # [g, n + r, d]
+    kv_heads, head_dim, _ = maps.latent_to_value.shape
+    groups = source["q_proj.weight"].shape[0] // (kv_heads * head_dim)
+    query_map = torch.cat((maps.query_to_nope, maps.query_to_rope), dim=1)
+    query_map = query_map.repeat_interleave(kv_heads * groups // len(query_map), dim=0)  # [H, n + r, d]
     key_map = maps.kv_to_latent[:, : kv_heads * head_dim]
     value_map = maps.kv_to_latent[:, kv_heads * head_dim :]
 
-    weights = {}
+    weights = {name: tensor for name, tensor in source.items() if name.startswith("o_proj.")}
     for kind in ("weight", "bias"):
         if f"q_proj.{kind}" not in source:
             continue
         q, k, v = (source[f"{p}_proj.{kind}"].double().reshape(source[f"{p}_proj.{kind}"].shape[0], -1) for p in "qkv")
-        q = q.view(kv_heads, -1, head_dim, q.shape[-1])  # [g, H / g, d, D], D = 1 for a bias
-        q = torch.einsum("gmd,ghdD->ghmD", query_map, q)
+        q = query_map @ q.view(-1, head_dim, q.shape[-1])  # [H, n + r, D], D = 1 for a bias
         parts = {
-            "q_proj": q.flatten(0, 2),
+            "q_proj": q.flatten(0, 1),
             "kv_a_proj_with_mqa": torch.cat((key_map @ k + value_map @ v, maps.key_to_rope @ k)),
         }
         for name, tensor in parts.items():
             weights[f"{name}.{kind}"] = tensor if kind == "weight" else tensor.squeeze(-1)
 
-    groups = source["q_proj.weight"].shape[0] // (kv_heads * head_dim)
     up = torch.cat((maps.latent_to_key, maps.latent_to_value), dim=1)  # [g, n + d, R]
     weights["kv_b_proj.weight"] = up.repeat_interleave(groups, dim=0).flatten(0, 1)
     weights["rope_freqs"] = maps.rope_freqs.clone()
     return weights
+
+
+def balanced(maps: LatentMap, key_value: torch.Tensor) -> LatentMap:
+    """The same function with every cached component scaled to a mean square of one.
+
+    The latent is free up to an invertible map. At this scale a cache of 8-bit floats (e4m3, scale 1) neither
+    overflows nor underflows, and one step size fits all components when the layer is refitted.
+
+    Args:
+        maps: a layer's conversion.
+        key_value: ``[2 * g * d, 2 * g * d]`` second moments of ``[k; v]``.
+    """
+    width = maps.key_to_rope.shape[1]
+    pairs = len(maps.rope_freqs)
+    latent = _rms(maps.kv_to_latent, key_value)
+    rope = _rms(maps.key_to_rope, key_value[:width, :width])
+    rope = rope.view(2, pairs).square().mean(0).sqrt().repeat(2)  # both halves of a pair alike
+    return replace(
+        maps,
+        key_to_rope=maps.key_to_rope / rope[:, None],
+        query_to_rope=maps.query_to_rope * rope[:, None],
+        kv_to_latent=maps.kv_to_latent / latent[:, None],
+        latent_to_key=maps.latent_to_key * latent,
+        latent_to_value=maps.latent_to_value * latent,
+    )
+
+
+def _rms(rows: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
+    """Root mean square of ``rows @ x``, for ``E x xᵀ = moments``; never so small that dividing by it blows up."""
+    squares = ((rows @ moments) * rows).sum(-1).clamp(min=0)
+    return squares.clamp(min=1e-12 * squares.max()).clamp(min=1e-300).sqrt()

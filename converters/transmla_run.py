@@ -1,12 +1,10 @@
 """Method ``transmla`` over a whole model: choosing FreqFold, and converting layer by layer."""
 
 from collections.abc import Iterator
-from functools import partial
 
 import torch
 from rich.progress import Progress
 
-from mla_converters.attention import gqa_attention, mla_attention
 from mla_converters.budget import CacheBudget
 from mla_converters.latent_map import mla_weights
 from mla_converters.layers import embed, source_layers
@@ -21,8 +19,6 @@ def search_freqfold(
     source: Source,
     windows: torch.Tensor,
     budget: CacheBudget,
-    freqs: torch.Tensor,
-    scale: float,
     device: str,
     progress: Progress,
 ) -> tuple[int, dict[int, float]]:
@@ -37,17 +33,15 @@ def search_freqfold(
     errors = dict.fromkeys(candidates, 0.0)
     count = source.config.num_hidden_layers
     hidden = embed(source, windows[:SEARCH_WINDOWS])
-    original = partial(gqa_attention, freqs=freqs.to(device), scale=scale)
     layers = source_layers(source, device)
     for layer in progress.track(layers, total=count, description="Searching freqfold"):
         moments = layer.moments(hidden)
-        q, k, v = layer.project(hidden[:ERROR_WINDOWS])
-        reference = original(q, k, v)
+        weights = layer.attention_weights()
         for fold in candidates:
-            maps = transmla_map(moments, freqs, budget.kv_lora_rank, budget.qk_rope_head_dim, fold)
-            error = (mla_attention(q, k, v, maps, scale) - reference).square().sum() / reference.square().sum()
-            errors[fold] += error.item() / count
-        layer.advance(hidden, original)
+            maps = transmla_map(moments, layer.freqs, budget.kv_lora_rank, budget.qk_rope_head_dim, fold)
+            attention = layer.converted(mla_weights(weights, maps))
+            errors[fold] += layer.error(hidden[:ERROR_WINDOWS], attention) / count
+        layer.advance(hidden, layer.attend)
     return min(errors, key=errors.__getitem__), errors
 
 
@@ -55,8 +49,6 @@ def transmla_layers(
     source: Source,
     windows: torch.Tensor,
     budget: CacheBudget,
-    freqs: torch.Tensor,
-    scale: float,
     freqfold: int,
     device: str,
 ) -> Iterator[dict[str, torch.Tensor]]:
@@ -66,14 +58,12 @@ def transmla_layers(
     PCA sees what the model with partial RoPE (and no low rank) computes. So two streams of hidden
     states pass through each layer.
     """
-    original = partial(gqa_attention, freqs=freqs.to(device), scale=scale)
     hidden = embed(source, windows)
     partial_hidden = hidden.clone()
     for layer in source_layers(source, device):
         rotation = rotate_keys(layer.moments(hidden), budget.qk_rope_head_dim, freqfold)
-        layer.advance(hidden, original)
-        moments = layer.moments(partial_hidden)
-        partial_rope = joint_map(moments, freqs, rotation, kv_lora_rank=None)
-        layer.advance(partial_hidden, partial(mla_attention, maps=partial_rope, scale=scale))
-        maps = joint_map(moments, freqs, rotation, budget.kv_lora_rank)
-        yield mla_weights(layer.attention_weights(), maps)
+        layer.advance(hidden, layer.attend)
+        moments, weights = layer.moments(partial_hidden), layer.attention_weights()
+        partial_rope = joint_map(moments, layer.freqs, rotation, kv_lora_rank=None)
+        layer.advance(partial_hidden, layer.converted(mla_weights(weights, partial_rope)))
+        yield mla_weights(weights, joint_map(moments, layer.freqs, rotation, budget.kv_lora_rank))

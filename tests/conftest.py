@@ -64,7 +64,7 @@ def exact(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def half(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2 with half the cache, calibrated on few tokens."""
     out = tmp_path_factory.mktemp("half") / "model"
-    options = ("--calibration", CALIBRATION, "--calibration-tokens", 4096, "--freqfold", 2)
+    options = ("--calibration", CALIBRATION, "--calibration-tokens", 4096, "--refit-steps", 4)
     return convert(smollm2, out, *options)
 
 

@@ -123,17 +123,22 @@ def test_config_that_is_no_json(refused: Refused, source: Path, tmp_path: Path) 
     assert "cannot be read as JSON" in refused(source)
 
 
+TRANSMLA = ("--method", "transmla")
 OPTIONS = {
     "rank": (("--qk-rope-head-dim", 16, "--kv-lora-rank", 81), "--kv-lora-rank can be 1 to 80"),
     "rank-zero": (("--kv-lora-rank", 0), "can be 1 to"),
     "odd-rope": (("--qk-rope-head-dim", 15), "must be even, at least 2 and at most 48"),
     "large-rope": (("--qk-rope-head-dim", 50), "must be even, at least 2 and at most 48"),
-    "freqfold": (("--qk-rope-head-dim", 16, "--freqfold", 3), "choose one of 1, 2, 4, 8"),
+    "freqfold": ((*TRANSMLA, "--qk-rope-head-dim", 16, "--freqfold", 3), "choose one of 1, 2, 4, 8"),
+    "freqfold-method": (("--freqfold", 2), "--freqfold is an option of --method transmla, not of attention-aware"),
+    "without": (("--without", "magic"), "choose of mean-phase, attention-weights"),
+    "without-method": ((*TRANSMLA, "--without", "search"), "an option of --method attention-aware"),
+    "refit-steps": (("--refit-steps", -1), "must be 0 or more"),
     "freqfold-word": (("--freqfold", "many"), "must be a whole number or auto"),
     "ratio": (("--cache-ratio", 1.5), "must be above 0 and at most 1"),
     "both": (("--cache-ratio", 0.5, "--kv-lora-rank", 8), "give one of them"),
     "exact-rank": (("--method", "exact", "--kv-lora-rank", 8), "keeps the whole cache"),
-    "method": (("--method", "magic"), "choose one of exact, transmla"),
+    "method": (("--method", "magic"), "choose one of exact, "),
     "dtype": (("--dtype", "int4"), "choose one of float32, bfloat16, float16"),
     "device": (("--device", "cuda"), "sees no CUDA device"),
     "device-word": (("--device", "toaster"), "is not a device"),
@@ -210,7 +215,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 def test_same_seed_same_bytes(smollm2: Path, half: Path, tmp_path: Path) -> None:
     """A second conversion of a real model equals the first to the byte; another seed does not."""
-    options = ("--calibration", CALIBRATION, "--calibration-tokens", 4096, "--freqfold", 2)
+    options = ("--calibration", CALIBRATION, "--calibration-tokens", 4096, "--refit-steps", 4)
     assert digests(convert(smollm2, tmp_path / "again", *options)) == digests(half)
     other = digests(convert(smollm2, tmp_path / "other", *options, "--seed", 1))
     assert other["model.safetensors"] != digests(half)["model.safetensors"]
@@ -221,9 +226,9 @@ def test_everything_is_carried_over(smollm2: Path, half: Path) -> None:
         assert (half / name).read_bytes() == (smollm2 / name).read_bytes()
     config = json.loads((half / "config.json").read_text())
     assert config["architectures"] == ["LlamaMLAForCausalLM"] and config["model_type"] == "llama_mla"
-    assert (config["kv_lora_rank"], config["qk_rope_head_dim"], config["qk_nope_head_dim"]) == (128, 64, 64)
+    assert config["kv_lora_rank"] + config["qk_rope_head_dim"] == 192 and config["qk_nope_head_dim"] == 64
     report = json.loads((half / "conversion_report.json").read_text())
-    assert report["cache_ratio"] == 0.5 and report["method"] == "transmla"
+    assert report["cache_ratio"] == 0.5 and report["method"] == "attention-aware"
 
 
 def test_time_and_memory(smollm2: Path, tmp_path: Path) -> None:
@@ -231,7 +236,7 @@ def test_time_and_memory(smollm2: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text((ROOT / "LICENSE").read_text() * 10)
     report = tmp_path / "report.json"
-    convert(smollm2, tmp_path / "out", "--calibration", text, "--json", report)
+    convert(smollm2, tmp_path / "out", *TRANSMLA, "--calibration", text, "--json", report)
     measured = json.loads(report.read_text())
     assert measured["calibration"]["tokens"] == 16384
     assert measured["peak_rss_bytes"] < 2e9

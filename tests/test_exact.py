@@ -7,7 +7,9 @@ import torch
 from conftest import CALIBRATION, RandomModel, convert, load
 from safetensors import safe_open
 
-from mla_converters.attention import gqa_attention, mla_attention
+from mla_converters.attention import gqa_attention
+from mla_converters.latent_attention import LatentAttention
+from mla_converters.latent_map import LatentMap, mla_weights
 from mla_converters.methods.transmla import transmla_map
 from mla_converters.statistics import LayerMoments
 
@@ -59,6 +61,18 @@ def test_exact_equals_source(variant: str, tmp_path: Path) -> None:
         assert error < tolerance, f"{dtype}: relative error {error:.2e}"
 
 
+def attend(maps: LatentMap, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """Attention under ``maps``, of queries ``[windows, H, tokens, d]``, keys and values with ``g`` heads."""
+    parts = [x.transpose(1, 2).flatten(2) for x in (q, k, v)]
+    widths = [part.shape[-1] for part in parts]
+    eye = torch.eye(sum(widths), dtype=torch.float64)
+    source = {f"{name}_proj.weight": rows for name, rows in zip("qkv", eye.split(widths), strict=True)}
+    source["o_proj.weight"] = torch.eye(widths[0], dtype=torch.float64)
+    module = LatentAttention(mla_weights(source, maps), q.shape[1], scale, dtype=torch.float64)
+    with torch.inference_mode():
+        return module(torch.cat(parts, dim=-1)).unflatten(-1, (q.shape[1], -1)).transpose(1, 2)
+
+
 def test_maps_are_exact_in_float64() -> None:
     """The mathematics without any model: full-rank TransMLA attention equals GQA attention to 1e-9."""
     generator = torch.Generator().manual_seed(0)
@@ -68,7 +82,7 @@ def test_maps_are_exact_in_float64() -> None:
     moments.add(k.transpose(1, 2).flatten(2), v.transpose(1, 2).flatten(2))
     maps = transmla_map(moments, freqs, kv_lora_rank=48, rope_dim=48, freqfold=1)
     expected = gqa_attention(q, k, v, freqs, 0.25)
-    torch.testing.assert_close(mla_attention(q, k, v, maps, 0.25), expected, rtol=0, atol=1e-9)
+    torch.testing.assert_close(attend(maps, q, k, v, 0.25), expected, rtol=0, atol=1e-9)
 
 
 def test_smollm2_exact_logits(smollm2: Path, exact: Path) -> None:
@@ -85,7 +99,7 @@ def test_transmla_with_nothing_truncated(tmp_path: Path) -> None:
     out = convert(
         source,
         tmp_path / "mla",
-        *("--kv-lora-rank", 48, "--qk-rope-head-dim", 48, "--freqfold", 1),
+        *("--method", "transmla", "--kv-lora-rank", 48, "--qk-rope-head-dim", 48, "--freqfold", 1),
         *("--calibration", CALIBRATION, "--calibration-tokens", 2048),
     )
     ids = torch.randint(0, 199, (2, 100), generator=torch.Generator().manual_seed(1))

@@ -13,7 +13,6 @@ from test_engine import assert_agrees, text_prompts
 from transformers import AutoTokenizer
 
 from mla_converters.budget import CacheBudget
-from mla_converters.layers import source_frequencies
 from mla_converters.source import open_source
 from mla_converters.transmla_run import transmla_layers
 
@@ -48,7 +47,7 @@ def test_real_weights(family: str, smollm2: Path, tmp_path: Path) -> None:
             assert torch.equal(layer[name], tensor), name
         assert all(not layer[name].any() for name in layer.keys() - reference.keys()), "a bias out of nothing"
 
-    options = ("--calibration", CALIBRATION, "--calibration-tokens", 2048, "--freqfold", 2)
+    options = ("--calibration", CALIBRATION, "--calibration-tokens", 2048, "--refit-steps", 0)
     out = convert(source, tmp_path / "mla", *options)
     model = load(out)
     assert model.config.model_type == f"{family}_mla"
@@ -59,6 +58,5 @@ def test_real_weights(family: str, smollm2: Path, tmp_path: Path) -> None:
 def converted_layers(folder: Path, windows: torch.Tensor, count: int = 4) -> list[dict[str, torch.Tensor]]:
     """The first layers of a half-cache conversion."""
     with open_source(str(folder)) as source:
-        freqs, _ = source_frequencies(source)
-        layers = transmla_layers(source, windows, CacheBudget(128, 64), freqs, 64**-0.5, freqfold=2, device="cpu")
+        layers = transmla_layers(source, windows, CacheBudget(128, 64), freqfold=2, device="cpu")
         return list(islice(layers, count))

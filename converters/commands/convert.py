@@ -31,10 +31,10 @@ def convert(
     method: Annotated[
         str,
         typer.Option(
-            help="**transmla** (arXiv 2502.07864) shrinks the cache; **exact** changes nothing, neither "
-            "outputs nor cache size."
+            help="**attention-aware** loses least; **transmla** (arXiv 2502.07864) for comparison; **exact** "
+            "changes nothing, neither outputs nor cache size."
         ),
-    ] = "transmla",
+    ] = "attention-aware",
     kv_lora_rank: Annotated[
         int | None, typer.Option(help="Width of the cached latent.", rich_help_panel="Cache size")
     ] = None,
@@ -48,9 +48,26 @@ def convert(
             rich_help_panel="Cache size",
         ),
     ] = None,
+    refit_steps: Annotated[
+        int,
+        typer.Option(
+            help="Adam steps of each layer's refit; 0 is faster and loses more.",
+            rich_help_panel="Method attention-aware",
+        ),
+    ] = 64,
+    without: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Leave an ingredient out, to see what it buys (may be repeated).",
+            rich_help_panel="Method attention-aware",
+        ),
+    ] = None,
     freqfold: Annotated[
         str,
-        typer.Option(help="Neighbouring RoPE frequencies treated as one: a number, or **auto** to search."),
+        typer.Option(
+            help="Neighbouring RoPE frequencies treated as one: a number, or **auto** to search.",
+            rich_help_panel="Method transmla",
+        ),
     ] = "auto",
     calibration: Annotated[
         str,
@@ -80,6 +97,7 @@ def convert(
     # transformers is imported here, not above: `--help` should not wait for torch.
     from transformers.utils import logging as transformers_logging
 
+    from mla_converters.attention_aware_run import Ingredient
     from mla_converters.convert import Method, Options
     from mla_converters.convert import convert as run
 
@@ -87,6 +105,9 @@ def convert(
     transformers_logging.disable_progress_bar()
     if method not in list(Method):
         raise ConversionError(f"--method is {method!r}; choose one of {', '.join(Method)}.")
+    for ingredient in without or ():
+        if ingredient not in list(Ingredient):
+            raise ConversionError(f"--without is {ingredient!r}; choose of {', '.join(Ingredient)}.")
     if freqfold != "auto" and not freqfold.isdecimal():
         raise ConversionError(f"--freqfold is {freqfold!r}, but must be a whole number or auto.")
     options = Options(
@@ -95,6 +116,8 @@ def convert(
         qk_rope_head_dim=qk_rope_head_dim,
         cache_ratio=cache_ratio,
         freqfold=None if freqfold == "auto" else int(freqfold),
+        refit_steps=refit_steps,
+        without=frozenset(map(Ingredient, without or ())),
         calibration=calibration,
         calibration_tokens=calibration_tokens,
         seed=seed,

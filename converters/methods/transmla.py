@@ -120,7 +120,7 @@ def joint_map(
     shrink = torch.cat((joint.new_full((keys,), 1.0) / scale, joint.new_ones(width)))
     basis = principal_axes(shrink[:, None] * joint * shrink)[:, :kv_lora_rank]  # [2gd - r, R]
     return LatentMap(
-        rope_freqs=freqs.float()[rotation.frequency],
+        rope_freqs=freqs.float().cpu()[rotation.frequency],
         key_to_rope=rope,
         query_to_rope=rope.view(rope_dim, kv_heads, head_dim).transpose(0, 1).contiguous(),
         query_to_nope=torch.eye(head_dim, dtype=torch.float64).expand(kv_heads, -1, -1),

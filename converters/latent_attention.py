@@ -1,0 +1,61 @@
+"""One layer's MLA attention as a torch module: to run calibration text through it, and to refit it."""
+
+import torch
+from torch import nn
+
+from mla_converters.attention import latent_attention
+
+PROJECTIONS = ("q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+
+
+class LatentAttention(nn.Module):
+    """MLA (DeepSeek-V2, section 2.1) from a layer's converted projections.
+
+    Args:
+        weights: of :data:`PROJECTIONS` (``.weight``, and those ``.bias`` that exist) and
+            ``rope_freqs``, named as below ``self_attn.``; copied.
+        heads: query heads ``H``.
+        scale: factor on the scores.
+        device, dtype: where and in what to compute.
+    """
+
+    rope_freqs: torch.Tensor
+
+    def __init__(
+        self,
+        weights: dict[str, torch.Tensor],
+        heads: int,
+        scale: float,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.scale = scale
+        self.rope_dim = 2 * len(weights["rope_freqs"])
+        self.latent_dim = weights["kv_b_proj.weight"].shape[1]
+        self.value_dim = weights["o_proj.weight"].shape[1] // heads
+        for name in PROJECTIONS:
+            tensors = {
+                kind: weights[f"{name}.{kind}"].detach().to(device, dtype, copy=True)
+                for kind in ("weight", "bias")
+                if f"{name}.{kind}" in weights
+            }
+            rows, columns = tensors["weight"].shape
+            projection = nn.Linear(columns, rows, bias="bias" in tensors, device="meta")
+            projection.load_state_dict(tensors, assign=True)
+            self.add_module(name, projection)
+        self.register_buffer("rope_freqs", weights["rope_freqs"].to(device, torch.float32, copy=True))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """From normed inputs ``[windows, tokens, D]`` to the attention's output, same shape."""
+        q = self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        latent, k_rope = self.kv_a_proj_with_mqa(x).split([self.latent_dim, self.rope_dim], dim=-1)
+        kv = self.kv_b_proj(latent).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        k_nope, v = kv.split([kv.shape[-1] - self.value_dim, self.value_dim], dim=-1)
+        output = latent_attention(q, k_nope, k_rope, v, self.rope_freqs, self.scale)
+        return self.o_proj(output.transpose(1, 2).flatten(2))
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The projections and ``rope_freqs`` under the checkpoint's names, detached, on CPU."""
+        return {name: tensor.detach().cpu() for name, tensor in self.state_dict().items()}

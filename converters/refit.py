@@ -1,0 +1,73 @@
+"""Refitting one converted layer: a few steps of Adam towards what the source's attention gives."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from mla_converters.latent_attention import LatentAttention
+from mla_converters.layers import SourceLayer, calibration_autocast
+
+BATCH = 4  # windows to a step
+WARMUP = 5  # steps
+FLOOR = 1e-3  # of the mean square of the targets, below which a token's error is not magnified further
+
+
+@dataclass(frozen=True)
+class Refit:
+    """How long and how fast.
+
+    Attributes:
+        steps: of Adam, on :data:`BATCH` windows each; 0 for the closed form alone.
+        rate: of change of a weight in the first steps, relative to the root mean square of its matrix.
+    """
+
+    steps: int = 64
+    rate: float = 0.01
+
+
+def refit_layer(
+    attention: LatentAttention,
+    layer: SourceLayer,
+    hidden: torch.Tensor,
+    expected: torch.Tensor,
+    refit: Refit,
+    generator: torch.Generator,
+) -> None:
+    """Change all projections of ``attention`` so that ``hidden`` plus its output comes close to ``expected``.
+
+    The error of each token is measured relative to what the attention should add to it: otherwise the few tokens
+    with huge activations (attention sinks) would be all that counts.
+
+    Args:
+        attention: the converted attention, changed in place.
+        layer: of the source.
+        hidden: ``[windows, tokens, D]``, the layer's input in the converted model.
+        expected: ``[windows, tokens, D]``, the source's residual stream after its attention.
+        refit: steps and rate.
+        generator: for the order of the windows.
+    """
+    groups = [
+        {"params": [weight], "lr": refit.rate * weight.detach().square().mean().sqrt().item()}
+        for weight in attention.parameters()
+    ]
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min(1, (step + 1) / WARMUP) * (1 + math.cos(math.pi * step / refit.steps)) / 2,
+    )
+    order = torch.empty(0, dtype=torch.long)
+    for _ in range(refit.steps):
+        if len(order) < min(BATCH, len(hidden)):
+            order = torch.randperm(len(hidden), generator=generator)
+        batch, order = order[:BATCH], order[BATCH:]
+        inputs = hidden[batch].to(layer.device)
+        target = expected[batch].to(layer.device) - inputs
+        size = target.square().sum(-1)  # [windows, tokens]
+        with calibration_autocast(layer.device):
+            output = attention(layer.normed(inputs))
+        loss = ((output - target).square().sum(-1) / size.clamp(min=FLOOR * size.mean())).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()

@@ -1,0 +1,170 @@
+"""The attention-aware method: its statistics, its map, its search, and the refit."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CALIBRATION, RandomModel, convert, load
+from test_exact import attend
+
+from mla_converters.attention import gqa_attention, rotate
+from mla_converters.attention_aware_run import Ingredient
+from mla_converters.latent_map import balanced, mla_weights
+from mla_converters.layers import SourceLayer, source_layers
+from mla_converters.methods.attention_aware import (
+    ScoreModel,
+    Weighing,
+    attention_aware_map,
+    choose_rotary,
+    phase_map,
+    real_map,
+    score_model,
+)
+from mla_converters.methods.attention_statistics import AttentionStatistics, attention_statistics
+from mla_converters.refit import Refit, refit_layer
+from mla_converters.source import open_source
+
+HEADS, KV_HEADS, HEAD_DIM = 6, 3, 16
+WIDTH = KV_HEADS * HEAD_DIM
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def moments(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Random second moments, ``[..., n, n]``."""
+    rows = random(*shape, 2 * shape[-1], seed=seed)
+    return rows @ rows.mT / rows.shape[-1]
+
+
+@pytest.fixture
+def statistics() -> AttentionStatistics:
+    phase = torch.polar(0.9 * torch.rand(HEADS, HEAD_DIM // 2), random(HEADS, HEAD_DIM // 2).float())
+    return AttentionStatistics(
+        key_value=moments(2 * WIDTH, seed=1),
+        query=moments(HEADS, HEAD_DIM, seed=2),
+        phase=phase.to(torch.complex128),
+        plain_query=moments(HEADS, HEAD_DIM, seed=3),
+        output=moments(HEADS, HEAD_DIM, seed=4),
+    )
+
+
+@pytest.fixture
+def model(statistics: AttentionStatistics) -> ScoreModel:
+    return score_model(statistics, moments(2 * WIDTH, seed=5), KV_HEADS)
+
+
+@pytest.fixture
+def layer(tmp_path: Path) -> SourceLayer:
+    folder = RandomModel(heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM, hidden=96).save(tmp_path / "source")
+    with open_source(str(folder)) as source:
+        return next(source_layers(source, "cpu"))
+
+
+def test_real_map_multiplies_complex_numbers() -> None:
+    matrix = torch.complex(random(2, 3, 4, 5), random(2, 3, 4, 5, seed=1))
+    x = torch.complex(random(4, 5), random(4, 5, seed=1))
+    expected = torch.einsum("abcd,cd->ab", matrix, x)
+    got = real_map(matrix) @ torch.stack((x.real, x.imag), dim=1).flatten()  # heads, halves, pairs
+    torch.testing.assert_close(got, torch.stack((expected.real, expected.imag), dim=1).flatten())
+
+
+def test_phase_map_turns_the_score() -> None:
+    """A query under the map of ``exp(-i f distance)`` scores an unrotated key as RoPE does at that distance."""
+    freqs, distance = torch.tensor([0.7, 0.2, 0.05], dtype=torch.float64), 3
+    q, k = random(6), random(6, seed=1)
+    turned = torch.stack((q, k)).repeat_interleave(4, dim=0).view(2, 4, 6)
+    expected = rotate(turned[0], freqs)[distance] @ rotate(turned[1], freqs)[0]
+    phase = torch.polar(torch.ones(1, 3, dtype=torch.float64), -distance * freqs[None])
+    assert (phase_map(phase)[0] @ q) @ k == pytest.approx(expected.item(), abs=1e-12)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_nothing_truncated_is_exact(model: ScoreModel, scaled: bool) -> None:
+    q, k, v = (random(2, heads, 40, HEAD_DIM, seed=heads) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    freqs = torch.rand(HEAD_DIM // 2, generator=torch.Generator().manual_seed(0))
+    maps = attention_aware_map(model, freqs, rope_dim=WIDTH, kv_lora_rank=WIDTH, weighing=Weighing())
+    if scaled:
+        maps = balanced(maps, model.key_value)
+        latent = maps.kv_to_latent @ model.key_value @ maps.kv_to_latent.mT
+        torch.testing.assert_close(latent.diagonal(), torch.ones(WIDTH, dtype=torch.float64))
+    torch.testing.assert_close(attend(maps, q, k, v, 0.25), gqa_attention(q, k, v, freqs, 0.25), rtol=0, atol=1e-9)
+
+
+def test_statistics_by_hand(layer: SourceLayer) -> None:
+    """One window, against loops over pairs of tokens."""
+    hidden = torch.randn(1, 7, 96, generator=torch.Generator().manual_seed(0))
+    got = attention_statistics(layer, hidden)
+    with torch.inference_mode():
+        q, k, v = (x[0].double() for x in layer.project(layer.normed(hidden)))
+    out = layer.weights["self_attn.o_proj.weight"].double().view(96, HEADS, HEAD_DIM)
+    freqs = layer.freqs.double()
+    turned = torch.zeros(HEADS, HEAD_DIM // 2, dtype=torch.complex128)
+    energy = torch.zeros(HEADS, HEAD_DIM // 2, dtype=torch.float64)
+    query, read = torch.zeros(HEADS, HEAD_DIM, HEAD_DIM, dtype=torch.float64), torch.zeros(7, dtype=torch.float64)
+    for i in range(HEADS):
+        keys, values = k[i // 2], v[i // 2]
+        scores = rotate(q[i], freqs) @ rotate(keys, freqs).mT * layer.scale
+        attention = scores.masked_fill(torch.ones(7, 7, dtype=torch.bool).triu(1), float("-inf")).softmax(-1)
+        for t in range(7):
+            for j in range(t + 1):
+                moved = out[:, i] @ (values[j] - attention[t] @ values)
+                weight = (attention[t, j] * layer.scale * moved.norm()) ** 2
+                query[i] += weight * torch.outer(q[i, t], q[i, t]) / 7
+                read[j] += attention[t, j] ** 2
+                q_energy, k_energy = (x.view(2, -1).square().sum(0) for x in (q[i, t], keys[j]))
+                turned[i] += weight * q_energy * k_energy * torch.exp(-1j * freqs * (t - j))
+                energy[i] += weight * q_energy * k_energy
+    kv = torch.cat([x.transpose(0, 1).flatten(1) for x in (k, v)], dim=-1)
+    for measured, expected in (
+        (got.phase, turned / energy),
+        (got.query, query),
+        (got.key_value, kv.mT @ torch.diag(read / read.sum()) @ kv),
+    ):
+        torch.testing.assert_close(measured, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_what_costs_most_keeps_rope(statistics: AttentionStatistics) -> None:
+    """Where a rotation loses nothing, RoPE is not kept as long as energy does not count."""
+    phase = statistics.phase.clone()
+    phase[:, 2:] /= phase[:, 2:].abs()
+    model = score_model(
+        AttentionStatistics(**(vars(statistics) | {"phase": phase})), moments(2 * WIDTH, seed=5), KV_HEADS
+    )
+    assert set(choose_rotary(model, 4 * KV_HEADS, Weighing(energy=0.0)).frequency.tolist()) == {0, 1}
+    assert set(choose_rotary(model, 4 * KV_HEADS, Weighing(energy=1e6)).frequency.tolist()) != {0, 1}
+
+
+def test_refit_lowers_the_error(layer: SourceLayer) -> None:
+    """Of a layer whose cache is cut to half."""
+    hidden = torch.randn(8, 32, 96, generator=torch.Generator().manual_seed(0))
+    plain = layer.moments(hidden).kv
+    maps = attention_aware_map(
+        score_model(attention_statistics(layer, hidden), plain, KV_HEADS), layer.freqs, 24, 24, Weighing()
+    )
+    attention = layer.converted(mla_weights(layer.attention_weights(), balanced(maps, plain)))
+    expected = hidden.clone()
+    layer.add_attention(expected, layer.attend)
+    before = layer.error(hidden, attention)
+    refit_layer(attention, layer, hidden, expected, Refit(steps=60), torch.Generator().manual_seed(0))
+    assert layer.error(hidden, attention) < 0.7 * before
+
+
+def test_every_ingredient_does_something(tmp_path: Path) -> None:
+    source = RandomModel(heads=HEADS, kv_heads=KV_HEADS, hidden=96).save(tmp_path / "source")
+    ids = torch.randint(0, 128, (1, 64), generator=torch.Generator().manual_seed(1))
+    logits = {}
+    for name in ("all", *Ingredient):
+        options = () if name == "all" else ("--without", name)
+        out = convert(
+            source,
+            tmp_path / name,
+            *("--calibration", CALIBRATION, "--calibration-tokens", 2048, "--refit-steps", 3, *options),
+        )
+        assert json.loads((out / "config.json").read_text())["mla_conversion"]["without"] == list(options[1:])
+        with torch.inference_mode():
+            logits[name] = load(out)(ids).logits
+    different = [name for name in Ingredient if not torch.equal(logits[name], logits["all"])]
+    assert different == list(Ingredient)
