@@ -12,8 +12,15 @@ PLUGIN_PACKAGES = [
     "vllm_mla_plugin.hf",
     "vllm_mla_plugin.models",
 ]
+CONVERTER_PACKAGES = [
+    "mla_converters",
+    "mla_converters.commands",
+    "mla_converters.evaluation",
+    "mla_converters.methods",
+    "mla_converters.planning",
+]
 
 setup(
-    packages=[*PLUGIN_PACKAGES, "mla_converters", "mla_converters.commands", "mla_converters.methods"],
+    packages=[*PLUGIN_PACKAGES, *CONVERTER_PACKAGES],
     package_dir={"mla_converters": "converters"},
 )

@@ -6,7 +6,8 @@ import sys
 
 import typer
 
-from mla_converters.commands import convert
+from mla_converters.commands import convert, plan
+from mla_converters.commands import eval as evaluation
 from mla_converters.errors import ConversionError
 
 app = typer.Typer(
@@ -18,12 +19,9 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def root() -> None:
-    """Keep `convert` a subcommand while it is the only one."""
-
-
+app.command(epilog=plan.EPILOG)(plan.plan)
 app.command(epilog=convert.EPILOG)(convert.convert)
+app.command("eval", epilog=evaluation.EPILOG)(evaluation.evaluate)
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
 )
 from vllm.model_executor.layers.quantization import QuantizationConfig
+from vllm.model_executor.models.utils import extract_layer_index
 from vllm.model_executor.utils import set_weight_attrs
 from vllm.v1.attention.backend import AttentionType
 
@@ -30,6 +31,7 @@ class MLASelfAttention(nn.Module):
         num_heads: query heads over all tensor-parallel ranks.
         bias: whether ``q_proj`` and ``kv_a_proj_with_mqa`` have a bias.
         bias_o_proj: whether ``o_proj`` has one.
+        prefix: the module's name, which tells the layer and with it the sizes of the cache.
 
     Raises:
         ValueError: MLA is disabled, or the attention is not causal.
@@ -57,9 +59,8 @@ class MLASelfAttention(nn.Module):
             raise ValueError("This checkpoint can only be served with MLA: unset VLLM_MLA_DISABLE.")
 
         self.nope_dim = config.qk_nope_head_dim
-        self.rope_dim = config.qk_rope_head_dim
+        self.latent_dim, self.rope_dim = config.cached_sizes(extract_layer_index(prefix))
         self.v_dim = config.v_head_dim
-        self.latent_dim = config.kv_lora_rank
         self.num_heads = num_heads // get_tensor_model_parallel_world_size()
 
         self.q_proj = ColumnParallelLinear(

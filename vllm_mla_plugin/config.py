@@ -24,17 +24,24 @@ class MLAFields:
         q_lora_rank: rank of the query projection; None, for queries are not cached.
         qk_rope_head_dim: width ``r`` of the rotary key that all heads share. Cached too, so a
             token costs ``R + r`` numbers in each layer.
+        kv_lora_ranks, qk_rope_head_dims: ``R`` and ``r`` of each layer, where layers differ: the two
+            fields above are then the maxima, whatever was given for them. None: all layers alike.
         qk_nope_head_dim: per-head width of queries and keys without RoPE (0 for a model whose
             whole key keeps RoPE).
         v_head_dim: per-head width of the values.
         softmax_scale: factor on attention scores: ``head_dim ** -0.5`` of the source, times the
             square of its RoPE attention factor (YaRN).
         mla_conversion: how the checkpoint was made: method, source, calibration, versions.
+
+    Raises:
+        ValueError: sizes per layer are given, but not one for each layer.
     """
 
     kv_lora_rank: int = 512
     q_lora_rank: int | None = None
     qk_rope_head_dim: int = 64
+    kv_lora_ranks: list[int] | None = None
+    qk_rope_head_dims: list[int] | None = None
     qk_nope_head_dim: int = 128
     v_head_dim: int = 128
     softmax_scale: float | None = None
@@ -44,6 +51,20 @@ class MLAFields:
         super().__post_init__(**kwargs)  # type: ignore[misc]  # the source family's
         if self.softmax_scale is None:
             self.softmax_scale = self.v_head_dim**-0.5
+        layers: int = self.num_hidden_layers  # type: ignore[attr-defined]  # the source family's
+        for name in ("kv_lora_rank", "qk_rope_head_dim"):
+            sizes = getattr(self, f"{name}s")
+            if sizes is None:
+                continue
+            if len(sizes) != layers:
+                raise ValueError(f"{name}s has {len(sizes)} entries, but the model has {layers} layers.")
+            setattr(self, name, max(sizes))
+
+    def cached_sizes(self, layer: int) -> tuple[int, int]:
+        """``(R, r)`` of a layer, counted over the whole model: a token costs ``R + r`` numbers there."""
+        rank = self.kv_lora_rank if self.kv_lora_ranks is None else self.kv_lora_ranks[layer]
+        rope = self.qk_rope_head_dim if self.qk_rope_head_dims is None else self.qk_rope_head_dims[layer]
+        return rank, rope
 
 
 class LlamaMLAConfig(MLAFields, LlamaConfig):

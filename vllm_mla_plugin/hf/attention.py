@@ -3,6 +3,7 @@
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import Cache, PretrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -41,8 +42,7 @@ class MLASelfAttention(nn.Module):
         self.config = config
         self.layer_idx = layer_idx
         self.nope_dim = config.qk_nope_head_dim
-        self.rope_dim = config.qk_rope_head_dim
-        self.latent_dim = config.kv_lora_rank
+        self.latent_dim, self.rope_dim = config.cached_sizes(layer_idx)
         self.v_dim = config.v_head_dim
         self.scaling = config.softmax_scale
         self.attention_dropout = config.attention_dropout
@@ -88,6 +88,9 @@ class MLASelfAttention(nn.Module):
         kv = self.kv_b_proj(latent.squeeze(1)).view(batch, latent.shape[2], -1, self.nope_dim + self.v_dim)
         k_nope, v = kv.transpose(1, 2).split([self.nope_dim, self.v_dim], dim=-1)
         k = torch.cat((k_nope, k_rope.expand(-1, k_nope.shape[1], -1, -1)), dim=-1)
+        # torch's fused CPU kernel wants one head size; without it, all scores would be materialised.
+        width = max(q.shape[-1], self.v_dim)
+        q, k, v = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         output, weights = attend(
             self,
@@ -98,8 +101,8 @@ class MLASelfAttention(nn.Module):
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
             **kwargs,
-        )  # [batch, tokens, heads, v]
-        return self.o_proj(output.reshape(batch, tokens, -1)), weights
+        )  # [batch, tokens, heads, width]
+        return self.o_proj(output[..., : self.v_dim].reshape(batch, tokens, -1)), weights
 
 
 class MLAModel:

@@ -1,0 +1,77 @@
+"""What is measured: from the loss and the best guess at every token to the numbers of the report."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """One model on all windows; index ``t`` of the second axis is about token ``t + 1`` of a window.
+
+    Attributes:
+        losses: ``-log p(token | tokens before it in the window)`` in nats, ``[windows, length - 1]`` float32.
+        top1: the likeliest token there, ``[windows, length - 1]`` int64.
+        kl: ``KL(reference || model)`` over the whole vocabulary in nats, shaped like ``losses``; None without
+            a reference, or from an engine that does not give all logits.
+    """
+
+    losses: torch.Tensor
+    top1: torch.Tensor
+    kl: torch.Tensor | None = None
+
+    @property
+    def loss(self) -> float:
+        """Mean over all scored tokens, in nats."""
+        return self.losses.double().mean().item()
+
+
+def measures(scores: TokenScores, scored_bytes: int | None) -> dict[str, Any]:
+    """The measures of one model alone.
+
+    Args:
+        scores: with finite losses.
+        scored_bytes: UTF-8 bytes behind the scored tokens, if known.
+
+    Returns:
+        ``perplexity`` (``exp`` of the mean loss), ``bits_per_byte`` (None if the bytes are not known) and
+        ``loss_by_position``, mean nats per range of positions.
+    """
+    total_bits = scores.loss * scores.losses.numel() / math.log(2)
+    return {
+        "perplexity": math.exp(scores.loss),
+        "bits_per_byte": total_bits / scored_bytes if scored_bytes else None,
+        "loss_by_position": loss_by_position(scores.losses),
+    }
+
+
+def loss_by_position(losses: torch.Tensor) -> dict[str, float]:
+    """Mean loss for ranges of positions that double in size: 1-63, 64-127, 128-255, …
+
+    A position is the index of the token in its window, and so the number of tokens before it.
+
+    Args:
+        losses: ``[windows, length - 1]``, of tokens 1 to ``length - 1``.
+    """
+    length = losses.shape[1] + 1
+    starts = [1]
+    while (following := max(64, 2 * starts[-1])) < length:
+        starts.append(following)
+    ranges = zip(starts, [*starts[1:], length], strict=True)
+    return {f"{start}-{end - 1}": losses[:, start - 1 : end - 1].double().mean().item() for start, end in ranges}
+
+
+def comparison(scores: TokenScores, reference: TokenScores) -> dict[str, float | None]:
+    """A model beside the reference on the same windows.
+
+    Returns:
+        ``perplexity_ratio`` (model / reference), ``kl`` (mean ``KL(reference || model)`` per token in nats,
+        or None) and ``top1_agreement`` (share of tokens, 0 to 1, where both find the same token likeliest).
+    """
+    return {
+        "perplexity_ratio": math.exp(scores.loss - reference.loss),
+        "kl": None if scores.kl is None else scores.kl.double().mean().item(),
+        "top1_agreement": (scores.top1 == reference.top1).double().mean().item(),
+    }
