@@ -15,8 +15,9 @@ from mla_converters.methods.attention_statistics import attention_statistics
 from mla_converters.refit import Refit, refit_layer
 from mla_converters.source import Source
 
-ATTENTION_WINDOWS = 8  # whose attention is measured
-ERROR_WINDOWS = 2  # of these, on how many the candidates of a search are compared
+WINDOW = 2048  # tokens in a window: what loses RoPE must be right at long distances too
+ATTENTION_WINDOWS = 4  # whose attention is measured
+ERROR_WINDOWS = 1  # of these, on how many the candidates of a search are compared
 VALUE_WEIGHTS = (0.1, 0.3, 1.0)
 ENERGY_WEIGHTS = (0.1, 0.3, 1.0)
 

@@ -11,10 +11,12 @@ from mla_converters.layers import native_bfloat16
 from mla_converters.source import Source
 
 WINDOW = 512
-"""Tokens in a calibration window."""
+"""Tokens in the shortest calibration window."""
 
 
-def calibration_windows(source: Source, origin: str, tokens: int, seed: int, progress: Progress) -> torch.Tensor:
+def calibration_windows(
+    source: Source, origin: str, tokens: int, seed: int, progress: Progress, length: int = WINDOW
+) -> torch.Tensor:
     """Token ids to calibrate on.
 
     Args:
@@ -22,23 +24,24 @@ def calibration_windows(source: Source, origin: str, tokens: int, seed: int, pro
         origin: a UTF-8 text file, or ``self``.
         tokens: how many tokens, rounded down to whole windows.
         seed: where to cut, or what to sample.
+        length: tokens in a window; less if there are not as many, down to ``WINDOW``.
 
     Returns:
-        ``[windows, WINDOW]`` int64.
+        ``[windows, length]`` int64.
 
     Raises:
         ConversionError: the text cannot be read or is too short.
     """
-    count = tokens // WINDOW
-    if count < 1:
+    if tokens < WINDOW:
         raise ConversionError(f"--calibration-tokens is {tokens}, but must be at least {WINDOW} (one window).")
     generator = torch.Generator().manual_seed(seed)
+    length = max(WINDOW, min(length, tokens, source.config.max_position_embeddings))
     if origin == "self":
-        return _sample(source, count, generator, progress)
-    return _cut(source, Path(origin), count, generator)
+        return _sample(source, tokens // length, length, generator, progress)
+    return _cut(source, Path(origin), tokens, length, generator)
 
 
-def _cut(source: Source, path: Path, count: int, generator: torch.Generator) -> torch.Tensor:
+def _cut(source: Source, path: Path, tokens: int, length: int, generator: torch.Generator) -> torch.Tensor:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -52,12 +55,14 @@ def _cut(source: Source, path: Path, count: int, generator: torch.Generator) -> 
         )
     if int(ids.max()) >= source.config.vocab_size:
         raise ConversionError(f"The tokenizer in {source.folder} has ids beyond the model's vocabulary.")
-    starts = torch.randint(0, len(ids) - WINDOW, (count,), generator=generator)
-    return torch.stack([ids[start : start + WINDOW] for start in starts.tolist()])
+    if len(ids) <= length:
+        length = WINDOW
+    starts = torch.randint(0, len(ids) - length, (tokens // length,), generator=generator)
+    return torch.stack([ids[start : start + length] for start in starts.tolist()])
 
 
 @torch.inference_mode()
-def _sample(source: Source, count: int, generator: torch.Generator, progress: Progress) -> torch.Tensor:
+def _sample(source: Source, count: int, length: int, generator: torch.Generator, progress: Progress) -> torch.Tensor:
     """Text of the model's own: a random first token each, then sampled at temperature 1 (as LLM-QAT,
     arXiv 2305.17888, generates its training data)."""
     dtype = torch.bfloat16 if native_bfloat16("cpu") else source.dtype()  # for speed; text is text
@@ -68,7 +73,7 @@ def _sample(source: Source, count: int, generator: torch.Generator, progress: Pr
     allowed[special] = 0
     ids = torch.multinomial(allowed, count, replacement=True, generator=generator)[:, None]
     windows, cache = [ids], None
-    for _ in progress.track(range(WINDOW - 1), description="Sampling calibration text"):
+    for _ in progress.track(range(length - 1), description="Sampling calibration text"):
         output = model(ids, past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         # The end of a text ends nothing here: a window full of padding would calibrate for padding.

@@ -14,9 +14,10 @@ import transformers
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 import vllm_mla_plugin
+from mla_converters.attention_aware_run import WINDOW as ATTENTION_AWARE_WINDOW
 from mla_converters.attention_aware_run import AttentionAware, Ingredient, attention_aware_layers, search_split
 from mla_converters.budget import CacheBudget, candidate_budgets, exact_budget, resolve_budget
-from mla_converters.calibration import calibration_windows
+from mla_converters.calibration import WINDOW, calibration_windows
 from mla_converters.errors import ConversionError
 from mla_converters.families import active_window
 from mla_converters.latent_map import mla_weights
@@ -175,7 +176,10 @@ def _plan(
     budget = resolve_budget(heads, head_dim, options.kv_lora_rank, options.qk_rope_head_dim, options.cache_ratio)
     if options.method == Method.TRANSMLA:
         _check_freqfold(options.freqfold, budget, head_dim)
-    windows = calibration_windows(source, options.calibration, options.calibration_tokens, options.seed, progress)
+    length = ATTENTION_AWARE_WINDOW if options.method == Method.ATTENTION_AWARE else WINDOW
+    windows = calibration_windows(
+        source, options.calibration, options.calibration_tokens, options.seed, progress, length
+    )
     details: dict[str, Any] = {
         "calibration": {
             "origin": "self" if options.calibration == "self" else Path(options.calibration).name,

@@ -47,9 +47,10 @@ class LatentAttention(nn.Module):
             self.add_module(name, projection)
         self.register_buffer("rope_freqs", weights["rope_freqs"].to(device, torch.float32, copy=True))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """From normed inputs ``[windows, tokens, D]`` to the attention's output, same shape."""
-        q = self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+    def forward(self, x: torch.Tensor, queries: int | None = None) -> torch.Tensor:
+        """From normed inputs ``[windows, tokens, D]`` to the attention's output for the last ``queries`` of them
+        (None: all), ``[windows, queries, D]``."""
+        q = self.q_proj(x if queries is None else x[:, -queries:]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         latent, k_rope = self.kv_a_proj_with_mqa(x).split([self.latent_dim, self.rope_dim], dim=-1)
         kv = self.kv_b_proj(latent).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k_nope, v = kv.split([kv.shape[-1] - self.value_dim, self.value_dim], dim=-1)

@@ -9,6 +9,7 @@ from mla_converters.latent_attention import LatentAttention
 from mla_converters.layers import SourceLayer, calibration_autocast
 
 BATCH = 4  # windows to a step
+QUERIES = 128  # consecutive tokens of each window whose outputs are compared in a step
 WARMUP = 5  # steps
 FLOOR = 1e-3  # of the mean square of the targets, below which a token's error is not magnified further
 
@@ -18,11 +19,11 @@ class Refit:
     """How long and how fast.
 
     Attributes:
-        steps: of Adam, on :data:`BATCH` windows each; 0 for the closed form alone.
+        steps: of Adam, on :data:`QUERIES` tokens of each of :data:`BATCH` windows; 0 for the closed form alone.
         rate: of change of a weight in the first steps, relative to the root mean square of its matrix.
     """
 
-    steps: int = 64
+    steps: int = 96
     rate: float = 0.01
 
 
@@ -61,11 +62,14 @@ def refit_layer(
         if len(order) < min(BATCH, len(hidden)):
             order = torch.randperm(len(hidden), generator=generator)
         batch, order = order[:BATCH], order[BATCH:]
-        inputs = hidden[batch].to(layer.device)
-        target = expected[batch].to(layer.device) - inputs
-        size = target.square().sum(-1)  # [windows, tokens]
+        # All keys before some queries: distances of up to the whole window, at the price of few queries.
+        queries = min(QUERIES, hidden.shape[1])
+        end = int(torch.randint(queries, hidden.shape[1] + 1, (), generator=generator))
+        inputs = hidden[batch, :end].to(layer.device)
+        target = expected[batch, end - queries : end].to(layer.device) - inputs[:, -queries:]
+        size = target.square().sum(-1)  # [windows, queries]
         with calibration_autocast(layer.device):
-            output = attention(layer.normed(inputs))
+            output = attention(layer.normed(inputs), queries)
         loss = ((output - target).square().sum(-1) / size.clamp(min=FLOOR * size.mean())).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -54,7 +54,7 @@ def convert(
             help="Adam steps of each layer's refit; 0 is faster and loses more.",
             rich_help_panel="Method attention-aware",
         ),
-    ] = 64,
+    ] = 96,
     without: Annotated[
         list[str] | None,
         typer.Option(

@@ -38,9 +38,13 @@ class Model:
         return self.config.vocab_size
 
     @property
-    def cached_numbers(self) -> int | None:
-        """Numbers cached per token and layer; None for a model without attention heads."""
-        if getattr(self.config, "kv_lora_rank", None):
+    def cached_numbers(self) -> float | None:
+        """Numbers cached per token and layer, the mean where layers differ; None for a model without attention."""
+        if cached_sizes := getattr(self.config, "cached_sizes", None):
+            layers = self.config.num_hidden_layers
+            total = sum(sum(cached_sizes(layer)) for layer in range(layers))
+            return total / layers if total % layers else total // layers
+        if getattr(self.config, "kv_lora_rank", None):  # a DeepSeek model
             return self.config.kv_lora_rank + self.config.qk_rope_head_dim
         heads = getattr(self.config, "num_attention_heads", None)
         kv_heads = getattr(self.config, "num_key_value_heads", None) or heads

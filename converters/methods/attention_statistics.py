@@ -1,6 +1,6 @@
 """What a layer's attention reads: second moments weighted by attention, and how far back it looks.
 
-Only moments are kept. Scores of one window at a time are materialised, ``[H, tokens, tokens]``.
+Only moments are kept. Scores of some queries of one window at a time are materialised, ``[H, queries, tokens]``.
 """
 
 from dataclasses import dataclass
@@ -9,6 +9,8 @@ import torch
 
 from mla_converters.attention import rotate
 from mla_converters.layers import SourceLayer
+
+QUERIES = 512  # evenly spread over a window
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,9 @@ def attention_statistics(layer: SourceLayer, hidden: torch.Tensor) -> AttentionS
     tokens = hidden.shape[1]
     angles = torch.outer(torch.arange(tokens, device=layer.device), layer.freqs)
     turn = torch.polar(torch.ones_like(angles), angles)  # [tokens, d / 2], exp(i freq position)
-    future = torch.ones(tokens, tokens, dtype=torch.bool, device=layer.device).triu_(1)
+    stride = -(-tokens // QUERIES)
+    sampled = torch.arange(tokens - 1, -1, -stride, device=layer.device).flip(0)
+    future = torch.arange(tokens, device=layer.device) > sampled[:, None]  # [queries, tokens]
     key_value = torch.zeros(width, width, dtype=torch.float64)
     query, plain_query = (torch.zeros(heads, layer.head_dim, layer.head_dim, dtype=torch.float64) for _ in "qp")
     turned = torch.zeros(heads, half, dtype=torch.complex128)
@@ -61,8 +65,9 @@ def attention_statistics(layer: SourceLayer, hidden: torch.Tensor) -> AttentionS
         q, k, v = (x.float()[0] for x in layer.project(layer.normed(window[None])))
         groups = heads // layer.kv_heads
         keys, values = (x.repeat_interleave(groups, dim=0) for x in (k, v))
-        scores = rotate(q, layer.freqs) @ rotate(keys, layer.freqs).mT * layer.scale
-        attention = scores.masked_fill_(future, float("-inf")).softmax(-1)  # [H, tokens, tokens]
+        turned_q, q = rotate(q, layer.freqs)[:, sampled], q[:, sampled]
+        scores = turned_q @ rotate(keys, layer.freqs).mT * layer.scale
+        attention = scores.masked_fill_(future, float("-inf")).softmax(-1)  # [H, queries, tokens]
         pairs = _score_weights(attention, values, gram) * layer.scale**2
         query += (q * pairs.sum(2, keepdim=True)).mT.matmul(q).cpu().double()
         plain_query += (q.mT @ q).cpu().double()
@@ -75,10 +80,10 @@ def attention_statistics(layer: SourceLayer, hidden: torch.Tensor) -> AttentionS
 
         q_energy, k_energy = (x[..., :half].square() + x[..., half:].square() for x in (q, keys))
         seen = turn * k_energy  # [H, tokens, d / 2]
-        seen = torch.complex(pairs @ seen.real, pairs @ seen.imag)
-        turned += (q_energy * turn.conj() * seen).sum(1).cpu()
+        seen = torch.complex(pairs @ seen.real, pairs @ seen.imag)  # [H, queries, d / 2]
+        turned += (q_energy * turn[sampled].conj() * seen).sum(1).cpu()
         energy += (q_energy * (pairs @ k_energy)).sum(1).cpu()
-    count = hidden[..., 0].numel()
+    count = len(hidden) * len(sampled)
     return AttentionStatistics(
         key_value=key_value / len(hidden),
         query=query / count,
@@ -89,7 +94,7 @@ def attention_statistics(layer: SourceLayer, hidden: torch.Tensor) -> AttentionS
 
 
 def _score_weights(attention: torch.Tensor, values: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
-    """``(a |W_o (v_j - o_t)|)²``, ``[H, tokens, tokens]``, for values ``[H, tokens, d]``."""
+    """``(a |W_o (v_j - o_t)|)²``, ``[H, queries, tokens]``, for values ``[H, tokens, d]``."""
     outputs = attention @ values
     values_out = values @ gram
     distance = -2 * (outputs @ values_out.mT)

@@ -1,0 +1,166 @@
+"""Quality at each cache size, method against method: converts, scores through ``vllm-mla eval``, tabulates, plots.
+
+    python benchmarks/quality.py --valid wiki.valid.tokens --test wiki.test.raw
+
+Source: SmolLM2-135M-Instruct. Calibration: WikiText-2's validation split (tokenised form, marks undone), 64 windows
+of 512 tokens for ``attention-aware`` and 32 for ``transmla`` and ``mha2mla``, or text sampled from the model
+(``self``). Scores: perplexity in float32 of the first 8 windows of 1,024 tokens of WikiText-2's raw test split, the
+first 2 of 4,096, and of 8 windows of 1,024 tokens of another domain: the source code of Python's ``argparse``.
+
+Rows already in the result file are kept: remove it to measure again, or choose rows with ``--only``.
+"""
+
+import argparse
+import json
+import platform
+import re
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+import torch
+import transformers
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+import vllm_mla_plugin
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+from demo_model import demo_folder
+from fidelity import UNDO_TOKENISATION
+
+RESULT = Path(__file__).parent / "results" / "quality.json"
+VLLM_MLA = Path(sys.executable).with_name("vllm-mla")
+CODE = Path(sysconfig.get_paths()["stdlib"]) / "argparse.py"
+# Cached numbers per token and layer (the source has 384), and how TransMLA's paper and code split them.
+SPLITS = {192: (128, 64), 128: (96, 32), 96: (64, 32), 48: (32, 16)}
+# Perplexity of checkpoints that TransMLA's own code wrote, with the same calibration text and scoring.
+TRANSMLA_OWN_CODE = {192: 55.72, 128: 96.4, 96: 155.2, 48: 436.5}
+INGREDIENTS = ("mean-phase", "attention-weights", "metric", "joint-choice", "search", "converted-inputs")
+LABELS = {
+    "transmla": "TransMLA (ours)",
+    "mha2mla": "MHA2MLA (ours)",
+    "closed-form": "attention-aware, closed form",
+    "attention-aware": "attention-aware",
+    "per-layer": "attention-aware, sizes per layer",
+    "self": "attention-aware, self-calibrated",
+}
+
+
+def jobs(text: Path) -> dict[str, tuple[int, list[str]]]:
+    """Every row: its name, the cache size, and the options of ``vllm-mla convert``."""
+    plain = ["--calibration", str(text)]
+    more = [*plain, "--calibration-tokens", "32768"]
+    rows: dict[str, tuple[int, list[str]]] = {}
+    for width, (rank, rope) in SPLITS.items():
+        split = ["--kv-lora-rank", str(rank), "--qk-rope-head-dim", str(rope)]
+        ratio = ["--cache-ratio", str(width / 384)]
+        rows[f"transmla {width}"] = width, ["--method", "transmla", *split, *plain]
+        rows[f"mha2mla {width}"] = width, ["--method", "mha2mla", *split, *plain]
+        rows[f"closed-form {width}"] = width, [*ratio, *plain, "--refit-steps", "0"]
+        rows[f"attention-aware {width}"] = width, [*ratio, *more]
+        rows[f"per-layer {width}"] = width, [*ratio, *more, "--layer-sizes", "measured"]
+        rows[f"self {width}"] = width, [*ratio, "--calibration-tokens", "32768"]
+    for ingredient in INGREDIENTS:
+        options = ["--kv-lora-rank", "128", "--qk-rope-head-dim", "64", *plain, "--refit-steps", "0"]
+        rows[f"without {ingredient}"] = 192, [*options, "--without", ingredient]
+    rows["without none"] = 192, options
+    return rows
+
+
+def score(model: Path, text: Path, *options: str) -> float:
+    """Perplexity by ``vllm-mla eval``."""
+    with tempfile.NamedTemporaryFile(suffix=".json") as report:
+        subprocess.run([VLLM_MLA, "eval", model, "--text", text, *options, "--json", report.name], check=True)
+        return round(json.loads(Path(report.name).read_text())["models"][0]["perplexity"], 3)
+
+
+def scores(model: Path, test: Path) -> dict[str, float]:
+    """The three perplexities of a model."""
+    return {
+        "perplexity": score(model, test),
+        "perplexity_at_4096": score(model, test, "--length", "4096", "--windows", "2"),
+        "perplexity_of_code": score(model, CODE),
+    }
+
+
+def convert(options: list[str], out: Path) -> dict:
+    """Convert in a process of its own, so that peak memory is that of the conversion; the report."""
+    report = out.with_suffix(".json")
+    subprocess.run([VLLM_MLA, "convert", demo_folder(), out, *options, "--force", "--json", report], check=True)
+    return json.loads(report.read_text())
+
+
+def draw(rows: dict[str, dict], path: Path) -> None:
+    """Perplexity against cache size, a line for each method."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(*zip(*TRANSMLA_OWN_CODE.items(), strict=True), "x--", color="gray", label="TransMLA's own code")
+    for kind, label in LABELS.items():
+        points = [(width, rows[name]["perplexity"]) for width in SPLITS if (name := f"{kind} {width}") in rows]
+        if points:
+            axes.plot(*zip(*points, strict=True), "o-", label=label)
+    axes.axhline(rows["source"]["perplexity"], color="black", linewidth=1, label="source (384)")
+    axes.set_yscale("log")
+    axes.set_xlabel("numbers cached per token and layer")
+    axes.set_ylabel("WikiText-2 perplexity")
+    axes.legend(fontsize="small")
+    axes.grid(alpha=0.3, which="both")
+    FigureCanvasAgg(figure).print_png(path)
+
+
+def main() -> None:
+    """Measure what is not measured yet; write results after every row."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--valid", type=Path, required=True, help="wiki.valid.tokens")
+    parser.add_argument("--test", type=Path, required=True, help="wiki.test.raw")
+    parser.add_argument("--only", default="", help="regular expression of row names")
+    arguments = parser.parse_args()
+
+    rows: dict[str, dict] = json.loads(RESULT.read_text())["rows"] if RESULT.exists() else {}
+    with tempfile.TemporaryDirectory() as scratch:
+        text, out = Path(scratch) / "calibration.txt", Path(scratch) / "model"
+        content = arguments.valid.read_text()
+        for mark, plain in UNDO_TOKENISATION:
+            content = content.replace(mark, plain)
+        text.write_text(content)
+        if "source" not in rows:
+            rows["source"] = {"cached": 384, **scores(demo_folder(), arguments.test)}
+        for name, (width, options) in jobs(text).items():
+            if name in rows or not re.search(arguments.only, name):
+                continue
+            report = convert(options, out)
+            rows[name] = {
+                "cached": width,
+                "split": f"{report['kv_lora_rank']}+{report['qk_rope_head_dim']}",
+                "options": " ".join(options).replace(str(text), "FILE"),
+                **scores(out, arguments.test),
+                "seconds": report["seconds"],
+                "peak_rss_gb": round(report["peak_rss_bytes"] / 1e9, 2),
+            }
+            print(name, rows[name], flush=True)
+            write(rows)
+    draw(rows, RESULT.with_suffix(".png"))
+
+
+def write(rows: dict[str, dict]) -> None:
+    """The result file."""
+    result = {
+        "command": "python benchmarks/quality.py --valid wiki.valid.tokens --test wiki.test.raw",
+        "hardware": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, CPU only",
+        "versions": {
+            "vllm-mla-plugin": vllm_mla_plugin.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "transmla_own_code": TRANSMLA_OWN_CODE,
+        "rows": rows,
+    }
+    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
