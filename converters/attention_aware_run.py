@@ -86,7 +86,7 @@ def best_map(
 
 
 def attention_aware_layers(
-    source: Source, windows: torch.Tensor, budget: CacheBudget, options: AttentionAware, device: str
+    source: Source, windows: torch.Tensor, budgets: list[CacheBudget], options: AttentionAware, device: str
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Every layer's converted projections.
 
@@ -97,14 +97,14 @@ def attention_aware_layers(
     Args:
         source: the model.
         windows: ``[windows, tokens]`` token ids.
-        budget: sizes.
+        budgets: sizes of each layer.
         options: ingredients.
         device: where layers run.
     """
     generator = torch.Generator().manual_seed(options.seed)
     hidden = embed(source, windows)
     converted_hidden = hidden.clone()
-    for layer in source_layers(source, device):
+    for layer, budget in zip(source_layers(source, device), budgets, strict=True):
         if Ingredient.CONVERTED_INPUTS in options.without:
             converted_hidden = hidden.clone()
         model = layer_model(layer, converted_hidden, options.without)

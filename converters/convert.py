@@ -21,9 +21,12 @@ from mla_converters.calibration import WINDOW, calibration_windows
 from mla_converters.errors import ConversionError
 from mla_converters.families import active_window
 from mla_converters.latent_map import mla_weights
+from mla_converters.layer_sizes import LayerSizes, measured_sizes
 from mla_converters.layers import softmax_scale, source_frequencies
 from mla_converters.methods.exact import exact_map
+from mla_converters.methods.mha2mla import Keep, Svd, check_sizes
 from mla_converters.methods.transmla import fits_freqfold, freqfold_candidates
+from mla_converters.mha2mla_run import Mha2mlaOptions, mha2mla_layers
 from mla_converters.refit import Refit
 from mla_converters.source import Source, open_source
 from mla_converters.transmla_run import search_freqfold, transmla_layers
@@ -37,6 +40,7 @@ class Method(StrEnum):
 
     EXACT = "exact"
     TRANSMLA = "transmla"
+    MHA2MLA = "mha2mla"
     ATTENTION_AWARE = "attention-aware"
 
 
@@ -51,6 +55,8 @@ class Options:
         method: which method.
         kv_lora_rank, qk_rope_head_dim, cache_ratio: see :func:`mla_converters.budget.resolve_budget`.
         freqfold: neighbouring frequencies treated as one (``transmla``), or None to search.
+        layer_sizes: ``same`` in all layers, or ``measured`` for the same total (``attention-aware``).
+        rope_keep, svd: see :class:`mla_converters.mha2mla_run.Mha2mlaOptions`; None for its defaults.
         refit_steps: of Adam for each layer (``attention-aware``); 0 for the closed form alone.
         without: ingredients of ``attention-aware`` to leave out.
         calibration: a text file, or ``self`` for text sampled from the model.
@@ -66,8 +72,11 @@ class Options:
     qk_rope_head_dim: int | None = None
     cache_ratio: float | None = None
     freqfold: int | None = None
+    rope_keep: Keep | None = None
+    svd: Svd | None = None
     refit_steps: int = Refit.steps
     without: frozenset[Ingredient] = frozenset()
+    layer_sizes: LayerSizes = LayerSizes.SAME
     calibration: str = "self"
     calibration_tokens: int = 16384
     seed: int = 0
@@ -154,8 +163,13 @@ def _context(source: Source, options: Options) -> int:
 def _check_options(options: Options) -> None:
     if options.refit_steps < 0:
         raise ConversionError(f"--refit-steps is {options.refit_steps}, but must be 0 or more.")
-    of_one_method = {"--freqfold": (options.freqfold is not None, Method.TRANSMLA)}
-    of_one_method["--without"] = (bool(options.without), Method.ATTENTION_AWARE)
+    of_one_method = {
+        "--freqfold": (options.freqfold is not None, Method.TRANSMLA),
+        "--rope-keep": (options.rope_keep is not None, Method.MHA2MLA),
+        "--svd": (options.svd is not None, Method.MHA2MLA),
+        "--layer-sizes": (options.layer_sizes != LayerSizes.SAME, Method.ATTENTION_AWARE),
+        "--without": (bool(options.without), Method.ATTENTION_AWARE),
+    }
     for name, (given, method) in of_one_method.items():
         if given and options.method != method:
             raise ConversionError(f"{name} is an option of --method {method}, not of {options.method}: leave it out.")
@@ -176,6 +190,16 @@ def _plan(
     budget = resolve_budget(heads, head_dim, options.kv_lora_rank, options.qk_rope_head_dim, options.cache_ratio)
     if options.method == Method.TRANSMLA:
         _check_freqfold(options.freqfold, budget, head_dim)
+    if options.method == Method.MHA2MLA:
+        return budget, *_mha2mla(source, budget, options, progress)
+    windows, details = _calibrate(source, options, progress)
+    if options.method == Method.TRANSMLA:
+        return budget, *_transmla(source, windows, budget, options, details, progress)
+    return _attention_aware(source, windows, budget, options, details, progress)
+
+
+def _calibrate(source: Source, options: Options, progress: Progress) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Calibration windows ``[windows, tokens]``, and what the report says of them."""
     length = ATTENTION_AWARE_WINDOW if options.method == Method.ATTENTION_AWARE else WINDOW
     windows = calibration_windows(
         source, options.calibration, options.calibration_tokens, options.seed, progress, length
@@ -187,9 +211,7 @@ def _plan(
             "seed": options.seed,
         }
     }
-    if options.method == Method.TRANSMLA:
-        return budget, *_transmla(source, windows, budget, options, details, progress)
-    return _attention_aware(source, windows, budget, options, details, progress)
+    return windows, details
 
 
 def _check_freqfold(freqfold: int | None, budget: CacheBudget, head_dim: int) -> None:
@@ -217,6 +239,19 @@ def _transmla(
     return transmla_layers(source, windows, budget, fold, options.device), details
 
 
+def _mha2mla(
+    source: Source, budget: CacheBudget, options: Options, progress: Progress
+) -> tuple[Iterator[dict[str, torch.Tensor]], dict[str, Any]]:
+    method = Mha2mlaOptions(options.rope_keep or Mha2mlaOptions.keep, options.svd or Mha2mlaOptions.svd)
+    heads, head_dim = source.config.num_key_value_heads, source.head_dim
+    check_sizes(heads, head_dim, budget.qk_rope_head_dim, budget.kv_lora_rank, method.svd)
+    windows, details = None, {}
+    if method.calibrated:
+        windows, details = _calibrate(source, options, progress)
+    details |= {"rope_keep": method.keep, "svd": method.svd}
+    return mha2mla_layers(source, windows, budget, method, options.device), details
+
+
 def _attention_aware(
     source: Source,
     windows: torch.Tensor,
@@ -231,7 +266,13 @@ def _attention_aware(
         budget, errors = search_split(source, windows, budgets, method, options.device, progress)
         details["split_errors"] = {f"{b.kv_lora_rank}+{b.qk_rope_head_dim}": round(e, 6) for b, e in errors.items()}
     details |= {"refit_steps": options.refit_steps, "without": sorted(options.without)}
-    return budget, attention_aware_layers(source, windows, budget, method, options.device), details
+    sizes = [budget] * source.config.num_hidden_layers
+    if options.layer_sizes == LayerSizes.MEASURED:
+        sizes = measured_sizes(source, windows, budget, method, options.device, progress)
+        budget = CacheBudget(max(b.kv_lora_rank for b in sizes), max(b.qk_rope_head_dim for b in sizes))
+        details["kv_lora_ranks"] = [b.kv_lora_rank for b in sizes]
+        details["qk_rope_head_dims"] = [b.qk_rope_head_dim for b in sizes]
+    return budget, attention_aware_layers(source, windows, sizes, method, options.device), details
 
 
 def _convert_weights(
@@ -283,7 +324,10 @@ def _mla_config(
 ) -> dict[str, Any]:
     """``config.json`` of the converted model; its block ``mla_conversion`` is the report."""
     head_dim = source.head_dim
-    cached = 2 * source.config.num_key_value_heads * head_dim
+    cached, width = 2 * source.config.num_key_value_heads * head_dim, float(budget.width)
+    sizes = {name: details[name] for name in ("kv_lora_ranks", "qk_rope_head_dims") if name in details}
+    if sizes:
+        width = sum(map(sum, sizes.values())) / source.config.num_hidden_layers
     config = {name: value for name, value in source.raw_config.items() if not name.startswith("_")}
     for stale in ("torch_dtype", "layer_types", "max_window_layers"):  # dtype's older name; sliding windows
         config.pop(stale, None)
@@ -301,14 +345,15 @@ def _mla_config(
         "qk_nope_head_dim": 0 if options.method == Method.EXACT else head_dim,
         "v_head_dim": head_dim,
         "softmax_scale": softmax_scale(source),
+        **sizes,
         "mla_conversion": {
             "method": options.method.value,
             "source": source.name,
             "revision": source.revision,
             "kv_lora_rank": budget.kv_lora_rank,
             "qk_rope_head_dim": budget.qk_rope_head_dim,
-            "cached_per_token_and_layer": {"source": cached, "mla": budget.width},
-            "cache_ratio": round(budget.width / cached, 6),
+            "cached_per_token_and_layer": {"source": cached, "mla": round(width, 3) if width % 1 else int(width)},
+            "cache_ratio": round(width / cached, 6),
             "layers": source.config.num_hidden_layers,
             "versions": {
                 "vllm-mla-plugin": vllm_mla_plugin.__version__,

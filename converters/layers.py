@@ -144,6 +144,18 @@ class SourceLayer:
         self.add_mlp(hidden)
 
 
+@torch.inference_mode()
+def logits(source: Source, hidden: torch.Tensor, device: str) -> torch.Tensor:
+    """From the last layer's output ``[..., D]`` to the source's logits ``[..., vocabulary]``, float32."""
+    skeleton = source.skeleton()
+    norm = skeleton.model.norm
+    norm.load_state_dict({"weight": source.tensor("model.norm.weight").to(device, torch.float32)}, assign=True)
+    tied = source.config.tie_word_embeddings
+    head = source.tensor("model.embed_tokens.weight" if tied else "lm_head.weight").to(device)
+    with calibration_autocast(device):
+        return nn.functional.linear(norm(hidden.to(device)), head.float()).float()
+
+
 def source_layers(source: Source, device: str) -> Iterator[SourceLayer]:
     """The layers of the source in order; each is dropped when the next is asked for."""
     for index, module in enumerate(source.skeleton().model.layers):

@@ -10,6 +10,7 @@ from test_exact import attend
 
 from mla_converters.attention import gqa_attention, rotate
 from mla_converters.attention_aware_run import Ingredient
+from mla_converters.latent_attention import LatentAttention
 from mla_converters.latent_map import balanced, mla_weights
 from mla_converters.layers import SourceLayer, source_layers
 from mla_converters.methods.attention_aware import (
@@ -137,14 +138,24 @@ def test_what_costs_most_keeps_rope(statistics: AttentionStatistics) -> None:
     assert set(choose_rotary(model, 4 * KV_HEADS, Weighing(energy=1e6)).frequency.tolist()) != {0, 1}
 
 
-def test_refit_lowers_the_error(layer: SourceLayer) -> None:
-    """Of a layer whose cache is cut to half."""
-    hidden = torch.randn(8, 32, 96, generator=torch.Generator().manual_seed(0))
+def converted(layer: SourceLayer, hidden: torch.Tensor) -> LatentAttention:
+    """The layer's attention with half the cache."""
     plain = layer.moments(hidden).kv
-    maps = attention_aware_map(
-        score_model(attention_statistics(layer, hidden), plain, KV_HEADS), layer.freqs, 24, 24, Weighing()
-    )
-    attention = layer.converted(mla_weights(layer.attention_weights(), balanced(maps, plain)))
+    model = score_model(attention_statistics(layer, hidden), plain, KV_HEADS)
+    maps = attention_aware_map(model, layer.freqs, rope_dim=24, kv_lora_rank=24, weighing=Weighing())
+    return layer.converted(mla_weights(layer.attention_weights(), balanced(maps, plain)))
+
+
+def test_queries_are_the_last_tokens(layer: SourceLayer) -> None:
+    hidden = torch.randn(2, 32, 96, generator=torch.Generator().manual_seed(0))
+    attention = converted(layer, hidden)
+    with torch.inference_mode():
+        torch.testing.assert_close(attention(hidden, 5), attention(hidden)[:, -5:])
+
+
+def test_refit_lowers_the_error(layer: SourceLayer) -> None:
+    hidden = torch.randn(8, 32, 96, generator=torch.Generator().manual_seed(0))
+    attention = converted(layer, hidden)
     expected = hidden.clone()
     layer.add_attention(expected, layer.attend)
     before = layer.error(hidden, attention)

@@ -131,6 +131,8 @@ OPTIONS = {
     "large-rope": (("--qk-rope-head-dim", 50), "must be even, at least 2 and at most 48"),
     "freqfold": ((*TRANSMLA, "--qk-rope-head-dim", 16, "--freqfold", 3), "choose one of 1, 2, 4, 8"),
     "freqfold-method": (("--freqfold", 2), "--freqfold is an option of --method transmla, not of attention-aware"),
+    "svd": (("--method", "mha2mla", "--svd", "both"), "choose one of joint, split"),
+    "rope-keep-method": (("--rope-keep", "low"), "--rope-keep is an option of --method mha2mla"),
     "without": (("--without", "magic"), "choose of mean-phase, attention-weights"),
     "without-method": ((*TRANSMLA, "--without", "search"), "an option of --method attention-aware"),
     "refit-steps": (("--refit-steps", -1), "must be 0 or more"),

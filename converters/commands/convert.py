@@ -31,8 +31,9 @@ def convert(
     method: Annotated[
         str,
         typer.Option(
-            help="**attention-aware** loses least; **transmla** (arXiv 2502.07864) for comparison; **exact** "
-            "changes nothing, neither outputs nor cache size."
+            help="**attention-aware** loses least; **transmla** (arXiv 2502.07864) and **mha2mla** (arXiv "
+            "2502.14837, which trains afterwards) for comparison; **exact** changes nothing, neither outputs nor "
+            "cache size."
         ),
     ] = "attention-aware",
     kv_lora_rank: Annotated[
@@ -55,6 +56,14 @@ def convert(
             rich_help_panel="Method attention-aware",
         ),
     ] = 96,
+    layer_sizes: Annotated[
+        str,
+        typer.Option(
+            help="Cache **same** in all layers, or **measured**: more where it matters more, the same in total. GPUs "
+            "do not serve it yet.",
+            rich_help_panel="Method attention-aware",
+        ),
+    ] = "same",
     without: Annotated[
         list[str] | None,
         typer.Option(
@@ -69,6 +78,20 @@ def convert(
             rich_help_panel="Method transmla",
         ),
     ] = "auto",
+    rope_keep: Annotated[
+        str | None,
+        typer.Option(
+            help="Which pairs of a head keep RoPE: **2-norm**, **high**, **low** or **uniform**. [default: 2-norm]",
+            rich_help_panel="Method mha2mla",
+        ),
+    ] = None,
+    svd: Annotated[
+        str | None,
+        typer.Option(
+            help="SVD of keys and values together (**joint**) or apart (**split**). [default: joint]",
+            rich_help_panel="Method mha2mla",
+        ),
+    ] = None,
     calibration: Annotated[
         str,
         typer.Option(
@@ -100,11 +123,19 @@ def convert(
     from mla_converters.attention_aware_run import Ingredient
     from mla_converters.convert import Method, Options
     from mla_converters.convert import convert as run
+    from mla_converters.layer_sizes import LayerSizes
+    from mla_converters.methods.mha2mla import Keep, Svd
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    if method not in list(Method):
-        raise ConversionError(f"--method is {method!r}; choose one of {', '.join(Method)}.")
+    for name, value, choices in (
+        ("--method", method, Method),
+        ("--rope-keep", rope_keep, Keep),
+        ("--svd", svd, Svd),
+        ("--layer-sizes", layer_sizes, LayerSizes),
+    ):
+        if value is not None and value not in list(choices):
+            raise ConversionError(f"{name} is {value!r}; choose one of {', '.join(choices)}.")
     for ingredient in without or ():
         if ingredient not in list(Ingredient):
             raise ConversionError(f"--without is {ingredient!r}; choose of {', '.join(Ingredient)}.")
@@ -116,7 +147,10 @@ def convert(
         qk_rope_head_dim=qk_rope_head_dim,
         cache_ratio=cache_ratio,
         freqfold=None if freqfold == "auto" else int(freqfold),
+        rope_keep=Keep(rope_keep) if rope_keep else None,
+        svd=Svd(svd) if svd else None,
         refit_steps=refit_steps,
+        layer_sizes=LayerSizes(layer_sizes),
         without=frozenset(map(Ingredient, without or ())),
         calibration=calibration,
         calibration_tokens=calibration_tokens,
@@ -135,7 +169,7 @@ def _print_report(report: dict) -> None:
     table = Table(title=f"{report['source']} as MLA ({report['method']})", show_header=False)
     cached = report["cached_per_token_and_layer"]
     bytes_each = 4 if report["dtype"] == "float32" else 2
-    per_token = {who: n * report["layers"] * bytes_each for who, n in cached.items()}
+    per_token = {who: round(n * report["layers"]) * bytes_each for who, n in cached.items()}
     rows = {
         "kv_lora_rank + qk_rope_head_dim": f"{report['kv_lora_rank']} + {report['qk_rope_head_dim']}",
         "KV cache per token": f"{per_token['source']:,} -> {per_token['mla']:,} bytes ({report['dtype']})",

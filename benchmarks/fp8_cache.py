@@ -1,0 +1,82 @@
+"""What an 8-bit latent cache costs: perplexity with every cached number rounded to fp8 (e4m3, scale 1).
+
+    python benchmarks/fp8_cache.py --test wiki.test.raw MODEL...
+
+Runs converted checkpoints in transformers, float32, on the first 8 windows of 1,024 tokens of the text, with the
+cache rounded and not, and with each cached component first multiplied by a random factor of 10 ** [-4, 4] that the
+up-projection takes back: the same model, with latents at a scale that nobody chose.
+"""
+
+import argparse
+import json
+import math
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+import vllm_mla_plugin.hf  # noqa: F401 - registers the MLA models
+
+RESULT = Path(__file__).parent / "results" / "fp8_cache.json"
+
+
+class Fp8Cache(DynamicCache):
+    """Gives back what vLLM's fp8 KV cache would: latents and rotary keys rounded to e4m3, saturated."""
+
+    def update(self, latent: torch.Tensor, k_rope: torch.Tensor, *args: Any, **kwargs: Any) -> tuple:
+        limit = torch.finfo(torch.float8_e4m3fn).max
+        rounded = (x.clamp(-limit, limit).to(torch.float8_e4m3fn).to(x.dtype) for x in (latent, k_rope))
+        return super().update(*rounded, *args, **kwargs)
+
+
+@torch.inference_mode()
+def perplexity(model: torch.nn.Module, windows: torch.Tensor, cache: type[DynamicCache]) -> float:
+    """exp of the mean next-token loss of windows ``[windows, tokens]``."""
+    loss = 0.0
+    for window in windows.split(1):
+        logits = model(window, past_key_values=cache(), use_cache=True).logits[0, :-1]
+        loss += F.cross_entropy(logits, window[0, 1:], reduction="sum").item()
+    return math.exp(loss / windows[:, 1:].numel())
+
+
+@torch.inference_mode()
+def scramble(model: torch.nn.Module) -> None:
+    """Scale every latent component at random, without changing the model's function."""
+    generator = torch.Generator().manual_seed(0)
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        scale = 10 ** (8 * torch.rand(attention.latent_dim, generator=generator) - 4)
+        attention.kv_a_proj_with_mqa.weight[: attention.latent_dim] *= scale[:, None]
+        attention.kv_b_proj.weight /= scale
+
+
+def main() -> None:
+    """Measure, print, and write the result file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", type=Path, metavar="MODEL", help="converted checkpoints")
+    parser.add_argument("--test", type=Path, required=True, help="text to score")
+    arguments = parser.parse_args()
+    rows = []
+    for folder in arguments.models:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        ids = AutoTokenizer.from_pretrained(folder)(arguments.test.read_text(), return_tensors="pt").input_ids
+        windows = ids[0, : 8 * 1024].view(8, 1024)
+        row: dict[str, Any] = {"model": folder.name, "method": model.config.mla_conversion["method"]}
+        row["float32"] = perplexity(model, windows, DynamicCache)
+        row["fp8"] = perplexity(model, windows, Fp8Cache)
+        scramble(model)
+        row["fp8_scale_not_chosen"] = perplexity(model, windows, Fp8Cache)
+        row["cost"] = row["fp8"] / row["float32"] - 1
+        rows.append({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()})
+        print(rows[-1], flush=True)
+    hardware = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, CPU only"
+    command = f"python {' '.join(sys.argv)}"
+    RESULT.write_text(json.dumps({"command": command, "hardware": hardware, "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
