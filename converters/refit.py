@@ -64,7 +64,8 @@ def refit_layer(
         batch, order = order[:BATCH], order[BATCH:]
         # All keys before some queries: distances of up to the whole window, at the price of few queries.
         queries = min(QUERIES, hidden.shape[1])
-        end = int(torch.randint(queries, hidden.shape[1] + 1, (), generator=generator))
+        # In whole blocks: tensors of ever new sizes fragment the heap to three times what is needed.
+        end = queries * int(torch.randint(1, hidden.shape[1] // queries + 1, (), generator=generator))
         inputs = hidden[batch, :end].to(layer.device)
         target = expected[batch, end - queries : end].to(layer.device) - inputs[:, -queries:]
         size = target.square().sum(-1)  # [windows, queries]

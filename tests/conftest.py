@@ -28,6 +28,7 @@ from demo_model import demo_folder, demo_gguf
 BIN = Path(sys.executable).parent
 TEXT = (ROOT / "scripts" / "demo_text.txt").read_text()
 CALIBRATION = ROOT / "LICENSE"  # some English that is no test text
+SPLIT = ("--kv-lora-rank", 128, "--qk-rope-head-dim", 64)  # half of what SmolLM2 caches
 
 
 def vllm_mla(*args: object) -> subprocess.CompletedProcess[str]:
@@ -64,7 +65,7 @@ def exact(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def half(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2 with half the cache, calibrated on few tokens."""
     out = tmp_path_factory.mktemp("half") / "model"
-    options = ("--calibration", CALIBRATION, "--calibration-tokens", 4096, "--refit-steps", 4)
+    options = ("--calibration", CALIBRATION, "--calibration-tokens", 2048, "--refit-steps", 2, *SPLIT)
     return convert(smollm2, out, *options)
 
 

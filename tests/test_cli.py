@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CALIBRATION, ROOT, RandomModel, convert, vllm_mla
+from conftest import CALIBRATION, ROOT, SPLIT, RandomModel, convert, vllm_mla
 from safetensors.torch import load_file, save_file
 
 from mla_converters.cli import main
@@ -217,7 +217,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 def test_same_seed_same_bytes(smollm2: Path, half: Path, tmp_path: Path) -> None:
     """A second conversion of a real model equals the first to the byte; another seed does not."""
-    options = ("--calibration", CALIBRATION, "--calibration-tokens", 4096, "--refit-steps", 4)
+    options = ("--calibration", CALIBRATION, "--calibration-tokens", 2048, "--refit-steps", 2, *SPLIT)
     assert digests(convert(smollm2, tmp_path / "again", *options)) == digests(half)
     other = digests(convert(smollm2, tmp_path / "other", *options, "--seed", 1))
     assert other["model.safetensors"] != digests(half)["model.safetensors"]

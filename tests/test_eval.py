@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CALIBRATION, ROOT, RandomModel, convert, load
+from conftest import ROOT, RandomModel, load
 from transformers import AutoTokenizer
 
 from mla_converters.cli import main
@@ -67,14 +67,6 @@ def refused(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
 def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Vocabulary of 199, context of 256, one token per character."""
     return RandomModel().save(tmp_path_factory.mktemp("random") / "model")
-
-
-@pytest.fixture(scope="module")
-def half(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2 with half the cache, by the quickest method: what it loses is to be measured, not to be little."""
-    out = tmp_path_factory.mktemp("half") / "model"
-    options = ("--method", "transmla", "--calibration", CALIBRATION, "--calibration-tokens", 1024, "--freqfold", 2)
-    return convert(smollm2, out, *options)
 
 
 @torch.inference_mode()
