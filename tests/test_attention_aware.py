@@ -9,7 +9,7 @@ from test_exact import attend
 
 from mla_converters.attention import gqa_attention, rotate
 from mla_converters.attention_aware_run import Ingredient
-from mla_converters.convert import Options, convert
+from mla_converters.convert import convert
 from mla_converters.latent_attention import LatentAttention
 from mla_converters.latent_map import balanced, mla_weights
 from mla_converters.layers import SourceLayer, source_layers
@@ -23,6 +23,7 @@ from mla_converters.methods.attention_aware import (
     score_model,
 )
 from mla_converters.methods.attention_statistics import AttentionStatistics, attention_statistics
+from mla_converters.options import Options
 from mla_converters.refit import Refit, refit_layer
 from mla_converters.source import open_source
 

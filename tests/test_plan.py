@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mla_converters.cli import main
-from mla_converters.convert import Options
+from mla_converters.options import Options
 from mla_converters.planning.serving import BLACKWELL, GPUS, HOPPER, OTHER_GPU
 
 GIB = 2**30

@@ -121,10 +121,10 @@ def convert(
     from transformers.utils import logging as transformers_logging
 
     from mla_converters.attention_aware_run import Ingredient
-    from mla_converters.convert import Method, Options
     from mla_converters.convert import convert as run
     from mla_converters.layer_sizes import LayerSizes
     from mla_converters.methods.mha2mla import Keep, Svd
+    from mla_converters.options import Method, Options
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

@@ -18,7 +18,6 @@ import transformers
 from rich.console import Console
 from rich.progress import Progress
 
-from mla_converters.convert import DTYPES
 from mla_converters.errors import ConversionError
 from mla_converters.evaluation.hf_engine import hf_scores
 from mla_converters.evaluation.models import Model, find_model, find_models
@@ -27,6 +26,7 @@ from mla_converters.evaluation.scores import TokenScores, comparison, measures
 from mla_converters.evaluation.text import Text, TextProtocol, read_text
 from mla_converters.evaluation.vllm_engine import vllm_scores
 from mla_converters.evaluation.windows import DEFAULTS, Windows, shared_windows
+from mla_converters.options import DTYPES
 
 
 class Engine(StrEnum):

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from mla_converters.calibration import WINDOW
-from mla_converters.convert import Options
 from mla_converters.errors import ConversionError
+from mla_converters.options import Options
 from mla_converters.planning.cost import (
     METHOD_COSTS,
     conversion_core_seconds,

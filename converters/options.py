@@ -1,0 +1,94 @@
+"""What a conversion is asked to do, and what can be refused before anything is read."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+
+from mla_converters.attention_aware_run import Ingredient
+from mla_converters.errors import ConversionError
+from mla_converters.layer_sizes import LayerSizes
+from mla_converters.methods.mha2mla import Keep, Svd
+from mla_converters.refit import Refit
+
+
+class Method(StrEnum):
+    """Conversion methods."""
+
+    EXACT = "exact"
+    TRANSMLA = "transmla"
+    MHA2MLA = "mha2mla"
+    ATTENTION_AWARE = "attention-aware"
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a conversion is asked to do; the defaults are those of the command line.
+
+    Attributes:
+        method: which method.
+        kv_lora_rank, qk_rope_head_dim, cache_ratio: see :func:`mla_converters.budget.resolve_budget`.
+        freqfold: neighbouring frequencies treated as one (``transmla``), or None to search.
+        layer_sizes: ``same`` in all layers, or ``measured`` for the same total (``attention-aware``).
+        rope_keep, svd: see :class:`mla_converters.mha2mla_run.Mha2mlaOptions`; None for its defaults.
+        refit_steps: of Adam for each layer (``attention-aware``); 0 for the closed form alone.
+        without: ingredients of ``attention-aware`` to leave out.
+        calibration: a text file, or ``self`` for text sampled from the model.
+        calibration_tokens: how many tokens calibrate.
+        seed: of calibration.
+        dtype: of the written weights; None keeps the source's.
+        device: where layers run.
+        max_context: limit on the context of the converted model, as a sliding window needs.
+    """
+
+    method: Method = Method.ATTENTION_AWARE
+    kv_lora_rank: int | None = None
+    qk_rope_head_dim: int | None = None
+    cache_ratio: float | None = None
+    freqfold: int | None = None
+    rope_keep: Keep | None = None
+    svd: Svd | None = None
+    refit_steps: int = Refit.steps
+    without: frozenset[Ingredient] = frozenset()
+    layer_sizes: LayerSizes = LayerSizes.SAME
+    calibration: str = "self"
+    calibration_tokens: int = 16384
+    seed: int = 0
+    dtype: str | None = None
+    device: str = "cpu"
+    max_context: int | None = None
+
+
+def check_options(options: Options) -> None:
+    """Refuse options that contradict each other or this machine.
+
+    Raises:
+        ConversionError: with what to do.
+    """
+    if options.dtype not in (None, *DTYPES):
+        raise ConversionError(f"--dtype is {options.dtype!r}; choose one of {', '.join(DTYPES)}.")
+    _check_device(options.device)
+    if options.refit_steps < 0:
+        raise ConversionError(f"--refit-steps is {options.refit_steps}, but must be 0 or more.")
+    of_one_method = {
+        "--freqfold": (options.freqfold is not None, Method.TRANSMLA),
+        "--rope-keep": (options.rope_keep is not None, Method.MHA2MLA),
+        "--svd": (options.svd is not None, Method.MHA2MLA),
+        "--layer-sizes": (options.layer_sizes != LayerSizes.SAME, Method.ATTENTION_AWARE),
+        "--without": (bool(options.without), Method.ATTENTION_AWARE),
+    }
+    for name, (given, method) in of_one_method.items():
+        if given and options.method != method:
+            raise ConversionError(f"{name} is an option of --method {method}, not of {options.method}: leave it out.")
+
+
+def _check_device(device: str) -> None:
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ConversionError(f"--device is {device!r}, which is not a device: use cpu, cuda or cuda:N.") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ConversionError(f"--device is {device!r}, but this torch sees no CUDA device.")
