@@ -18,7 +18,7 @@ class MethodCost:
         calibration: per token that passes through the layers and parameter of these.
         search_tokens: tokens' worth of searching on a few windows, however many calibrate.
         decompositions: eigendecompositions of each layer's second moments.
-        refit: per token that refits a layer and parameter of its attention.
+        refit: per token that refits a layer and parameter of its attention; the keys that it reads included.
         refit_tokens: how many these are.
     """
 
@@ -32,7 +32,7 @@ class MethodCost:
 METHOD_COSTS = {
     "transmla": MethodCost(calibration=3.8e-11, search_tokens=4096, decompositions=8),
     "attention-aware": MethodCost(
-        calibration=3.8e-11, search_tokens=12288, decompositions=8, refit=1.6e-10, refit_tokens=64 * 4 * 512
+        calibration=3.8e-11, search_tokens=12288, decompositions=8, refit=6.9e-10, refit_tokens=96 * 4 * 128
     ),
 }
 SAMPLING = 9e-11  # core-seconds per sampled token and parameter of the model
