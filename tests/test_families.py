@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CALIBRATION, convert, load, run_engine
+from conftest import CALIBRATION, SPLIT, convert, load, run_engine
 from safetensors.torch import load_file, save_file
 from test_engine import assert_agrees, text_prompts
 from transformers import AutoTokenizer
@@ -47,7 +47,7 @@ def test_real_weights(family: str, smollm2: Path, tmp_path: Path) -> None:
             assert torch.equal(layer[name], tensor), name
         assert all(not layer[name].any() for name in layer.keys() - reference.keys()), "a bias out of nothing"
 
-    options = ("--calibration", CALIBRATION, "--calibration-tokens", 2048, "--refit-steps", 0)
+    options = ("--calibration", CALIBRATION, "--calibration-tokens", 2048, "--refit-steps", 0, *SPLIT)
     out = convert(source, tmp_path / "mla", *options)
     model = load(out)
     assert model.config.model_type == f"{family}_mla"
