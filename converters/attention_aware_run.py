@@ -69,7 +69,7 @@ def best_map(
     def attempt(weighing: Weighing) -> tuple[float, LatentMap, Weighing]:
         maps = attention_aware_map(model, layer.freqs, budget.qk_rope_head_dim, budget.kv_lora_rank, weighing)
         maps = balanced(maps, model.key_value)
-        error = layer.error(hidden[:ERROR_WINDOWS], layer.converted(mla_weights(weights, maps)))
+        (error,) = layer.errors(hidden[:ERROR_WINDOWS], [layer.converted(mla_weights(weights, maps))])
         return error, maps, weighing
 
     start = Weighing()

@@ -1,6 +1,6 @@
 """Running calibration text through a model layer by layer, one layer's weights in memory at a time."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 
 import torch
@@ -59,11 +59,13 @@ class SourceLayer:
         heads, kv_heads, head_dim: ``H``, ``g`` and ``d``.
     """
 
-    def __init__(self, source: Source, index: int, module: nn.Module, device: str) -> None:
+    def __init__(
+        self, source: Source, index: int, module: nn.Module, freqs: torch.Tensor, scale: float, device: str
+    ) -> None:
         self.index = index
         self.weights = source.tensors(f"model.layers.{index}.")
-        self.freqs = source_frequencies(source)[0].to(device)
-        self.scale = softmax_scale(source)
+        self.freqs = freqs.to(device)
+        self.scale = scale
         self.heads = source.config.num_attention_heads
         self.kv_heads = source.config.num_key_value_heads
         self.head_dim = source.head_dim
@@ -114,12 +116,14 @@ class SourceLayer:
         return moments
 
     @torch.inference_mode()
-    def error(self, hidden: torch.Tensor, attention: Attention) -> float:
-        """Relative squared error of ``attention``'s output against the source's, on ``[windows, tokens, D]``."""
+    def errors(self, hidden: torch.Tensor, attentions: Iterable[Attention]) -> list[float]:
+        """Relative squared errors of attentions' outputs against the source's, on ``[windows, tokens, D]``."""
         x = self.normed(hidden)
         with calibration_autocast(self.device):
-            expected, output = self.attend(x).float(), attention(x).float()
-        return ((output - expected).square().sum() / expected.square().sum()).item()
+            expected = self.attend(x).float()
+            outputs = (attention(x).float() for attention in attentions)
+            size = expected.square().sum()
+            return [((output - expected).square().sum() / size).item() for output in outputs]
 
     @torch.inference_mode()
     def add_attention(self, hidden: torch.Tensor, attention: Attention) -> None:
@@ -158,6 +162,8 @@ def logits(source: Source, hidden: torch.Tensor, device: str) -> torch.Tensor:
 
 def source_layers(source: Source, device: str) -> Iterator[SourceLayer]:
     """The layers of the source in order; each is dropped when the next is asked for."""
+    # Once for all layers: both build the whole model's skeleton.
+    freqs, scale = source_frequencies(source)[0], softmax_scale(source)
     for index, module in enumerate(source.skeleton().model.layers):
-        yield SourceLayer(source, index, module, device)
+        yield SourceLayer(source, index, module, freqs, scale, device)
         module.to("meta")

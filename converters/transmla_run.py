@@ -11,8 +11,8 @@ from mla_converters.layers import embed, source_layers
 from mla_converters.methods.transmla import freqfold_candidates, joint_map, rotate_keys, transmla_map
 from mla_converters.source import Source
 
-SEARCH_WINDOWS = 8  # whose moments the candidates are built from
-ERROR_WINDOWS = 4  # of these, on how many their errors are measured
+SEARCH_WINDOWS = 4  # whose moments the candidates are built from
+ERROR_WINDOWS = 2  # of these, on how many their errors are measured
 
 
 def search_freqfold(
@@ -37,10 +37,11 @@ def search_freqfold(
     for layer in progress.track(layers, total=count, description="Searching freqfold"):
         moments = layer.moments(hidden)
         weights = layer.attention_weights()
-        for fold in candidates:
-            maps = transmla_map(moments, layer.freqs, budget.kv_lora_rank, budget.qk_rope_head_dim, fold)
-            attention = layer.converted(mla_weights(weights, maps))
-            errors[fold] += layer.error(hidden[:ERROR_WINDOWS], attention) / count
+        sizes = budget.kv_lora_rank, budget.qk_rope_head_dim
+        maps = (transmla_map(moments, layer.freqs, *sizes, fold) for fold in candidates)
+        attentions = (layer.converted(mla_weights(weights, candidate)) for candidate in maps)
+        for fold, error in zip(candidates, layer.errors(hidden[:ERROR_WINDOWS], attentions), strict=True):
+            errors[fold] += error / count
         layer.advance(hidden, layer.attend)
     return min(errors, key=errors.__getitem__), errors
 

@@ -159,9 +159,9 @@ def test_refit_lowers_the_error(layer: SourceLayer) -> None:
     attention = converted(layer, hidden)
     expected = hidden.clone()
     layer.add_attention(expected, layer.attend)
-    before = layer.error(hidden, attention)
+    (before,) = layer.errors(hidden, [attention])
     refit_layer(attention, layer, hidden, expected, Refit(steps=60), torch.Generator().manual_seed(0))
-    assert layer.error(hidden, attention) < 0.7 * before
+    assert layer.errors(hidden, [attention])[0] < 0.7 * before
 
 
 def test_every_ingredient_does_something(tmp_path: Path) -> None:
