@@ -1,6 +1,6 @@
 """Method ``attention-aware`` over a whole model: searching its weights, and converting layer by layer."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -13,6 +13,7 @@ from mla_converters.layers import SourceLayer, embed, source_layers
 from mla_converters.methods.attention_aware import ScoreModel, Weighing, attention_aware_map, score_model
 from mla_converters.methods.attention_statistics import attention_statistics
 from mla_converters.refit import Refit, refit_layer
+from mla_converters.search import search
 from mla_converters.source import Source
 
 WINDOW = 2048  # tokens in a window: what loses RoPE must be right at long distances too
@@ -60,29 +61,42 @@ def layer_model(layer: SourceLayer, hidden: torch.Tensor, without: frozenset[Ing
     )
 
 
+def layer_map(layer: SourceLayer, model: ScoreModel, budget: CacheBudget, weighing: Weighing) -> LatentMap:
+    """The layer's map for one weighing."""
+    maps = attention_aware_map(model, layer.freqs, budget.qk_rope_head_dim, budget.kv_lora_rank, weighing)
+    return balanced(maps, model.key_value)
+
+
+def map_errors(layer: SourceLayer, hidden: torch.Tensor, maps: Iterable[LatentMap]) -> list[float]:
+    """Relative squared errors of the attention's output with each map, on a few of ``[windows, tokens, D]`` inputs."""
+    attentions = (layer.converted(mla_weights(layer.attention_weights, candidate)) for candidate in maps)
+    return layer.errors(hidden[:ERROR_WINDOWS], attentions)
+
+
+def first_weighing(without: frozenset[Ingredient]) -> Weighing:
+    """Where the search begins."""
+    return replace(Weighing(), energy=0.0) if Ingredient.JOINT_CHOICE in without else Weighing()
+
+
 def best_map(
     layer: SourceLayer, hidden: torch.Tensor, model: ScoreModel, budget: CacheBudget, without: frozenset[Ingredient]
-) -> tuple[LatentMap, float]:
-    """The layer's map with the weighing whose attention output errs least, and that error."""
-    weights = layer.attention_weights()
+) -> LatentMap:
+    """The layer's map with the weighing whose attention output errs least; values' weight first, then energy's."""
+    start = first_weighing(without)
+    if Ingredient.SEARCH in without:
+        return layer_map(layer, model, budget, start)
+    tried: dict[Weighing, tuple[float, LatentMap]] = {}
 
-    def attempt(weighing: Weighing) -> tuple[float, LatentMap, Weighing]:
-        maps = attention_aware_map(model, layer.freqs, budget.qk_rope_head_dim, budget.kv_lora_rank, weighing)
-        maps = balanced(maps, model.key_value)
-        (error,) = layer.errors(hidden[:ERROR_WINDOWS], [layer.converted(mla_weights(weights, maps))])
-        return error, maps, weighing
+    def best_of(candidates: list[Weighing]) -> Weighing:
+        new = [candidate for candidate in candidates if candidate not in tried]
+        maps = [layer_map(layer, model, budget, candidate) for candidate in new]
+        tried.update(zip(new, zip(map_errors(layer, hidden, maps), maps, strict=True), strict=True))
+        return min(tried, key=lambda candidate: tried[candidate][0])
 
-    start = Weighing()
-    if Ingredient.JOINT_CHOICE in without:
-        start = replace(start, energy=0.0)
-    best = attempt(start)
-    if Ingredient.SEARCH not in without:
-        values = [attempt(replace(start, values=value)) for value in VALUE_WEIGHTS if value != start.values]
-        best = min([best, *values], key=lambda tried: tried[0])
-        if Ingredient.JOINT_CHOICE not in without:
-            energies = [attempt(replace(best[2], energy=e)) for e in ENERGY_WEIGHTS if e != start.energy]
-            best = min([best, *energies], key=lambda tried: tried[0])
-    return best[1], best[0]
+    best = best_of([start, *(replace(start, values=value) for value in VALUE_WEIGHTS)])
+    if Ingredient.JOINT_CHOICE not in without:
+        best = best_of([replace(best, energy=energy) for energy in ENERGY_WEIGHTS])
+    return tried[best][1]
 
 
 def attention_aware_layers(
@@ -108,8 +122,8 @@ def attention_aware_layers(
         if Ingredient.CONVERTED_INPUTS in options.without:
             converted_hidden = hidden.clone()
         model = layer_model(layer, converted_hidden, options.without)
-        maps, _ = best_map(layer, converted_hidden, model, budget, options.without)
-        attention = layer.converted(mla_weights(layer.attention_weights(), maps))
+        maps = best_map(layer, converted_hidden, model, budget, options.without)
+        attention = layer.converted(mla_weights(layer.attention_weights, maps))
         layer.add_attention(hidden, layer.attend)
         if options.refit.steps:
             refit_layer(attention, layer, converted_hidden, hidden, options.refit, generator)
@@ -127,18 +141,11 @@ def search_split(
     device: str,
     progress: Progress,
 ) -> tuple[CacheBudget, dict[CacheBudget, float]]:
-    """The split between rotary key and latent with the smallest error of the attention outputs, summed over layers.
+    """The split between rotary key and latent with the smallest error of the attention outputs; see :func:`search`."""
+    weighing = first_weighing(options.without)
 
-    Returns:
-        The winner, and every candidate's mean relative squared error.
-    """
-    errors = dict.fromkeys(budgets, 0.0)
-    hidden = embed(source, windows[:ATTENTION_WINDOWS])
-    count = source.config.num_hidden_layers
-    without = options.without | {Ingredient.SEARCH}
-    for layer in progress.track(source_layers(source, device), total=count, description="Searching the split"):
-        model = layer_model(layer, hidden, without)
-        for budget in budgets:
-            errors[budget] += best_map(layer, hidden, model, budget, without)[1] / count
-        layer.advance(hidden, layer.attend)
-    return min(errors, key=errors.__getitem__), errors
+    def errors(layer: SourceLayer, hidden: torch.Tensor) -> list[float]:
+        model = layer_model(layer, hidden, options.without)
+        return map_errors(layer, hidden, (layer_map(layer, model, budget, weighing) for budget in budgets))
+
+    return search(source, windows[:ATTENTION_WINDOWS], budgets, errors, device, progress, "Searching the split")

@@ -14,7 +14,6 @@ import vllm_mla_plugin
 from mla_converters.budget import CacheBudget
 from mla_converters.errors import ConversionError
 from mla_converters.families import active_window
-from mla_converters.layers import softmax_scale
 from mla_converters.method_run import Layers, converted_layers
 from mla_converters.options import DTYPES, Method, Options, check_options
 from mla_converters.source import Source, open_source
@@ -110,10 +109,10 @@ def _write_layer(
     for name, tensor in converted.items():
         # Rounded to 16 bits, a frequency is off by whole turns after a few hundred tokens.
         writer.add(f"{prefix}self_attn.{name}", tensor.to(torch.float32 if name == "rope_freqs" else dtype))
-    for name, tensor in source.tensors(prefix).items():
+    for name in source.layer_names(index):
         replaced = name.removeprefix("self_attn.") in converted
         if not replaced and not any(name.startswith(f"self_attn.{projection}.") for projection in PROJECTIONS):
-            writer.add(prefix + name, tensor.to(dtype))
+            writer.add(prefix + name, source.layer_tensor(index, name).to(dtype))
 
 
 def _copy_side_files(source: Source, folder: Path) -> None:
@@ -149,7 +148,7 @@ def _mla_config(
         "qk_rope_head_dim": budget.qk_rope_head_dim,
         "qk_nope_head_dim": 0 if options.method == Method.EXACT else head_dim,
         "v_head_dim": head_dim,
-        "softmax_scale": softmax_scale(source),
+        "softmax_scale": source.softmax_scale,
         **sizes,
         "mla_conversion": {
             "method": options.method.value,

@@ -10,16 +10,39 @@ SUPPORTED_ROPE = ("default", "linear", "llama3", "yarn")
 
 
 @dataclass(frozen=True)
+class ExpertNames:
+    """How checkpoints of a mixture of experts name what transformers keeps in ``mlp``.
+
+    Attributes:
+        block: the mixture's module.
+        projections: gate, up and down projection of an expert.
+    """
+
+    block: str
+    projections: tuple[str, str, str]
+
+    def weight(self, expert: int, projection: str) -> str:
+        """Name of a projection's weight, below ``model.layers.N.``."""
+        return f"{self.block}.experts.{expert}.{projection}.weight"
+
+    def is_expert(self, name: str) -> bool:
+        """Whether a tensor, named as below ``model.layers.N.``, belongs to an expert."""
+        return name.startswith(f"{self.block}.experts.")
+
+
+@dataclass(frozen=True)
 class Family:
     """A source family and its MLA counterpart.
 
     Attributes:
         architecture: of the source, as in its ``config.json``.
         model_type: of the source; the MLA checkpoint's is this plus ``_mla``.
+        experts: where an expert's gate, up and down projections are, below ``model.layers.N.``; None without experts.
     """
 
     architecture: str
     model_type: str
+    experts: ExpertNames | None = None
 
     @property
     def mla_architecture(self) -> str:
@@ -36,6 +59,9 @@ FAMILIES = {
         Family("LlamaForCausalLM", "llama"),
         Family("MistralForCausalLM", "mistral"),
         Family("Qwen2ForCausalLM", "qwen2"),
+        Family("Qwen3ForCausalLM", "qwen3"),
+        Family("Qwen3MoeForCausalLM", "qwen3_moe", ExpertNames("mlp", ("gate_proj", "up_proj", "down_proj"))),
+        Family("MixtralForCausalLM", "mixtral", ExpertNames("block_sparse_moe", ("w1", "w3", "w2"))),
     )
 }
 

@@ -5,18 +5,18 @@ from torch import nn
 
 from mla_converters.attention import latent_attention
 
-PROJECTIONS = ("q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
 
 
 class LatentAttention(nn.Module):
     """MLA (DeepSeek-V2, section 2.1) from a layer's converted projections.
 
     Args:
-        weights: of :data:`PROJECTIONS` (``.weight``, and those ``.bias`` that exist) and
-            ``rope_freqs``, named as below ``self_attn.``; copied.
+        weights: of :func:`mla_converters.latent_map.mla_weights`, named as below ``self_attn.``; copied.
         heads: query heads ``H``.
         scale: factor on the scores.
         device, dtype: where and in what to compute.
+        qk_norm_eps: ``eps`` of the norm of queries and keys, where there is one.
     """
 
     rope_freqs: torch.Tensor
@@ -28,6 +28,8 @@ class LatentAttention(nn.Module):
         scale: float,
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
+        *,
+        qk_norm_eps: float | None = None,
     ) -> None:
         super().__init__()
         self.heads = heads
@@ -35,7 +37,10 @@ class LatentAttention(nn.Module):
         self.rope_dim = 2 * len(weights["rope_freqs"])
         self.latent_dim = weights["kv_b_proj.weight"].shape[1]
         self.value_dim = weights["o_proj.weight"].shape[1] // heads
+        self.qk_norm = qk_norm_eps is not None
         for name in PROJECTIONS:
+            if f"{name}.weight" not in weights:
+                continue
             tensors = {
                 kind: weights[f"{name}.{kind}"].detach().to(device, dtype, copy=True)
                 for kind in ("weight", "bias")
@@ -45,12 +50,24 @@ class LatentAttention(nn.Module):
             projection = nn.Linear(columns, rows, bias="bias" in tensors, device="meta")
             projection.load_state_dict(tensors, assign=True)
             self.add_module(name, projection)
+        if self.qk_norm:
+            for name in ("q_norm", "k_norm"):
+                norm = nn.RMSNorm(self.value_dim, eps=qk_norm_eps, device="meta")
+                norm.weight = nn.Parameter(weights[f"{name}.weight"].detach().to(device, dtype, copy=True))
+                self.add_module(name, norm)
+            self.q_rope_proj = nn.Parameter(weights["q_rope_proj"].detach().to(device, dtype, copy=True))
         self.register_buffer("rope_freqs", weights["rope_freqs"].to(device, torch.float32, copy=True))
 
     def forward(self, x: torch.Tensor, queries: int | None = None) -> torch.Tensor:
         """From normed inputs ``[windows, tokens, D]`` to the attention's output for the last ``queries`` of them
         (None: all), ``[windows, queries, D]``."""
         q = self.q_proj(x if queries is None else x[:, -queries:]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        if self.qk_norm:
+            k = self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.value_dim))).flatten(-2)
+            x = torch.cat((k, self.v_proj(x)), dim=-1)
+            q = self.q_norm(q)
+            nope_dim = self.kv_b_proj.weight.shape[0] // self.heads - self.value_dim  # 0 or d
+            q = torch.cat((q[..., :nope_dim], q @ self.q_rope_proj.mT), dim=-1)
         latent, k_rope = self.kv_a_proj_with_mqa(x).split([self.latent_dim, self.rope_dim], dim=-1)
         kv = self.kv_b_proj(latent).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k_nope, v = kv.split([kv.shape[-1] - self.value_dim, self.value_dim], dim=-1)

@@ -39,17 +39,20 @@ def mla_weights(source: dict[str, torch.Tensor], maps: LatentMap) -> dict[str, t
 
     Args:
         source: ``q_proj.weight`` ``[H * d, D]``, ``k_proj.weight`` and ``v_proj.weight``
-            ``[g * d, D]``, ``o_proj.weight`` and possibly biases; any float dtype.
+            ``[g * d, D]``, ``o_proj.weight`` and possibly biases; ``q_norm.weight`` and ``k_norm.weight`` ``[d]``
+            where queries and keys are normalised; any float dtype.
         maps: the layer's conversion.
 
     Returns:
         DeepSeek's names: ``q_proj``, ``kv_a_proj_with_mqa`` (with biases if the source has them)
-        and ``kv_b_proj`` in float64, ``rope_freqs`` in float32, and ``o_proj`` as it was.
+        and ``kv_b_proj`` in float64, ``rope_freqs`` in float32, and ``o_proj`` as it was. With norms, see
+        :func:`_qk_norm_weights`.
     """
+    if "k_norm.weight" in source:
+        return _qk_norm_weights(source, maps)
     kv_heads, head_dim, _ = maps.latent_to_value.shape
-    groups = source["q_proj.weight"].shape[0] // (kv_heads * head_dim)
-    query_map = torch.cat((maps.query_to_nope, maps.query_to_rope), dim=1)
-    query_map = query_map.repeat_interleave(kv_heads * groups // len(query_map), dim=0)  # [H, n + r, d]
+    heads = source["q_proj.weight"].shape[0] // head_dim
+    query_map = _by_head(torch.cat((maps.query_to_nope, maps.query_to_rope), dim=1), heads)  # [H, n + r, d]
     key_map = maps.kv_to_latent[:, : kv_heads * head_dim]
     value_map = maps.kv_to_latent[:, kv_heads * head_dim :]
 
@@ -67,9 +70,39 @@ def mla_weights(source: dict[str, torch.Tensor], maps: LatentMap) -> dict[str, t
             weights[f"{name}.{kind}"] = tensor if kind == "weight" else tensor.squeeze(-1)
 
     up = torch.cat((maps.latent_to_key, maps.latent_to_value), dim=1)  # [g, n + d, R]
-    weights["kv_b_proj.weight"] = up.repeat_interleave(groups, dim=0).flatten(0, 1)
+    weights["kv_b_proj.weight"] = _by_head(up, heads).flatten(0, 1)
     weights["rope_freqs"] = maps.rope_freqs.clone()
     return weights
+
+
+def _qk_norm_weights(source: dict[str, torch.Tensor], maps: LatentMap) -> dict[str, torch.Tensor]:
+    """Fold ``maps`` into a layer that normalises each head's query and key (QK-norm).
+
+    The norm is not linear, but it comes before anything is cached: the source's projections and norms stay, and
+    what is cached is a linear map of their results. Nothing is approximated. Queries without RoPE need no map of
+    their own, for ``kv_b_proj`` takes it up.
+
+    Returns:
+        The source's tensors, and in float64 ``kv_a_proj_with_mqa.weight`` ``[R + r, 2 * g * d]`` of ``[k; v]``,
+        ``q_rope_proj`` ``[H, r, d]`` of each query, ``kv_b_proj.weight``; ``rope_freqs`` in float32.
+    """
+    kv_heads, head_dim, _ = maps.latent_to_value.shape
+    heads = source["q_proj.weight"].shape[0] // head_dim
+    rope = torch.nn.functional.pad(maps.key_to_rope, (0, kv_heads * head_dim))  # values have no share in it
+    key_up, value_up = _by_head(maps.latent_to_key, heads), _by_head(maps.latent_to_value, heads)
+    if key_up.shape[1]:
+        key_up = _by_head(maps.query_to_nope, heads).mT @ key_up  # [H, d, R]
+    return source | {
+        "kv_a_proj_with_mqa.weight": torch.cat((maps.kv_to_latent, rope)),
+        "q_rope_proj": _by_head(maps.query_to_rope, heads).contiguous(),
+        "kv_b_proj.weight": torch.cat((key_up, value_up), dim=1).flatten(0, 1),
+        "rope_freqs": maps.rope_freqs.clone(),
+    }
+
+
+def _by_head(maps: torch.Tensor, heads: int) -> torch.Tensor:
+    """Maps of KV heads or query heads ``[g or H, ...]`` as maps of query heads ``[H, ...]``."""
+    return maps.repeat_interleave(heads // len(maps), dim=0)
 
 
 def balanced(maps: LatentMap, key_value: torch.Tensor) -> LatentMap:

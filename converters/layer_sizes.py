@@ -6,13 +6,21 @@ from enum import StrEnum
 import torch
 from rich.progress import Progress
 
-from mla_converters.attention_aware_run import ERROR_WINDOWS, AttentionAware, Ingredient, best_map, layer_model
+from mla_converters.attention_aware_run import (
+    ATTENTION_WINDOWS,
+    ERROR_WINDOWS,
+    AttentionAware,
+    first_weighing,
+    layer_map,
+    layer_model,
+    map_errors,
+)
 from mla_converters.budget import CacheBudget
 from mla_converters.latent_map import mla_weights
 from mla_converters.layers import embed, logits, source_layers
 from mla_converters.source import Source
 
-SHARES = (0.5, 0.75, 0.875, 1.0, 1.125, 1.25, 1.5, 2.0)  # of the size that all would have alike
+SHARES = (0.5, 0.75, 0.875, 1.125, 1.25, 1.5, 2.0)  # of the size that all would have alike
 SENSITIVITY_TOKENS = 512  # at the end of a window, whose predictions are compared
 GRAIN = 4  # sizes are multiples of it
 
@@ -86,26 +94,26 @@ def measured_sizes(
     """
     count, width = source.config.num_hidden_layers, source.config.num_key_value_heads * source.head_dim
     scaled = (scaled_budget(budget, share, width) for share in SHARES)
-    candidates = {candidate.width: candidate for candidate in scaled if candidate}
-    without = options.without | {Ingredient.SEARCH}
-    hidden = embed(source, windows[:4])
+    candidates = {candidate.width: candidate for candidate in scaled if candidate} | {budget.width: budget}
+    weighing = first_weighing(options.without)
+    hidden = embed(source, windows[:ATTENTION_WINDOWS])
     alone: list[torch.Tensor] = []  # hidden states of the model with one layer converted, for each layer so far
-    base_errors: list[float] = []
     errors: list[dict[int, float]] = []
     for layer in progress.track(source_layers(source, device), total=count, description="Measuring layers"):
-        model, weights = layer_model(layer, hidden, without), layer.attention_weights()
-        errors.append({w: best_map(layer, hidden, model, candidate, without)[1] for w, candidate in candidates.items()})
+        model = layer_model(layer, hidden, options.without)
+        maps = {size: layer_map(layer, model, candidate, weighing) for size, candidate in candidates.items()}
+        errors.append(dict(zip(maps, map_errors(layer, hidden, maps.values()), strict=True)))
         for other in alone:
             layer.advance(other, layer.attend)
-        maps, error = best_map(layer, hidden, model, budget, without)
-        base_errors.append(error)
         alone.append(hidden[:ERROR_WINDOWS].clone())
-        layer.advance(alone[-1], layer.converted(mla_weights(weights, maps)))
+        layer.advance(alone[-1], layer.converted(mla_weights(layer.attention_weights, maps[budget.width])))
         layer.advance(hidden, layer.attend)
-    expected = logits(source, hidden[:ERROR_WINDOWS, -SENSITIVITY_TOKENS:], device).log_softmax(-1)
+    compared = [states[:, -SENSITIVITY_TOKENS:] for states in (hidden[:ERROR_WINDOWS], *alone)]
+    predictions = (scores.log_softmax(-1) for scores in logits(source, compared, device))
+    expected = next(predictions)
     costs = []
-    for other, base, by_size in zip(alone, base_errors, errors, strict=True):
-        got = logits(source, other[:, -SENSITIVITY_TOKENS:], device).log_softmax(-1)
+    for got, by_size in zip(predictions, errors, strict=True):
         divergence = torch.nn.functional.kl_div(got, expected, log_target=True, reduction="sum").item()
+        base = max(by_size[budget.width], 1e-30)  # zero where the budget loses nothing
         costs.append({size: divergence * error / base for size, error in by_size.items()})
     return [candidates[size] for size in spread(costs, budget.width * count)]

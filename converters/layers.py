@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from mla_converters.attention import gqa_attention
+from mla_converters.experts import StreamedExperts
 from mla_converters.latent_attention import LatentAttention
 from mla_converters.source import Source
 from mla_converters.statistics import LayerMoments
@@ -31,47 +32,37 @@ def calibration_autocast(device: str) -> AbstractContextManager:
     return torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=native_bfloat16(device))
 
 
-def source_frequencies(source: Source) -> tuple[torch.Tensor, float]:
-    """RoPE of the source: ``[d / 2]`` frequencies in float32, and the attention factor on cos and sin."""
-    rotary = type(source.skeleton().model.rotary_emb)(source.config)
-    return rotary.inv_freq.float(), float(rotary.attention_scaling)
-
-
-def softmax_scale(source: Source) -> float:
-    """Factor on the scores, the RoPE attention factor included."""
-    _, attention_factor = source_frequencies(source)
-    return source.head_dim**-0.5 * attention_factor**2
-
-
 def embed(source: Source, windows: torch.Tensor) -> torch.Tensor:
     """Token ids ``[windows, tokens]`` to the first layer's input ``[windows, tokens, D]``, float32."""
     return nn.functional.embedding(windows, source.tensor("model.embed_tokens.weight")).float()
 
 
 class SourceLayer:
-    """One layer of the source with its weights.
+    """One layer of the source with its weights; experts stay on disk until they are needed.
 
     Attributes:
         index: its number.
-        weights: all its tensors, named as below ``model.layers.N.``, as stored.
+        attention_weights: the tensors of its attention, named as below ``self_attn.``, as stored.
         freqs: ``[d / 2]`` RoPE frequencies, float32 on ``device``.
         scale: factor on the scores.
         heads, kv_heads, head_dim: ``H``, ``g`` and ``d``.
     """
 
-    def __init__(
-        self, source: Source, index: int, module: nn.Module, freqs: torch.Tensor, scale: float, device: str
-    ) -> None:
+    def __init__(self, source: Source, index: int, module: nn.Module, device: str) -> None:
         self.index = index
-        self.weights = source.tensors(f"model.layers.{index}.")
-        self.freqs = freqs.to(device)
-        self.scale = scale
+        self.attention_weights = source.attention_weights(index)
+        self.freqs = source.rope[0].to(device)
+        self.scale = source.softmax_scale
         self.heads = source.config.num_attention_heads
         self.kv_heads = source.config.num_key_value_heads
         self.head_dim = source.head_dim
         self.device = device
         self._module = module
-        module.load_state_dict({name: t.to(device, torch.float32) for name, t in self.weights.items()}, assign=True)
+        weights = {f"self_attn.{name}": tensor for name, tensor in self.attention_weights.items()}
+        weights |= _other_weights(source, index, module, device)
+        module.load_state_dict(
+            {name: tensor.to(device, torch.float32) for name, tensor in weights.items()}, assign=True
+        )
         module.eval()
 
     def normed(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -80,13 +71,21 @@ class SourceLayer:
 
     def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries ``[windows, H, tokens, d]``, keys and values ``[windows, g, tokens, d]``, before RoPE,
-        of normed inputs."""
+        of normed inputs; QK-norm included."""
         attention = self._module.self_attn
         q, k, v = (
-            projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            projection(x).unflatten(-1, (-1, self.head_dim))
             for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
-        return q, k, v
+        if self.qk_norm_eps is not None:
+            q, k = attention.q_norm(q), attention.k_norm(k)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    @property
+    def qk_norm_eps(self) -> float | None:
+        """``eps`` of the norm of queries and keys; None without."""
+        norm = getattr(self._module.self_attn, "k_norm", None)
+        return None if norm is None else norm.variance_epsilon
 
     def attend(self, x: torch.Tensor) -> torch.Tensor:
         """The source's attention, an :data:`Attention`."""
@@ -95,15 +94,7 @@ class SourceLayer:
 
     def converted(self, weights: dict[str, torch.Tensor]) -> LatentAttention:
         """The attention that converted projections give, an :data:`Attention`."""
-        return LatentAttention(weights, self.heads, self.scale, self.device)
-
-    def attention_weights(self) -> dict[str, torch.Tensor]:
-        """The tensors of the attention, named as below ``self_attn.``, as stored."""
-        return {
-            name.removeprefix("self_attn."): tensor
-            for name, tensor in self.weights.items()
-            if name.startswith("self_attn.")
-        }
+        return LatentAttention(weights, self.heads, self.scale, self.device, qk_norm_eps=self.qk_norm_eps)
 
     @torch.inference_mode()
     def moments(self, hidden: torch.Tensor) -> LayerMoments:
@@ -148,22 +139,39 @@ class SourceLayer:
         self.add_mlp(hidden)
 
 
+def _other_weights(source: Source, index: int, module: nn.Module, device: str) -> dict[str, torch.Tensor]:
+    """All but the attention's tensors of a layer, under the names of transformers' ``module``; experts left out,
+    and made to stream."""
+    names = [name for name in source.layer_names(index) if not name.startswith("self_attn.")]
+    experts = source.family.experts
+    if experts is None or not hasattr(module.mlp, "experts"):
+        return {name: source.layer_tensor(index, name) for name in names}
+
+    def read(expert: int) -> tuple[torch.Tensor, ...]:
+        return tuple(source.layer_tensor(index, experts.weight(expert, name)) for name in experts.projections)
+
+    module.mlp.experts = StreamedExperts(read, source.config.num_experts, source.config.hidden_act, device)
+    return {
+        name.replace(f"{experts.block}.", "mlp."): source.layer_tensor(index, name)
+        for name in names
+        if not experts.is_expert(name)
+    }
+
+
 @torch.inference_mode()
-def logits(source: Source, hidden: torch.Tensor, device: str) -> torch.Tensor:
-    """From the last layer's output ``[..., D]`` to the source's logits ``[..., vocabulary]``, float32."""
-    skeleton = source.skeleton()
-    norm = skeleton.model.norm
+def logits(source: Source, hidden: list[torch.Tensor], device: str) -> Iterator[torch.Tensor]:
+    """From last layers' outputs ``[..., D]`` to the source's logits ``[..., vocabulary]``, float32, one by one."""
+    norm = source.skeleton().model.norm
     norm.load_state_dict({"weight": source.tensor("model.norm.weight").to(device, torch.float32)}, assign=True)
     tied = source.config.tie_word_embeddings
-    head = source.tensor("model.embed_tokens.weight" if tied else "lm_head.weight").to(device)
-    with calibration_autocast(device):
-        return nn.functional.linear(norm(hidden.to(device)), head.float()).float()
+    head = source.tensor("model.embed_tokens.weight" if tied else "lm_head.weight").to(device, torch.float32)
+    for states in hidden:
+        with calibration_autocast(device):
+            yield nn.functional.linear(norm(states.to(device)), head).float()
 
 
 def source_layers(source: Source, device: str) -> Iterator[SourceLayer]:
     """The layers of the source in order; each is dropped when the next is asked for."""
-    # Once for all layers: both build the whole model's skeleton.
-    freqs, scale = source_frequencies(source)[0], softmax_scale(source)
     for index, module in enumerate(source.skeleton().model.layers):
-        yield SourceLayer(source, index, module, freqs, scale, device)
+        yield SourceLayer(source, index, module, device)
         module.to("meta")

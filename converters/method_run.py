@@ -14,7 +14,6 @@ from mla_converters.calibration import WINDOW, calibration_windows
 from mla_converters.errors import ConversionError
 from mla_converters.latent_map import mla_weights
 from mla_converters.layer_sizes import LayerSizes, measured_sizes
-from mla_converters.layers import source_frequencies
 from mla_converters.methods.exact import exact_map
 from mla_converters.methods.mha2mla import check_sizes
 from mla_converters.methods.transmla import fits_freqfold, freqfold_candidates
@@ -96,6 +95,11 @@ def _mha2mla(
     source: Source, budget: CacheBudget, options: Options, progress: Progress
 ) -> tuple[Layers, dict[str, Any]]:
     method = Mha2mlaOptions(options.rope_keep or Mha2mlaOptions.keep, options.svd or Mha2mlaOptions.svd)
+    if source.has_qk_norm:
+        raise ConversionError(
+            "Method mha2mla takes keys apart by their projection alone, and the source normalises keys after it "
+            "(QK-norm): use --method attention-aware."
+        )
     heads, head_dim = source.config.num_key_value_heads, source.head_dim
     check_sizes(heads, head_dim, budget.qk_rope_head_dim, budget.kv_lora_rank, method.svd)
     windows, details = None, dict[str, Any]()
@@ -130,7 +134,7 @@ def _attention_aware(
 
 def _exact_layers(source: Source) -> Layers:
     """Every layer's converted projections, with method ``exact``."""
-    freqs, _ = source_frequencies(source)
+    freqs, _ = source.rope
     exact = exact_map(source.config.num_key_value_heads, source.head_dim, freqs)
     for index in range(source.config.num_hidden_layers):
-        yield mla_weights(source.tensors(f"model.layers.{index}.self_attn."), exact)
+        yield mla_weights(source.attention_weights(index), exact)

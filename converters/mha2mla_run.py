@@ -8,7 +8,7 @@ import torch
 
 from mla_converters.budget import CacheBudget
 from mla_converters.latent_map import LatentMap, mla_weights
-from mla_converters.layers import BATCH, SourceLayer, calibration_autocast, embed, source_frequencies, source_layers
+from mla_converters.layers import BATCH, SourceLayer, calibration_autocast, embed, source_layers
 from mla_converters.methods.mha2mla import Keep, PairNorms, Svd, kept_pairs, latent_bias, mha2mla_map
 from mla_converters.source import Source
 
@@ -76,12 +76,12 @@ def mha2mla_layers(
         ValueError: ``2-norm`` without windows.
     """
     kv_heads, head_dim = source.config.num_key_value_heads, source.head_dim
-    freqs, _ = source_frequencies(source)
+    freqs, _ = source.rope
     contributions: Iterable[torch.Tensor | None] = repeat(None)
     if options.calibrated and windows is not None:
         contributions = _contributions(source, windows, device)
     for index, measured in zip(range(source.config.num_hidden_layers), contributions, strict=False):
-        weights = source.tensors(f"model.layers.{index}.self_attn.")
+        weights = source.attention_weights(index)
         kept = kept_pairs(options.keep, budget.qk_rope_head_dim // 2, kv_heads, head_dim, measured)
         k, v = weights["k_proj.weight"], weights["v_proj.weight"]
         yield layer_weights(weights, mha2mla_map(k, v, freqs, kept, budget.kv_lora_rank, options.svd))

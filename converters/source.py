@@ -4,6 +4,7 @@ import json
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers.core_model_loading import revert_weight_conversion
 
 from mla_converters.errors import ConversionError
 from mla_converters.families import Family, check_config, find_family, source_head_dim
@@ -100,7 +102,10 @@ class Source:
 
     def _check_tensors(self) -> None:
         """Compare names, shapes and dtypes with what the configuration asks for; report all at once."""
-        expected = {name: tensor.shape for name, tensor in self.skeleton().state_dict().items()}
+        skeleton = self.skeleton()
+        # transformers stacks experts when it loads them; files hold them one by one.
+        stored = revert_weight_conversion(skeleton, skeleton.state_dict())
+        expected = {name: tensor.shape for name, tensor in stored.items()}
         # Derived tensors that some checkpoints carry along; the model does not read them.
         derived = [name for name in self._files if name.endswith("rotary_emb.inv_freq")]
         if self.config.tie_word_embeddings:
@@ -129,6 +134,22 @@ class Source:
         """Head size ``d``."""
         return source_head_dim(self.config)
 
+    @cached_property
+    def rope(self) -> tuple[torch.Tensor, float]:
+        """RoPE: ``[d / 2]`` frequencies in float32, and the attention factor on cos and sin."""
+        rotary = type(self.skeleton().model.rotary_emb)(self.config)
+        return rotary.inv_freq.float(), float(rotary.attention_scaling)
+
+    @property
+    def softmax_scale(self) -> float:
+        """Factor on the scores, the RoPE attention factor included."""
+        return self.head_dim**-0.5 * self.rope[1] ** 2
+
+    @property
+    def has_qk_norm(self) -> bool:
+        """Whether queries and keys are normalised before RoPE."""
+        return "model.layers.0.self_attn.k_norm.weight" in self._files
+
     def skeleton(self) -> torch.nn.Module:
         """The source's transformers model without weights (meta device)."""
         with torch.device("meta"):
@@ -153,9 +174,20 @@ class Source:
             raise ConversionError(f"Tensor {name} of {self.folder} holds NaN or infinity.")
         return tensor
 
-    def tensors(self, prefix: str) -> dict[str, torch.Tensor]:
-        """All tensors below ``prefix``, their names without it."""
-        return {n.removeprefix(prefix): self.tensor(n) for n in self.names() if n.startswith(prefix)}
+    def layer_names(self, index: int) -> list[str]:
+        """Names of a layer's tensors, as below ``model.layers.N.``, sorted."""
+        prefix = f"model.layers.{index}."
+        return [name.removeprefix(prefix) for name in self.names() if name.startswith(prefix)]
+
+    def layer_tensor(self, index: int, name: str) -> torch.Tensor:
+        """Read one tensor of a layer, named as below ``model.layers.N.``; see :meth:`tensor`."""
+        return self.tensor(f"model.layers.{index}.{name}")
+
+    def attention_weights(self, index: int) -> dict[str, torch.Tensor]:
+        """The tensors of a layer's attention, named as below ``self_attn.``."""
+        prefix = "self_attn."
+        names = (name for name in self.layer_names(index) if name.startswith(prefix))
+        return {name.removeprefix(prefix): self.layer_tensor(index, name) for name in names}
 
     def tokenizer(self):
         """The source's tokenizer."""

@@ -7,8 +7,9 @@ from rich.progress import Progress
 
 from mla_converters.budget import CacheBudget
 from mla_converters.latent_map import mla_weights
-from mla_converters.layers import embed, source_layers
+from mla_converters.layers import SourceLayer, embed, source_layers
 from mla_converters.methods.transmla import freqfold_candidates, joint_map, rotate_keys, transmla_map
+from mla_converters.search import search
 from mla_converters.source import Source
 
 SEARCH_WINDOWS = 4  # whose moments the candidates are built from
@@ -22,28 +23,19 @@ def search_freqfold(
     device: str,
     progress: Progress,
 ) -> tuple[int, dict[int, float]]:
-    """The FreqFold with the smallest error of the attention outputs, summed over layers.
-
-    Returns:
-        The winner, and every candidate's mean relative squared error.
-    """
+    """The FreqFold with the smallest error of the attention outputs; see :func:`search`."""
     candidates = freqfold_candidates(source.head_dim, budget.qk_rope_head_dim)
     if len(candidates) == 1:
         return candidates[0], {}
-    errors = dict.fromkeys(candidates, 0.0)
-    count = source.config.num_hidden_layers
-    hidden = embed(source, windows[:SEARCH_WINDOWS])
-    layers = source_layers(source, device)
-    for layer in progress.track(layers, total=count, description="Searching freqfold"):
+    sizes = budget.kv_lora_rank, budget.qk_rope_head_dim
+
+    def errors(layer: SourceLayer, hidden: torch.Tensor) -> list[float]:
         moments = layer.moments(hidden)
-        weights = layer.attention_weights()
-        sizes = budget.kv_lora_rank, budget.qk_rope_head_dim
         maps = (transmla_map(moments, layer.freqs, *sizes, fold) for fold in candidates)
-        attentions = (layer.converted(mla_weights(weights, candidate)) for candidate in maps)
-        for fold, error in zip(candidates, layer.errors(hidden[:ERROR_WINDOWS], attentions), strict=True):
-            errors[fold] += error / count
-        layer.advance(hidden, layer.attend)
-    return min(errors, key=errors.__getitem__), errors
+        attentions = (layer.converted(mla_weights(layer.attention_weights, candidate)) for candidate in maps)
+        return layer.errors(hidden[:ERROR_WINDOWS], attentions)
+
+    return search(source, windows[:SEARCH_WINDOWS], candidates, errors, device, progress, "Searching freqfold")
 
 
 def transmla_layers(
@@ -64,7 +56,7 @@ def transmla_layers(
     for layer in source_layers(source, device):
         rotation = rotate_keys(layer.moments(hidden), budget.qk_rope_head_dim, freqfold)
         layer.advance(hidden, layer.attend)
-        moments, weights = layer.moments(partial_hidden), layer.attention_weights()
+        moments, weights = layer.moments(partial_hidden), layer.attention_weights
         partial_rope = joint_map(moments, layer.freqs, rotation, kv_lora_rank=None)
         layer.advance(partial_hidden, layer.converted(mla_weights(weights, partial_rope)))
         yield mla_weights(weights, joint_map(moments, layer.freqs, rotation, budget.kv_lora_rank))

@@ -73,6 +73,15 @@ def load(folder: Path, dtype: torch.dtype = torch.float32, **kwargs: Any) -> tor
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **kwargs).eval()
 
 
+QWEN3_EXPERTS = {
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "mlp_only_layers": [0],
+}
+MIXTRAL_EXPERTS = {"num_local_experts": 3, "num_experts_per_tok": 2}
+
+
 @dataclass
 class RandomModel:
     """A small random model; the defaults are an ordinary GQA Llama."""
@@ -87,6 +96,7 @@ class RandomModel:
     tied: bool = False
     rope: dict = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
     window: int | None = None
+    experts: dict[str, Any] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
 
     def save(self, folder: Path) -> Path:
@@ -106,8 +116,10 @@ class RandomModel:
             max_position_embeddings=256,
             initializer_range=0.2,
             dtype=self.dtype,
-            **({"attention_bias": True, "mlp_bias": True} if self.bias else {}),
-            **({"sliding_window": self.window} if self.family == "mistral" else {}),
+            **({"attention_bias": True} if self.bias else {}),
+            **({"mlp_bias": True} if self.bias and self.family == "llama" else {}),
+            **({"sliding_window": self.window} if self.family in ("mistral", "mixtral") else {}),
+            **self.experts,
         )
         model = AutoModelForCausalLM.from_config(config, dtype=self.dtype)
         for name, parameter in model.named_parameters():

@@ -101,7 +101,7 @@ def test_statistics_by_hand(layer: SourceLayer) -> None:
     got = attention_statistics(layer, hidden)
     with torch.inference_mode():
         q, k, v = (x[0].double() for x in layer.project(layer.normed(hidden)))
-    out = layer.weights["self_attn.o_proj.weight"].double().view(96, HEADS, HEAD_DIM)
+    out = layer.attention_weights["o_proj.weight"].double().view(96, HEADS, HEAD_DIM)
     freqs = layer.freqs.double()
     turned = torch.zeros(HEADS, HEAD_DIM // 2, dtype=torch.complex128)
     energy = torch.zeros(HEADS, HEAD_DIM // 2, dtype=torch.float64)
@@ -144,7 +144,7 @@ def converted(layer: SourceLayer, hidden: torch.Tensor) -> LatentAttention:
     plain = layer.moments(hidden).kv
     model = score_model(attention_statistics(layer, hidden), plain, KV_HEADS)
     maps = attention_aware_map(model, layer.freqs, rope_dim=24, kv_lora_rank=24, weighing=Weighing())
-    return layer.converted(mla_weights(layer.attention_weights(), balanced(maps, plain)))
+    return layer.converted(mla_weights(layer.attention_weights, balanced(maps, plain)))
 
 
 def test_queries_are_the_last_tokens(layer: SourceLayer) -> None:

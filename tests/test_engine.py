@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CALIBRATION, TEXT, RandomModel, convert, load, run_engine
+from conftest import CALIBRATION, MIXTRAL_EXPERTS, QWEN3_EXPERTS, TEXT, RandomModel, convert, load, run_engine
 from transformers import AutoTokenizer
 
 MAX_LOGPROB_ERROR = 1e-3
@@ -84,6 +84,10 @@ SHAPES = {
     "mistral": (RandomModel("mistral", heads=9, kv_heads=3, hidden=144), 50),
     "qwen2": (RandomModel("qwen2", heads=3, kv_heads=3, head_dim=48, hidden=144, tied=True), 50),
     "nine-heads": (RandomModel(heads=9, kv_heads=3, head_dim=16, hidden=144), 40),
+    "qwen3": (RandomModel("qwen3", heads=9, kv_heads=3, head_dim=48, bias=True), 40),
+    "qwen3-mqa-head-80-tied": (RandomModel("qwen3", kv_heads=1, head_dim=80, tied=True), 50),
+    "qwen3-moe": (RandomModel("qwen3_moe", head_dim=32, layers=3, experts=QWEN3_EXPERTS), 50),
+    "mixtral": (RandomModel("mixtral", heads=9, kv_heads=3, hidden=96, experts=MIXTRAL_EXPERTS), 50),
 }
 
 

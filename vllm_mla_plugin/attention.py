@@ -63,21 +63,7 @@ class MLASelfAttention(nn.Module):
         self.v_dim = config.v_head_dim
         self.num_heads = num_heads // get_tensor_model_parallel_world_size()
 
-        self.q_proj = ColumnParallelLinear(
-            hidden_size,
-            num_heads * (self.nope_dim + self.rope_dim),
-            bias=bias,
-            quant_config=quant_config,
-            prefix=f"{prefix}.q_proj",
-        )
-        # Every rank caches the whole latent, so every rank computes it.
-        self.kv_a_proj_with_mqa = ReplicatedLinear(
-            hidden_size,
-            self.latent_dim + self.rope_dim,
-            bias=bias,
-            quant_config=quant_config,
-            prefix=f"{prefix}.kv_a_proj_with_mqa",
-        )
+        self.make_projections(config, num_heads, bias, quant_config, prefix)
         self.kv_b_proj = ColumnParallelLinear(
             self.latent_dim,
             num_heads * (self.nope_dim + self.v_dim),
@@ -117,6 +103,36 @@ class MLASelfAttention(nn.Module):
             attn_backend=select_backend(),
         )
 
+    def make_projections(
+        self,
+        config: PretrainedConfig,
+        num_heads: int,
+        bias: bool,
+        quant_config: QuantizationConfig | None,
+        prefix: str,
+    ) -> None:
+        """Make what :meth:`project` needs; arguments as for the class."""
+        self.q_proj = ColumnParallelLinear(
+            config.hidden_size,
+            num_heads * (self.nope_dim + self.rope_dim),
+            bias=bias,
+            quant_config=quant_config,
+            prefix=f"{prefix}.q_proj",
+        )
+        # Every rank caches the whole latent, so every rank computes it.
+        self.kv_a_proj_with_mqa = ReplicatedLinear(
+            config.hidden_size,
+            self.latent_dim + self.rope_dim,
+            bias=bias,
+            quant_config=quant_config,
+            prefix=f"{prefix}.kv_a_proj_with_mqa",
+        )
+
+    def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries ``[tokens, heads, nope + rope]``, and what is cached ``[tokens, latent + rope]``, before RoPE."""
+        q = self.q_proj(hidden_states)[0].view(-1, self.num_heads, self.nope_dim + self.rope_dim)
+        return q, self.kv_a_proj_with_mqa(hidden_states)[0]
+
     def _load_rope_freqs(self, param: nn.Parameter, loaded: torch.Tensor) -> None:
         param.data.copy_(loaded)
         self.rotary_emb.set_frequencies(param.data)
@@ -131,9 +147,7 @@ class MLASelfAttention(nn.Module):
         Returns:
             ``[tokens, hidden_size]``.
         """
-        q = self.q_proj(hidden_states)[0]  # [tokens, heads * (nope + rope)]
-        q = q.view(-1, self.num_heads, self.nope_dim + self.rope_dim)
-        cached = self.kv_a_proj_with_mqa(hidden_states)[0]  # [tokens, latent + rope]
+        q, cached = self.project(hidden_states)
         latent, k_rope = cached.split([self.latent_dim, self.rope_dim], dim=-1)
         q[..., self.nope_dim :], k_rope = self.rotary_emb(positions, q[..., self.nope_dim :], k_rope.unsqueeze(1))
         output = self.attn(

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from transformers import LlamaConfig, MistralConfig, Qwen2Config
+from transformers import LlamaConfig, MistralConfig, MixtralConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 MLA_TP_PLAN = {
     "layers.*.self_attn.q_proj": "colwise",
@@ -45,6 +45,7 @@ class MLAFields:
     qk_nope_head_dim: int = 128
     v_head_dim: int = 128
     softmax_scale: float | None = None
+    qk_norm: ClassVar[bool] = False  # whether each head's query and key are normalised before RoPE
     mla_conversion: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -60,6 +61,12 @@ class MLAFields:
                 raise ValueError(f"{name}s has {len(sizes)} entries, but the model has {layers} layers.")
             setattr(self, name, max(sizes))
 
+    @property
+    def attention_biases(self) -> tuple[bool, bool]:
+        """Whether queries, keys and values have a bias, and whether the output has one."""
+        bias: bool = getattr(self, "attention_bias", False)
+        return bias, bias
+
     def cached_sizes(self, layer: int) -> tuple[int, int]:
         """``(R, r)`` of a layer, counted over the whole model: a token costs ``R + r`` numbers there."""
         rank = self.kv_lora_rank if self.kv_lora_ranks is None else self.kv_lora_ranks[layer]
@@ -73,18 +80,12 @@ class LlamaMLAConfig(MLAFields, LlamaConfig):
     model_type = "llama_mla"
     base_model_tp_plan: ClassVar[dict[str, str]] = MLA_TP_PLAN
 
-    @property
-    def attention_biases(self) -> tuple[bool, bool]:
-        """Whether queries, keys and values have a bias, and whether the output has one."""
-        return self.attention_bias, self.attention_bias
-
 
 class MistralMLAConfig(MLAFields, MistralConfig):
     """Mistral with MLA (``model_type`` ``mistral_mla``); never with an active sliding window."""
 
     model_type = "mistral_mla"
     base_model_tp_plan: ClassVar[dict[str, str]] = MLA_TP_PLAN
-    attention_biases: ClassVar[tuple[bool, bool]] = (False, False)
     sliding_window: int | None = None
 
 
@@ -97,4 +98,35 @@ class Qwen2MLAConfig(MLAFields, Qwen2Config):
     qkv_bias: bool = True  # read by vLLM's Llama layer
 
 
-CONFIG_CLASSES = (LlamaMLAConfig, MistralMLAConfig, Qwen2MLAConfig)
+class Qwen3MLAConfig(MLAFields, Qwen3Config):
+    """Qwen3 with MLA (``model_type`` ``qwen3_mla``)."""
+
+    model_type = "qwen3_mla"
+    base_model_tp_plan: ClassVar[None] = None
+    qk_norm: ClassVar[bool] = True
+
+
+class Qwen3MoeMLAConfig(MLAFields, Qwen3MoeConfig):
+    """Qwen3-MoE with MLA (``model_type`` ``qwen3_moe_mla``)."""
+
+    model_type = "qwen3_moe_mla"
+    base_model_tp_plan: ClassVar[None] = None
+    qk_norm: ClassVar[bool] = True
+
+
+class MixtralMLAConfig(MLAFields, MixtralConfig):
+    """Mixtral with MLA (``model_type`` ``mixtral_mla``); never with an active sliding window."""
+
+    model_type = "mixtral_mla"
+    base_model_tp_plan: ClassVar[None] = None
+    sliding_window: int | None = None
+
+
+CONFIG_CLASSES = (
+    LlamaMLAConfig,
+    MistralMLAConfig,
+    Qwen2MLAConfig,
+    Qwen3MLAConfig,
+    Qwen3MoeMLAConfig,
+    MixtralMLAConfig,
+)

@@ -14,6 +14,9 @@ ARCHITECTURES = {
     "LlamaMLAForCausalLM": "vllm_mla_plugin.models.llama:LlamaMLAForCausalLM",
     "MistralMLAForCausalLM": "vllm_mla_plugin.models.mistral:MistralMLAForCausalLM",
     "Qwen2MLAForCausalLM": "vllm_mla_plugin.models.qwen2:Qwen2MLAForCausalLM",
+    "Qwen3MLAForCausalLM": "vllm_mla_plugin.models.qwen3:Qwen3MLAForCausalLM",
+    "Qwen3MoeMLAForCausalLM": "vllm_mla_plugin.models.qwen3_moe:Qwen3MoeMLAForCausalLM",
+    "MixtralMLAForCausalLM": "vllm_mla_plugin.models.mixtral:MixtralMLAForCausalLM",
 }
 
 

@@ -40,7 +40,7 @@ class AttentionStatistics:
 
 def head_output(layer: SourceLayer) -> torch.Tensor:
     """``W_oᵀ W_o`` of each query head, ``[H, d, d]`` float32 on the layer's device."""
-    weight = layer.weights["self_attn.o_proj.weight"].to(layer.device, torch.float32)
+    weight = layer.attention_weights["o_proj.weight"].to(layer.device, torch.float32)
     heads = weight.unflatten(1, (layer.heads, -1)).transpose(0, 1)  # [H, D, d]
     return heads.mT @ heads
 

@@ -101,11 +101,16 @@ def sampling_memory(source: PlannedSource, calibration_tokens: int) -> int:
 def written_bytes(source: PlannedSource, layout: CacheBudget) -> int:
     """Bytes of a converted checkpoint, which is all that a conversion writes.
 
-    ``q_proj``, ``kv_a_proj_with_mqa`` and ``kv_b_proj`` replace the projections to queries, keys and values, and
-    each layer gets its ``rope_freqs``; everything else stays.
+    ``q_proj``, ``kv_a_proj_with_mqa`` and ``kv_b_proj`` replace the projections to queries, keys and values (with
+    QK-norm, these stay, ``q_rope_proj`` joins them, and ``kv_a_proj_with_mqa`` reads keys and values), and each layer
+    gets its ``rope_freqs``; everything else stays.
     """
     latent, rope, heads, head_dim = layout.kv_lora_rank, layout.qk_rope_head_dim, source.query_heads, source.head_dim
-    projected = heads * (head_dim + rope) + latent + rope  # queries, and what is cached
-    attention = projected * (source.hidden + source.qkv_bias) + heads * 2 * head_dim * latent
-    parameters = source.parameters + source.layers * (attention - source.qkv_parameters)
+    added = heads * 2 * head_dim * latent
+    if source.qk_norm:
+        added += heads * rope * head_dim + (latent + rope) * source.cached
+    else:
+        projected = heads * (head_dim + rope) + latent + rope  # queries, and what is cached
+        added += projected * (source.hidden + source.qkv_bias) - source.qkv_parameters
+    parameters = source.parameters + source.layers * added
     return parameters * source.weight_bytes + source.layers * 4 * (rope // 2)

@@ -31,10 +31,11 @@ class PlannedSource:
         window: the sliding window that is active within that context, or None.
         parameters: of the whole model, tied ones once.
         embedding_parameters: of the input embedding.
-        layer_parameters: of one layer.
+        layer_parameters: of one layer; of its experts only as many as a token uses.
         attention_parameters: of one layer's attention.
         qkv_parameters: of its projections to queries, keys and values.
         qkv_bias: whether these have a bias.
+        qk_norm: whether each head's query and key are normalised.
     """
 
     name: str
@@ -55,6 +56,7 @@ class PlannedSource:
     attention_parameters: int
     qkv_parameters: int
     qkv_bias: bool
+    qk_norm: bool
 
     @property
     def cached(self) -> int:
@@ -113,8 +115,7 @@ def read_source(source: str, revision: str | None = None, dtype: str | None = No
 
 def _sizes(config: PretrainedConfig, skeleton: torch.nn.Module) -> dict[str, Any]:
     """The fields of :class:`PlannedSource` that are sizes."""
-    layer = skeleton.model.layers[0]
-    attention = layer.self_attn
+    attention = skeleton.model.layers[0].self_attn
     return {
         "layers": config.num_hidden_layers,
         "hidden": config.hidden_size,
@@ -125,11 +126,20 @@ def _sizes(config: PretrainedConfig, skeleton: torch.nn.Module) -> dict[str, Any
         "window": active_window(config),
         "parameters": _count(skeleton),
         "embedding_parameters": _count(skeleton.get_input_embeddings()),
-        "layer_parameters": _count(layer),
+        "layer_parameters": max(_used_parameters(layer, config) for layer in skeleton.model.layers),
         "attention_parameters": _count(attention),
         "qkv_parameters": sum(map(_count, (attention.q_proj, attention.k_proj, attention.v_proj))),
         "qkv_bias": attention.q_proj.bias is not None,
+        "qk_norm": hasattr(attention, "k_norm"),
     }
+
+
+def _used_parameters(layer: torch.nn.Module, config: PretrainedConfig) -> int:
+    """Parameters of a layer that take part in computing a token."""
+    if not hasattr(layer.mlp, "experts"):
+        return _count(layer)
+    experts = _count(layer.mlp.experts)
+    return _count(layer) - experts + experts * config.num_experts_per_tok // config.num_experts
 
 
 def _count(module: torch.nn.Module) -> int:

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import Cache, PretrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward, rotate_half
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 
 def apply_rope(x: torch.Tensor, freqs: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
@@ -48,11 +49,22 @@ class MLASelfAttention(nn.Module):
         self.attention_dropout = config.attention_dropout
         bias, bias_o_proj = config.attention_biases
         hidden, heads = config.hidden_size, config.num_attention_heads
-        self.q_proj = nn.Linear(hidden, heads * (self.nope_dim + self.rope_dim), bias=bias)
-        self.kv_a_proj_with_mqa = nn.Linear(hidden, self.latent_dim + self.rope_dim, bias=bias)
+        self.make_projections(config, bias)
         self.kv_b_proj = nn.Linear(self.latent_dim, heads * (self.nope_dim + self.v_dim), bias=False)
         self.o_proj = nn.Linear(heads * self.v_dim, hidden, bias=bias_o_proj)
         self.register_buffer("rope_freqs", torch.ones(self.rope_dim // 2))
+
+    def make_projections(self, config: PretrainedConfig, bias: bool) -> None:
+        """Make what :meth:`project` needs."""
+        query_width = config.num_attention_heads * (self.nope_dim + self.rope_dim)
+        self.q_proj = nn.Linear(config.hidden_size, query_width, bias=bias)
+        self.kv_a_proj_with_mqa = nn.Linear(config.hidden_size, self.latent_dim + self.rope_dim, bias=bias)
+
+    def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries ``[batch, tokens, heads, nope + rope]``, and what is cached ``[batch, tokens, latent + rope]``,
+        before RoPE."""
+        q = self.q_proj(hidden_states).unflatten(-1, (-1, self.nope_dim + self.rope_dim))
+        return q, self.kv_a_proj_with_mqa(hidden_states)
 
     def forward(
         self,
@@ -75,11 +87,9 @@ class MLASelfAttention(nn.Module):
         """
         batch, tokens, _ = hidden_states.shape
         kwargs.pop("position_embeddings", None)  # the source's frequencies; each layer has its own here
-        q = self.q_proj(hidden_states).view(batch, tokens, -1, self.nope_dim + self.rope_dim).transpose(1, 2)
-        q_nope, q_rope = q.split([self.nope_dim, self.rope_dim], dim=-1)
-        latent, k_rope = (
-            self.kv_a_proj_with_mqa(hidden_states).unsqueeze(1).split([self.latent_dim, self.rope_dim], dim=-1)
-        )
+        q, cached = self.project(hidden_states)
+        q_nope, q_rope = q.transpose(1, 2).split([self.nope_dim, self.rope_dim], dim=-1)
+        latent, k_rope = cached.unsqueeze(1).split([self.latent_dim, self.rope_dim], dim=-1)
         q = torch.cat((q_nope, apply_rope(q_rope, self.rope_freqs, position_ids)), dim=-1)
         k_rope = apply_rope(k_rope, self.rope_freqs, position_ids)
         if past_key_values is not None:
@@ -105,6 +115,32 @@ class MLASelfAttention(nn.Module):
         return self.o_proj(output[..., : self.v_dim].reshape(batch, tokens, -1)), weights
 
 
+class QKNormMLASelfAttention(MLASelfAttention):
+    """MLA whose latent is a linear map of normalised keys and of values.
+
+    The norm of each head's query and key comes before anything is cached, so it is computed as in the source.
+    ``kv_a_proj_with_mqa`` maps ``[k; v]`` to what is cached, and ``q_rope_proj`` each head's query to its rotary part;
+    the part without RoPE is the query itself, its map folded into ``kv_b_proj``.
+    """
+
+    def make_projections(self, config: PretrainedConfig, bias: bool) -> None:
+        heads, kv_width = config.num_attention_heads, config.num_key_value_heads * self.v_dim
+        self.q_proj = nn.Linear(config.hidden_size, heads * self.v_dim, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=bias)
+        self.q_norm = Qwen3RMSNorm(self.v_dim, eps=config.rms_norm_eps)
+        self.k_norm = Qwen3RMSNorm(self.v_dim, eps=config.rms_norm_eps)
+        self.kv_a_proj_with_mqa = nn.Linear(2 * kv_width, self.latent_dim + self.rope_dim, bias=False)
+        self.q_rope_proj = nn.Parameter(torch.zeros(heads, self.rope_dim, self.v_dim))
+
+    def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        q = self.q_norm(self.q_proj(hidden_states).unflatten(-1, (-1, self.v_dim)))
+        k = self.k_norm(self.k_proj(hidden_states).unflatten(-1, (-1, self.v_dim))).flatten(-2)
+        cached = self.kv_a_proj_with_mqa(torch.cat((k, self.v_proj(hidden_states)), dim=-1))
+        q_rope = (q.transpose(1, 2) @ self.q_rope_proj.mT).transpose(1, 2)
+        return torch.cat((q[..., : self.nope_dim], q_rope), dim=-1), cached
+
+
 class MLAModel:
     """Mixed into a family's ``ForCausalLM``: replaces every ``self_attn`` by MLA."""
 
@@ -116,5 +152,5 @@ class MLAModel:
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__(config)  # type: ignore[call-arg]
         for index, layer in enumerate(self.model.layers):  # type: ignore[attr-defined]
-            layer.self_attn = MLASelfAttention(config, index)
+            layer.self_attn = (QKNormMLASelfAttention if config.qk_norm else MLASelfAttention)(config, index)
         self.post_init()  # type: ignore[attr-defined]

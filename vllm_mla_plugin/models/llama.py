@@ -1,18 +1,27 @@
-"""Llama with MLA: vLLM's Llama, with another self-attention."""
+"""Llama with MLA: vLLM's Llama, with another self-attention. The other families build on it."""
 
+from typing import ClassVar
+
+from torch import nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
 from vllm.model_executor.models.utils import WeightsMapper
 
 from vllm_mla_plugin.attention import MLASelfAttention
+from vllm_mla_plugin.qk_norm import QKNormMLASelfAttention
+
+
+def attention_type(vllm_config: VllmConfig) -> type[MLASelfAttention]:
+    """The self-attention that a model's configuration asks for."""
+    return QKNormMLASelfAttention if vllm_config.model_config.hf_config.qk_norm else MLASelfAttention
 
 
 class LlamaMLADecoderLayer(LlamaDecoderLayer):
     """A Llama layer whose ``self_attn`` is MLA."""
 
     def __init__(self, vllm_config: VllmConfig, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix, attn_layer_type=MLASelfAttention)
+        super().__init__(vllm_config=vllm_config, prefix=prefix, attn_layer_type=attention_type(vllm_config))
 
 
 @support_torch_compile
@@ -20,10 +29,11 @@ class LlamaMLAModel(LlamaModel):
     """Llama's decoder stack; ``q_proj`` stays itself, where Llama's mapper folds it into ``qkv_proj``."""
 
     hf_to_vllm_mapper = WeightsMapper(
+        orig_to_new_substr={".block_sparse_moe.": ".mlp."},  # Mixtral's name
         orig_to_new_stacked={
-            ".gate_proj": (".gate_up_proj", 0),
-            ".up_proj": (".gate_up_proj", 1),
-        }
+            ".mlp.gate_proj": (".mlp.gate_up_proj", 0),
+            ".mlp.up_proj": (".mlp.gate_up_proj", 1),
+        },
     )
 
 
@@ -32,11 +42,12 @@ class LlamaMLAForCausalLM(LlamaForCausalLM):
 
     hf_to_vllm_mapper = LlamaMLAModel.hf_to_vllm_mapper
     packed_modules_mapping = {"gate_up_proj": ["gate_proj", "up_proj"]}  # noqa: RUF012
+    decoder_layer: ClassVar[type[nn.Module]] = LlamaMLADecoderLayer
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=LlamaMLADecoderLayer)
+        super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=self.decoder_layer)
 
     def _init_model(
-        self, vllm_config: VllmConfig, prefix: str = "", layer_type: type = LlamaMLADecoderLayer
+        self, vllm_config: VllmConfig, prefix: str = "", layer_type: type[nn.Module] = LlamaMLADecoderLayer
     ) -> LlamaMLAModel:
         return LlamaMLAModel(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
