@@ -2,7 +2,7 @@
 
 A process of its own, because an engine never gives back everything it took. Job: ``model``,
 ``prompts`` (token ids), ``max_tokens``, ``prompt_logprobs`` (bool), ``engine`` (arguments of
-``vllm.LLM``). Result: ``tokens`` and ``logprobs`` of what was generated, ``prompt_logprobs`` of
+``vllm.LLM``), ``lora`` (folder of an adapter to use). Result: ``tokens`` and ``logprobs`` of what was generated, ``prompt_logprobs`` of
 each prompt token but the first, ``kv_tokens`` (capacity of the cache).
 """
 
@@ -14,6 +14,7 @@ from pathlib import Path
 def main() -> None:
     """Run the job."""
     from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
 
     job = json.load(sys.stdin)
     arguments = {"dtype": "float32", "enforce_eager": True, "max_model_len": 2048}
@@ -26,7 +27,9 @@ def main() -> None:
         ignore_eos=True,
         detokenize=False,
     )
-    outputs = llm.generate([{"prompt_token_ids": ids} for ids in job["prompts"]], sampling, use_tqdm=False)
+    adapter = LoRARequest("adapter", 1, job["lora"]) if "lora" in job else None
+    prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
+    outputs = llm.generate(prompts, sampling, use_tqdm=False, lora_request=adapter)
     cache = llm.llm_engine.vllm_config.cache_config
     result = {
         "tokens": [list(o.outputs[0].token_ids) for o in outputs],

@@ -105,9 +105,12 @@ def test_random_shapes(shape: str, tmp_path: Path) -> None:
     assert_agrees(mla, load(source), prompts)
 
 
-def test_tensor_parallel(smollm2: Path, tmp_path: Path) -> None:
-    """Two ranks compute what one does."""
-    source = RandomModel(heads=4, kv_heads=1, head_dim=32, hidden=128, bias=True).save(tmp_path / "source")
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_tensor_parallel(family: str, tmp_path: Path) -> None:
+    """Two ranks compute what one does, though they cannot share three KV heads evenly."""
+    experts = QWEN3_EXPERTS | {"moe_intermediate_size": 64} if family == "qwen3_moe" else {}
+    model = RandomModel(family, heads=6, kv_heads=3, head_dim=32, hidden=128, bias=True, experts=experts)
+    source = model.save(tmp_path / "source")
     out = convert(source, tmp_path / "mla", "--method", "exact")
     prompts = [list(range(5, 45)), [7], list(range(100, 117))]
     job = {"max_tokens": 12, "prompt_logprobs": True, "no_tokenizer": True}

@@ -29,7 +29,12 @@ class LlamaMLAModel(LlamaModel):
     """Llama's decoder stack; ``q_proj`` stays itself, where Llama's mapper folds it into ``qkv_proj``."""
 
     hf_to_vllm_mapper = WeightsMapper(
-        orig_to_new_substr={".block_sparse_moe.": ".mlp."},  # Mixtral's name
+        orig_to_new_substr={
+            ".block_sparse_moe.": ".mlp.",  # Mixtral's name
+            # MLA takes kv_b_proj apart when it loads, so an adapter for it would have no effect; vLLM does not say so.
+            # Under a name that no module has, it refuses the adapter.
+            ".kv_b_proj.lora_": ".kv_b_proj_takes_no_lora_with_mla.lora_",
+        },
         orig_to_new_stacked={
             ".mlp.gate_proj": (".mlp.gate_up_proj", 0),
             ".mlp.up_proj": (".mlp.gate_up_proj", 1),
