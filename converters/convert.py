@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 import vllm_mla_plugin
 from mla_converters.budget import CacheBudget
 from mla_converters.errors import ConversionError
-from mla_converters.families import active_window
+from mla_converters.families import active_window, window_refusal
 from mla_converters.method_run import Layers, converted_layers
 from mla_converters.options import DTYPES, Method, Options, check_options
 from mla_converters.source import Source, open_source
@@ -78,10 +78,7 @@ def _context(source: Source, options: Options) -> int:
     context = options.max_context or longest
     window = active_window(source.config)
     if window is not None and context > window:
-        raise ConversionError(
-            f"The source attends through a sliding window of {window} tokens, which MLA does not represent; with "
-            f"--max-context {window} it is converted for contexts in which the window is inactive."
-        )
+        raise ConversionError(window_refusal(window))
     return context
 
 

@@ -1,5 +1,6 @@
 """What the converter knows of each model family. A family is an entry of :data:`FAMILIES`."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from transformers import PretrainedConfig
@@ -80,6 +81,56 @@ def active_window(config: PretrainedConfig) -> int | None:
     return window if window < config.max_position_embeddings else None
 
 
+def window_refusal(window: int) -> str:
+    """Why an active sliding window is refused, and what to do."""
+    return (
+        f"The source attends through a sliding window of {window} tokens, which MLA does not represent; with "
+        f"--max-context {window} it is converted for contexts in which the window is inactive."
+    )
+
+
+REFUSALS: tuple[tuple[Callable[[dict], object], str], ...] = (
+    (
+        lambda config: "kv_lora_rank" in config or str(config.get("model_type", "")).endswith("_mla"),
+        "uses MLA already: serve it as it is.",
+    ),
+    (
+        lambda config: config.get("is_encoder_decoder"),
+        "is an encoder-decoder, and MLA here is for decoders alone: there is no way to convert it.",
+    ),
+    (
+        lambda config: any(key.startswith(("vision_", "audio_", "text_config")) for key in config),
+        "reads more than text: convert a checkpoint of its language model alone.",
+    ),
+    (
+        lambda config: config.get("attn_logit_softcapping"),
+        "caps attention scores (attn_logit_softcapping), which vLLM's MLA backends cannot do: serve it as it is.",
+    ),
+    (
+        lambda config: config.get("model_type") == "gpt_oss",
+        "has attention sinks, which vLLM's MLA backends do not have: serve it as it is.",
+    ),
+    (
+        lambda config: (
+            config.get("alibi")
+            or config.get("model_type") == "bloom"
+            or (isinstance(config.get("attn_config"), dict) and config["attn_config"].get("alibi"))
+        ),
+        "has ALiBi instead of RoPE, which vLLM's MLA backends cannot do: serve it as it is.",
+    ),
+    (
+        lambda config: (
+            any(key.startswith(("mamba_", "ssm_", "linear_num_")) for key in config)
+            or "state_size" in config
+            or "hybrid_override_pattern" in config
+        ),
+        "has layers that are no attention (a state-space or linear-attention hybrid), which this does not convert: "
+        "serve it as it is.",
+    ),
+)
+"""What MLA cannot represent, whatever the family: a test of ``config.json``, and what to say of the source."""
+
+
 def find_family(config: dict) -> Family:
     """The family of a source by its ``config.json``.
 
@@ -89,8 +140,9 @@ def find_family(config: dict) -> Family:
     architectures = config.get("architectures") or []
     name = architectures[0] if architectures else config.get("model_type", "none named")
     supported = ", ".join(FAMILIES)
-    if "kv_lora_rank" in config or str(config.get("model_type", "")).endswith("_mla"):
-        raise ConversionError(f"The source ({name}) uses MLA already: serve it as it is.")
+    for applies, reason in REFUSALS:
+        if applies(config):
+            raise ConversionError(f"The source ({name}) {reason}")
     if name not in FAMILIES:
         raise ConversionError(f"Architecture {name!r} is not supported; supported are: {supported}.")
     family = FAMILIES[name]

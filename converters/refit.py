@@ -57,13 +57,13 @@ def refit_layer(
         optimizer,
         lambda step: min(1, (step + 1) / WARMUP) * (1 + math.cos(math.pi * step / refit.steps)) / 2,
     )
+    # All keys before some queries: distances of up to the whole window, at the price of few queries.
+    queries = min(QUERIES, hidden.shape[1])
     order = torch.empty(0, dtype=torch.long)
     for _ in range(refit.steps):
         if len(order) < min(BATCH, len(hidden)):
             order = torch.randperm(len(hidden), generator=generator)
         batch, order = order[:BATCH], order[BATCH:]
-        # All keys before some queries: distances of up to the whole window, at the price of few queries.
-        queries = min(QUERIES, hidden.shape[1])
         # In whole blocks: tensors of ever new sizes fragment the heap to three times what is needed.
         end = queries * int(torch.randint(1, hidden.shape[1] // queries + 1, (), generator=generator))
         inputs = hidden[batch, :end].to(layer.device)

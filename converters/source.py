@@ -1,6 +1,5 @@
 """Reading the model to convert: a Hugging Face folder, a hub id, or a GGUF file."""
 
-import json
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,6 +15,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from mla_converters.errors import ConversionError
 from mla_converters.families import Family, check_config, find_family, source_head_dim
+from mla_converters.locate import local_path, not_a_model_file, not_on_the_hub, read_json_object
 
 INDEX = "model.safetensors.index.json"
 FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -49,7 +49,7 @@ class Source:
         self.name = name
         self.revision = revision
         self.folder = folder
-        self.raw_config = _read_json(folder / "config.json")
+        self.raw_config = read_json_object(folder / "config.json")
         self.family: Family = find_family(self.raw_config)
         try:
             self.config: PretrainedConfig = AutoConfig.from_pretrained(folder)
@@ -80,7 +80,7 @@ class Source:
     def _shards(self) -> list[Path]:
         index = self.folder / INDEX
         if index.exists():
-            names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+            names = sorted(set(read_json_object(index).get("weight_map", {}).values()))
         elif (self.folder / "model.safetensors").exists():
             names = ["model.safetensors"]
         else:
@@ -213,19 +213,14 @@ def open_source(source: str, revision: str | None = None) -> Iterator[Source]:
     Raises:
         ConversionError: it does not exist or cannot be converted.
     """
-    path = Path(source)
     with ExitStack() as stack:
-        if path.is_dir():
-            folder = path
-        elif path.is_file() and path.suffix == ".gguf":
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vllm-mla-gguf-")))
-            unpack_gguf(path, folder)
-        elif path.is_file():
-            raise ConversionError(f"{source} is a file but not a .gguf: give a model folder or a hub id.")
-        elif path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
-            raise ConversionError(f"{source} does not exist.")
-        else:
+        path = local_path(source)
+        if path is None:
             folder = _download(source, revision)
+        elif path.is_dir():
+            folder = path
+        else:
+            folder = unpacked_gguf(source, stack)
         yield stack.enter_context(Source(source, folder, revision))
 
 
@@ -234,10 +229,21 @@ def _download(repo: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConversionError(
-            f"{repo!r} is neither a folder here nor a model that can be fetched from the hub ({reason})."
-        ) from error
+        raise not_on_the_hub(repo, error) from error
+
+
+def unpacked_gguf(name: str, stack: ExitStack) -> Path:
+    """A GGUF file as a folder, for as long as ``stack`` is open.
+
+    Raises:
+        ConversionError: ``name`` is not a GGUF file.
+    """
+    path = Path(name)
+    if path.suffix != ".gguf":
+        raise not_a_model_file(name)
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vllm-mla-gguf-")))
+    unpack_gguf(path, folder)
+    return folder
 
 
 def unpack_gguf(path: Path, folder: Path) -> None:
@@ -253,15 +259,3 @@ def unpack_gguf(path: Path, folder: Path) -> None:
         del model.config.quantization_config
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def _read_json(path: Path) -> dict:
-    if not path.exists():
-        raise ConversionError(f"{path.parent} is not a model folder: it has no {path.name}.")
-    try:
-        content = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
-        raise ConversionError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ConversionError(f"{path} does not hold a JSON object.")
-    return content

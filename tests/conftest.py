@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import vllm_mla_plugin.hf  # noqa: F401 - registers the MLA models with transformers
+from mla_converters.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -28,6 +30,8 @@ from demo_model import demo_folder, demo_gguf
 BIN = Path(sys.executable).parent
 TEXT = (ROOT / "scripts" / "demo_text.txt").read_text()
 CALIBRATION = ROOT / "LICENSE"  # some English that is no test text
+CommandLine = Callable[..., tuple[int, str, str]]
+Refused = Callable[..., str]
 SPLIT = ("--kv-lora-rank", 128, "--qk-rope-head-dim", 64)  # half of what SmolLM2 caches
 
 
@@ -42,6 +46,35 @@ def convert(source: Path, out: Path, *options: object) -> Path:
     result = vllm_mla("convert", source, out, *options)
     assert result.returncode == 0, result.stderr
     return out
+
+
+@pytest.fixture
+def command_line(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> CommandLine:
+    """Runs ``vllm-mla`` in this process; returns exit code, stdout and stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["vllm-mla", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as exit_info:
+            main()
+        captured = capfd.readouterr()
+        return exit_info.value.code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def refusal(command_line: CommandLine) -> Refused:
+    """Runs a command that must be refused; returns its one sentence."""
+
+    def run(*arguments: object) -> str:
+        code, _, complaint = command_line(*arguments)
+        assert code == 2
+        (line,) = complaint.strip().splitlines()
+        assert line.startswith("vllm-mla: error: ")
+        return line
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,8 @@
 
 A process of its own, because an engine never gives back everything it took. Job: ``model``,
 ``prompts`` (token ids), ``max_tokens``, ``prompt_logprobs`` (bool), ``engine`` (arguments of
-``vllm.LLM``), ``lora`` (folder of an adapter to use). Result: ``tokens`` and ``logprobs`` of what was generated, ``prompt_logprobs`` of
-each prompt token but the first, ``kv_tokens`` (capacity of the cache).
+``vllm.LLM``), ``lora`` (folder of an adapter to use). Result: ``tokens`` and ``logprobs`` of what was
+generated, ``prompt_logprobs`` of each prompt token but the first, ``kv_tokens`` (capacity of the cache).
 """
 
 import json

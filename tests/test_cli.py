@@ -4,18 +4,13 @@ import hashlib
 import json
 import resource
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import CALIBRATION, ROOT, SPLIT, RandomModel, convert, vllm_mla
+from conftest import CALIBRATION, ROOT, SPLIT, RandomModel, Refused, convert, vllm_mla
 from safetensors.torch import load_file, save_file
-
-from mla_converters.cli import main
-
-Refused = Callable[..., str]
 
 
 @pytest.fixture(scope="module")
@@ -30,19 +25,12 @@ def source(pristine: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def refused(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Refused:
-    """Runs a conversion that must be refused, in this process; returns its one sentence."""
+def refused(refusal: Refused, tmp_path: Path) -> Refused:
+    """Runs a conversion that must be refused and leave nothing behind; returns its one sentence."""
 
     def run(source: object, *options: object) -> str:
         before = sorted(tmp_path.iterdir())
-        arguments = ["vllm-mla", "convert", str(source), str(tmp_path / "out"), *map(str, options)]
-        monkeypatch.setattr(sys, "argv", arguments)
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as exit_info:
-            main()
-        assert exit_info.value.code == 2
-        (line,) = capfd.readouterr().err.strip().splitlines()
-        assert line.startswith("vllm-mla: error: ")
+        line = refusal("convert", source, tmp_path / "out", *options)
         assert sorted(tmp_path.iterdir()) == before, "something was left behind"
         return line
 
@@ -99,6 +87,29 @@ CONFIGS = {
 }
 
 
+# As in the models' own config.json, as far as it matters.
+KINDS = {
+    "DeepseekV3ForCausalLM": ({"kv_lora_rank": 512}, "uses MLA already"),
+    "T5ForConditionalGeneration": ({"is_encoder_decoder": True}, "is an encoder-decoder"),
+    "Qwen2VLForConditionalGeneration": ({"vision_config": {"depth": 32}}, "reads more than text"),
+    "Gemma2ForCausalLM": ({"attn_logit_softcapping": 50.0}, "caps attention scores"),
+    "GptOssForCausalLM": ({"model_type": "gpt_oss"}, "has attention sinks"),
+    "BloomForCausalLM": ({"model_type": "bloom"}, "has ALiBi instead of RoPE"),
+    "MPTForCausalLM": ({"attn_config": {"alibi": True}}, "has ALiBi instead of RoPE"),
+    "JambaForCausalLM": ({"mamba_d_state": 16}, "hybrid"),
+    "Qwen3NextForCausalLM": ({"linear_num_key_heads": 16}, "hybrid"),
+}
+
+
+@pytest.mark.parametrize("architecture", KINDS)
+def test_refused_kinds(refused: Refused, architecture: str, source: Path) -> None:
+    """What MLA cannot represent is named, whatever the family."""
+    fields, reason = KINDS[architecture]
+    edit_config(source, architectures=[architecture], **fields)
+    line = refused(source)
+    assert architecture in line and reason in line
+
+
 @pytest.mark.parametrize("case", CONFIGS)
 def test_refused_configs(refused: Refused, case: str, source: Path, tmp_path: Path) -> None:
     changes, reason = CONFIGS[case]
@@ -134,7 +145,7 @@ OPTIONS = {
     "freqfold-method": (("--freqfold", 2), "--freqfold is an option of --method transmla, not of attention-aware"),
     "svd": (("--method", "mha2mla", "--svd", "both"), "choose one of joint, split"),
     "rope-keep-method": (("--rope-keep", "low"), "--rope-keep is an option of --method mha2mla"),
-    "without": (("--without", "magic"), "choose of mean-phase, attention-weights"),
+    "without": (("--without", "magic"), "choose one of mean-phase, attention-weights"),
     "without-method": ((*TRANSMLA, "--without", "search"), "an option of --method attention-aware"),
     "refit-steps": (("--refit-steps", -1), "must be 0 or more"),
     "freqfold-word": (("--freqfold", "many"), "must be a whole number or auto"),
@@ -147,6 +158,7 @@ OPTIONS = {
     "device-word": (("--device", "toaster"), "is not a device"),
     "tokens": (("--calibration", CALIBRATION, "--calibration-tokens", 100), "must be at least 512"),
     "no-text": (("--calibration", "/nowhere.txt"), "cannot be read"),
+    "json": (("--json", "/nowhere/report.json"), "not a file in an existing folder"),
 }
 
 

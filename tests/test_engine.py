@@ -109,7 +109,7 @@ def test_random_shapes(shape: str, tmp_path: Path) -> None:
 def test_tensor_parallel(family: str, tmp_path: Path) -> None:
     """Two ranks compute what one does, though they cannot share three KV heads evenly."""
     experts = QWEN3_EXPERTS | {"moe_intermediate_size": 64} if family == "qwen3_moe" else {}
-    model = RandomModel(family, heads=6, kv_heads=3, head_dim=32, hidden=128, bias=True, experts=experts)
+    model = RandomModel(family, heads=6, kv_heads=3, head_dim=32, hidden=192, bias=True, experts=experts)
     source = model.save(tmp_path / "source")
     out = convert(source, tmp_path / "mla", "--method", "exact")
     prompts = [list(range(5, 45)), [7], list(range(100, 117))]

@@ -8,15 +8,15 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, RandomModel, load
+from conftest import ROOT, CommandLine, RandomModel, Refused, load
 from transformers import AutoTokenizer
 
-from mla_converters.cli import main
 from mla_converters.evaluation.hf_engine import kl_per_token
 from mla_converters.evaluation.scores import TokenScores, comparison, loss_by_position, measures
 from mla_converters.evaluation.text import TextProtocol, read_text, wikitext_rows
@@ -25,42 +25,25 @@ DEMO_TEXT = ROOT / "scripts" / "demo_text.txt"
 CUT = ("--text", DEMO_TEXT, "--windows", 2, "--length", 256)
 
 Run = Callable[..., dict[str, Any]]
-Refused = Callable[..., str]
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+def run(command_line: CommandLine, tmp_path: Path) -> Run:
     """Runs the command in this process; returns its JSON, and the table under ``table``."""
 
     def command(*arguments: object) -> dict[str, Any]:
         report = tmp_path / "report.json"
-        monkeypatch.setattr(sys, "argv", ["vllm-mla", "eval", *map(str, arguments), "--json", str(report)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as exit_info:
-            main()
-        captured = capfd.readouterr()
-        assert exit_info.value.code == 0, captured.err
-        assert captured.err == "", "noise beside the table"
-        return json.loads(report.read_text()) | {"table": captured.out}
+        code, table, complaint = command_line("eval", *arguments, "--json", report)
+        assert (code, complaint) == (0, ""), "noise beside the table"
+        return json.loads(report.read_text()) | {"table": table}
 
     return command
 
 
 @pytest.fixture
-def refused(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Refused:
-    """Runs a command that must be refused, in this process; returns its one sentence."""
-
-    def command(*arguments: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["vllm-mla", "eval", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as exit_info:
-            main()
-        assert exit_info.value.code == 2
-        (line,) = capfd.readouterr().err.strip().splitlines()
-        assert line.startswith("vllm-mla: error: ")
-        return line
-
-    return command
+def refused(refusal: Refused) -> Refused:
+    """Runs an evaluation that must be refused; returns its one sentence."""
+    return partial(refusal, "eval")
 
 
 @pytest.fixture(scope="module")

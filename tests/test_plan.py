@@ -2,14 +2,14 @@
 
 import json
 import shlex
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import CommandLine, Refused
 
-from mla_converters.cli import main
 from mla_converters.options import Options
 from mla_converters.planning.serving import BLACKWELL, GPUS, HOPPER, OTHER_GPU
 
@@ -48,39 +48,25 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 Planner = Callable[..., dict[str, Any]]
-Refused = Callable[..., str]
 
 
 @pytest.fixture
-def planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Planner:
+def planned(command_line: CommandLine, tmp_path: Path) -> Planner:
     """Runs ``vllm-mla plan --json`` in this process; returns the plan."""
 
     def run(source: object, *options: object) -> dict[str, Any]:
         out = tmp_path / "plan.json"
-        monkeypatch.setattr(sys, "argv", ["vllm-mla", "plan", str(source), *map(str, options), "--json", str(out)])
-        with pytest.raises(SystemExit) as exit_info:
-            main()
-        assert exit_info.value.code == 0
+        code, _, complaint = command_line("plan", source, *options, "--json", out)
+        assert code == 0, complaint
         return json.loads(out.read_text())
 
     return run
 
 
 @pytest.fixture
-def refused(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Refused:
+def refused(refusal: Refused) -> Refused:
     """Runs a plan that must be refused; returns its one sentence."""
-
-    def run(source: object, *options: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["vllm-mla", "plan", str(source), *map(str, options)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as exit_info:
-            main()
-        assert exit_info.value.code == 2
-        (line,) = capfd.readouterr().err.strip().splitlines()
-        assert line.startswith("vllm-mla: error: ")
-        return line
-
-    return run
+    return partial(refusal, "plan")
 
 
 def write_config(folder: Path, shape: str = "llama-3-8b", **changes: Any) -> Path:
@@ -194,11 +180,10 @@ def test_recommendation(planned: Planner, tmp_path: Path, kv_heads: int, recomme
     assert sizes["kv_lora_rank"] + sizes["qk_rope_head_dim"] == recommended
 
 
-def test_table(planned: Planner, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_table(command_line: CommandLine, tmp_path: Path) -> None:
     """For people: the numbers, and last the command, on a line of its own."""
     folder = write_config(tmp_path / "my model")
-    planned(folder, "--calibration-tokens", 4096)
-    output = capfd.readouterr().out
+    _, output, _ = command_line("plan", folder, "--calibration-tokens", 4096)
     for text in ("131,072 bytes (bfloat16)", "8.03 billion parameters", "512 + 64", "36,864", "FLASHMLA"):
         assert text in output
     assert shlex.split(output.splitlines()[-1]) == [
@@ -289,7 +274,7 @@ def test_refused_configs(refused: Refused, case: str, tmp_path: Path) -> None:
         (("--memory", "0GiB"), "--memory is '0GiB'"),
         (("--dtype", "int4"), "--dtype is 'int4'; choose one of float32, bfloat16, float16"),
         (("--calibration-tokens", "0"), "--calibration-tokens is 0"),
-        (("--json", "/nowhere/plan.json"), "/nowhere/plan.json cannot be written"),
+        (("--json", "/nowhere/plan.json"), "--json is /nowhere/plan.json, which is not a file in an existing folder"),
     ],
 )
 def test_refused_options(refused: Refused, tmp_path: Path, options: tuple[str, ...], reason: str) -> None:

@@ -1,6 +1,5 @@
 """``vllm-mla convert``."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -8,6 +7,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from mla_converters.commands.common import check_choice, check_output, quiet_transformers, write_report
 from mla_converters.errors import ConversionError
 
 EPILOG = """
@@ -100,7 +100,10 @@ def convert(
         ),
     ] = "self",
     calibration_tokens: Annotated[
-        int, typer.Option(help="How many tokens, in windows of 512.", rich_help_panel="Calibration")
+        int,
+        typer.Option(
+            help="How many tokens, in windows of 2,048 (512 with transmla and mha2mla).", rich_help_panel="Calibration"
+        ),
     ] = 16384,
     seed: Annotated[int, typer.Option(help="Same seed, same output to the byte.", rich_help_panel="Calibration")] = 0,
     max_context: Annotated[
@@ -117,28 +120,25 @@ def convert(
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
 ) -> None:
     """Write an MLA checkpoint of SOURCE that `vllm serve OUT` runs."""
-    # transformers is imported here, not above: `--help` should not wait for torch.
-    from transformers.utils import logging as transformers_logging
-
+    check_output("--json", json_file)
+    # Imported here, not above: `--help` should not wait for torch.
     from mla_converters.attention_aware_run import Ingredient
     from mla_converters.convert import convert as run
     from mla_converters.layer_sizes import LayerSizes
     from mla_converters.methods.mha2mla import Keep, Svd
     from mla_converters.options import Method, Options
 
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    quiet_transformers()
     for name, value, choices in (
         ("--method", method, Method),
         ("--rope-keep", rope_keep, Keep),
         ("--svd", svd, Svd),
         ("--layer-sizes", layer_sizes, LayerSizes),
     ):
-        if value is not None and value not in list(choices):
-            raise ConversionError(f"{name} is {value!r}; choose one of {', '.join(choices)}.")
+        if value is not None:
+            check_choice(name, value, choices)
     for ingredient in without or ():
-        if ingredient not in list(Ingredient):
-            raise ConversionError(f"--without is {ingredient!r}; choose of {', '.join(Ingredient)}.")
+        check_choice("--without", ingredient, Ingredient)
     if freqfold != "auto" and not freqfold.isdecimal():
         raise ConversionError(f"--freqfold is {freqfold!r}, but must be a whole number or auto.")
     options = Options(
@@ -160,8 +160,7 @@ def convert(
         max_context=max_context,
     )
     report = run(source, out, options, revision=revision, force=force, quiet=not Console(stderr=True).is_terminal)
-    if json_file:
-        json_file.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(json_file, report)
     _print_report(report)
 
 

@@ -1,6 +1,5 @@
 """``vllm-mla eval``."""
 
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from mla_converters.commands.common import check_choice, check_output, quiet_transformers, write_report
 from mla_converters.errors import ConversionError
 from mla_converters.evaluation.labels import short_names
 
@@ -91,19 +91,22 @@ def evaluate(
     ] = None,
 ) -> None:
     """Measure models on the same text: perplexity, and what they lost against --reference."""
-    # transformers is imported here, not above: `--help` should not wait for torch.
-    from transformers.utils import logging as transformers_logging
-
+    # Imported here, not above: `--help` should not wait for torch.
+    from mla_converters.evaluation.optional import require
     from mla_converters.evaluation.plot import plot_report
     from mla_converters.evaluation.run import Engine, EvalOptions
     from mla_converters.evaluation.run import evaluate as run
     from mla_converters.evaluation.text import TextProtocol
 
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    _check_choice("--protocol", protocol, list(TextProtocol))
-    _check_choice("--engine", engine, list(Engine))
-    _check_output(json_file, plot)
+    quiet_transformers()
+    check_choice("--protocol", protocol, TextProtocol)
+    check_choice("--engine", engine, Engine)
+    check_output("--json", json_file)
+    check_output("--plot", plot)
+    if plot is not None:
+        if plot.suffix != ".png":
+            raise ConversionError(f"--plot is {plot}, but must end in .png.")
+        require("matplotlib", "--plot", "run pip install matplotlib, or leave it out")
     options = EvalOptions(
         text=text,
         dataset=dataset,
@@ -116,29 +119,10 @@ def evaluate(
     )
     report = run(models, options, reference=reference, quiet=not Console(stderr=True).is_terminal)
     report["command"] = shlex.join(["vllm-mla", *sys.argv[1:]])
-    if json_file:
-        json_file.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(json_file, report)
     if plot:
         plot_report(report, plot)
     _print_report(report)
-
-
-def _check_choice(option: str, value: str, choices: list) -> None:
-    if value not in choices:
-        raise ConversionError(f"{option} is {value!r}; choose one of {', '.join(choices)}.")
-
-
-def _check_output(json_file: Path | None, plot: Path | None) -> None:
-    """Refuse before the models run what could only fail after."""
-    from mla_converters.evaluation.optional import require
-
-    for option, path in (("--json", json_file), ("--plot", plot)):
-        if path is not None and (path.is_dir() or not path.parent.is_dir()):
-            raise ConversionError(f"{option} is {path}, which is not a file in an existing folder.")
-    if plot is not None:
-        if plot.suffix != ".png":
-            raise ConversionError(f"--plot is {plot}, but must end in .png.")
-        require("matplotlib", "--plot", "run pip install matplotlib, or leave it out")
 
 
 def _print_report(report: dict[str, Any]) -> None:

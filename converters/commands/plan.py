@@ -1,6 +1,5 @@
 """``vllm-mla plan``."""
 
-import json
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,6 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from mla_converters.commands.common import check_output, quiet_transformers, write_report
 from mla_converters.errors import ConversionError
 
 EPILOG = """
@@ -47,20 +47,15 @@ def plan(
 ) -> None:
     """Say what converting SOURCE would give and cost, from its config.json alone."""
     memory_bytes = parse_memory(memory)
-    # transformers is imported here, not above: `--help` should not wait for torch.
-    from transformers.utils import logging as transformers_logging
-
+    check_output("--json", json_file)
+    # Imported here, not above: `--help` should not wait for torch.
     from mla_converters.planning.plan import plan as run
 
-    transformers_logging.set_verbosity_error()
+    quiet_transformers()
     result = run(
         source, revision=revision, dtype=dtype, memory_bytes=memory_bytes, calibration_tokens=calibration_tokens
     )
-    if json_file:
-        try:
-            json_file.write_text(json.dumps(result, indent=2) + "\n")
-        except OSError as error:
-            raise ConversionError(f"{json_file} cannot be written: {error.strerror}.") from error
+    write_report(json_file, result)
     _print_plan(result, memory)
 
 

@@ -1,6 +1,5 @@
 """The models to evaluate: where they are, and what their configuration says of their size."""
 
-import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,8 @@ from transformers import AutoConfig, PretrainedConfig
 import vllm_mla_plugin.hf  # noqa: F401 - registers the MLA models with transformers
 from mla_converters.errors import ConversionError
 from mla_converters.families import source_head_dim
-from mla_converters.source import unpack_gguf
+from mla_converters.locate import local_path, not_on_the_hub, read_json_object
+from mla_converters.source import unpacked_gguf
 
 
 @dataclass(frozen=True)
@@ -72,27 +72,21 @@ def find_models(names: list[str], stack: ExitStack) -> list[Model]:
 
 def find_model(name: str, stack: ExitStack) -> Model:
     """Find one model; see :func:`find_models`."""
-    path = Path(name)
-    if path.is_file() and path.suffix == ".gguf":
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vllm-mla-gguf-")))
-        unpack_gguf(path, folder)
-        return Model(name, str(folder), _config(name, folder))
-    if path.is_dir() and not (path / "config.json").exists():
-        raise ConversionError(f"{name} is not a model folder: it has no config.json.")
-    if path.is_file():
-        raise ConversionError(f"{name} is a file but not a .gguf: give a model folder or a hub id.")
-    if not path.exists() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
-        raise ConversionError(f"{name} does not exist.")
-    return Model(name, name, _config(name, path))
-
-
-def _config(name: str, folder: Path) -> PretrainedConfig:
+    path = local_path(name)
+    if path is not None and path.is_file():
+        folder = unpacked_gguf(name, stack)
+        return Model(name, str(folder), _config(folder))
     try:
-        return AutoConfig.from_pretrained(folder if folder.is_dir() else name)
+        config = AutoConfig.from_pretrained(name) if path is None else _config(path)
+    except OSError as error:
+        raise not_on_the_hub(name, error) from error
+    return Model(name, name, config)
+
+
+def _config(folder: Path) -> PretrainedConfig:
+    read_json_object(folder / "config.json")
+    try:
+        return AutoConfig.from_pretrained(folder)
     except Exception as error:  # transformers validates with many exception types
         reason = str(error).strip().split("\n")[0]
-        if folder.is_dir():
-            raise ConversionError(f"{folder / 'config.json'} is not a valid configuration: {reason}") from error
-        raise ConversionError(
-            f"{name!r} is neither a folder here nor a model that can be fetched from the hub ({reason})."
-        ) from error
+        raise ConversionError(f"{folder / 'config.json'} is not a valid configuration: {reason}") from error

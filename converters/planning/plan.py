@@ -7,6 +7,7 @@ from typing import Any
 
 from mla_converters.calibration import WINDOW
 from mla_converters.errors import ConversionError
+from mla_converters.families import window_refusal
 from mla_converters.options import Options
 from mla_converters.planning.cost import (
     METHOD_COSTS,
@@ -124,12 +125,7 @@ def _describe_conversion(source: PlannedSource, chosen: Candidate, calibration_t
 
 
 def _warnings(source: PlannedSource) -> list[str]:
-    if source.window is None:
-        return []
-    return [
-        f"The source attends through a sliding window of {source.window} tokens, which MLA does not represent; with "
-        f"--max-context {source.window} it is converted for contexts in which the window is inactive."
-    ]
+    return [] if source.window is None else [window_refusal(source.window)]
 
 
 def _command(source: PlannedSource, chosen: Candidate, calibration_tokens: int) -> str:

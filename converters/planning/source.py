@@ -1,6 +1,5 @@
 """The model to plan for: its configuration, and what follows from that. No weights are read."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from mla_converters.errors import ConversionError
 from mla_converters.families import active_window, check_config, find_family, source_head_dim
+from mla_converters.locate import local_path, not_on_the_hub, read_json_object
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -88,7 +88,7 @@ def read_source(source: str, revision: str | None = None, dtype: str | None = No
     if dtype not in (None, *DTYPE_BYTES):
         raise ConversionError(f"--dtype is {dtype!r}; choose one of {', '.join(DTYPE_BYTES)}.")
     path = _config_path(source, revision)
-    family = find_family(_read_json(path))
+    family = find_family(read_json_object(path))
     try:
         config = AutoConfig.from_pretrained(path)
         check_config(config)
@@ -147,39 +147,20 @@ def _count(module: torch.nn.Module) -> int:
 
 
 def _config_path(source: str, revision: str | None) -> Path:
-    path = Path(source)
-    if path.suffix == ".gguf":
+    if source.endswith(".gguf"):
         raise ConversionError(
             f"{source} is a GGUF file, whose sizes cannot be planned from a config.json: convert it directly, or "
             "plan the model that it was made from."
         )
-    if path.is_dir():
-        return path / "config.json"
-    if path.is_file():
-        return path
-    if path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
-        raise ConversionError(f"{source} does not exist.")
+    path = local_path(source)
+    if path is not None:
+        return path / "config.json" if path.is_dir() else path
     try:
         return Path(hf_hub_download(source, "config.json", revision=revision))
     except (HFValidationError, HfHubHTTPError, EntryNotFoundError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConversionError(
-            f"{source!r} is neither a folder here nor a model that can be fetched from the hub ({reason})."
-        ) from error
+        raise not_on_the_hub(source, error) from error
 
 
 def _convertible_name(source: str) -> str:
     """The source as ``convert`` takes it: the folder of a bare configuration file."""
     return str(Path(source).parent) if Path(source).is_file() else source
-
-
-def _read_json(path: Path) -> dict:
-    if not path.exists():
-        raise ConversionError(f"{path.parent} is not a model folder: it has no {path.name}.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ConversionError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ConversionError(f"{path} does not hold a JSON object.")
-    return content

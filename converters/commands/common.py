@@ -1,0 +1,40 @@
+"""What the commands share: checks of options, and JSON reports."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from mla_converters.errors import ConversionError
+
+
+def check_choice(option: str, value: str, choices: Iterable[str]) -> None:
+    """Refuse a value that is none of the choices."""
+    choices = list(choices)
+    if value not in choices:
+        raise ConversionError(f"{option} is {value!r}; choose one of {', '.join(choices)}.")
+
+
+def check_output(option: str, path: Path | None) -> None:
+    """Refuse, before any work, a file that could not be written after it."""
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        raise ConversionError(f"{option} is {path}, which is not a file in an existing folder.")
+
+
+def write_report(path: Path | None, report: dict[str, Any]) -> None:
+    """Write a report for machines, if a file was named for it."""
+    if path is None:
+        return
+    try:
+        path.write_text(json.dumps(report, indent=2) + "\n")
+    except OSError as error:
+        raise ConversionError(f"{path} cannot be written: {error.strerror}.") from error
+
+
+def quiet_transformers() -> None:
+    """Silence transformers' notices and progress bars, which are about training and serving."""
+    # Imported here: `--help` should not wait for torch.
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
