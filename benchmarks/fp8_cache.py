@@ -8,20 +8,17 @@ up-projection takes back: the same model, with latents at a scale that nobody ch
 """
 
 import argparse
-import json
 import math
-import platform
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from common import write_result
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import vllm_mla_plugin.hf  # noqa: F401 - registers the MLA models
-
-RESULT = Path(__file__).parent / "results" / "fp8_cache.json"
 
 
 def rounded(x: torch.Tensor) -> torch.Tensor:
@@ -85,9 +82,7 @@ def main() -> None:
         row |= {f"cost_of_{name}": row[name] / row["float32"] - 1 for name in ("fp8_latents", "fp8")}
         rows.append({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()})
         print(rows[-1], flush=True)
-    hardware = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, CPU only"
-    command = f"python {' '.join(sys.argv)}"
-    RESULT.write_text(json.dumps({"command": command, "hardware": hardware, "rows": rows}, indent=2) + "\n")
+    write_result("fp8_cache", f"python {' '.join(sys.argv)}", {"rows": rows})
 
 
 if __name__ == "__main__":

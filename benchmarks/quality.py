@@ -5,34 +5,28 @@
 Source: SmolLM2-135M-Instruct. Calibration: WikiText-2's validation split (tokenised form, marks undone), 64 windows
 of 512 tokens for ``attention-aware`` and 32 for ``transmla`` and ``mha2mla``, or text sampled from the model
 (``self``). Scores: perplexity in float32 of the first 8 windows of 1,024 tokens of WikiText-2's raw test split, the
-first 2 of 4,096, and of 8 windows of 1,024 tokens of another domain: the source code of Python's ``argparse``.
+first 2 of 4,096, and of 8 windows of 1,024 tokens of another domain: the source code of Python's ``argparse``. Some
+also through vLLM.
 
 Rows already in the result file are kept: remove it to measure again, or choose rows with ``--only``.
 """
 
 import argparse
 import json
-import platform
 import re
-import subprocess
 import sys
 import sysconfig
 import tempfile
 from pathlib import Path
 
-import torch
-import transformers
+from common import RESULTS, convert, cost, evaluate, plain_text, write_result
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-import vllm_mla_plugin
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 from demo_model import demo_folder
-from fidelity import UNDO_TOKENISATION
 
-RESULT = Path(__file__).parent / "results" / "quality.json"
-VLLM_MLA = Path(sys.executable).with_name("vllm-mla")
+COMMAND = "python benchmarks/quality.py --valid wiki.valid.tokens --test wiki.test.raw"
 CODE = Path(sysconfig.get_paths()["stdlib"]) / "argparse.py"
 # Cached numbers per token and layer (the source has 384), and how TransMLA's paper and code split them.
 SPLITS = {192: (128, 64), 128: (96, 32), 96: (64, 32), 48: (32, 16)}
@@ -53,7 +47,7 @@ def jobs(text: Path) -> dict[str, tuple[int, list[str]]]:
     """Every row: its name, the cache size, and the options of ``vllm-mla convert``."""
     plain = ["--calibration", str(text)]
     more = [*plain, "--calibration-tokens", "32768"]
-    rows: dict[str, tuple[int, list[str]]] = {}
+    rows = {"exact": (384, ["--method", "exact"])}
     for width, (rank, rope) in SPLITS.items():
         split = ["--kv-lora-rank", str(rank), "--qk-rope-head-dim", str(rope)]
         ratio = ["--cache-ratio", str(width / 384)]
@@ -63,34 +57,20 @@ def jobs(text: Path) -> dict[str, tuple[int, list[str]]]:
         rows[f"attention-aware {width}"] = width, [*ratio, *more]
         rows[f"per-layer {width}"] = width, [*ratio, *more, "--layer-sizes", "measured"]
         rows[f"self {width}"] = width, [*ratio, "--calibration-tokens", "32768"]
-    for ingredient in INGREDIENTS:
-        options = ["--kv-lora-rank", "128", "--qk-rope-head-dim", "64", *plain, "--refit-steps", "0"]
-        rows[f"without {ingredient}"] = 192, [*options, "--without", ingredient]
-    rows["without none"] = 192, options
+    closed_form = ["--kv-lora-rank", "128", "--qk-rope-head-dim", "64", *plain, "--refit-steps", "0"]
+    rows["without none"] = 192, closed_form
+    rows |= {f"without {ingredient}": (192, [*closed_form, "--without", ingredient]) for ingredient in INGREDIENTS}
     return rows
 
 
-def score(model: Path, text: Path, *options: str) -> float:
-    """Perplexity by ``vllm-mla eval``."""
-    with tempfile.NamedTemporaryFile(suffix=".json") as report:
-        subprocess.run([VLLM_MLA, "eval", model, "--text", text, *options, "--json", report.name], check=True)
-        return round(json.loads(Path(report.name).read_text())["models"][0]["perplexity"], 3)
-
-
 def scores(model: Path, test: Path) -> dict[str, float]:
-    """The three perplexities of a model."""
-    return {
-        "perplexity": score(model, test),
-        "perplexity_at_4096": score(model, test, "--length", "4096", "--windows", "2"),
-        "perplexity_of_code": score(model, CODE),
+    """Perplexities of a model on the test text, in longer windows, and on the other text."""
+    options = {
+        "perplexity": (test,),
+        "perplexity_at_4096": (test, "--length", "4096", "--windows", "2"),
+        "perplexity_of_code": (CODE,),
     }
-
-
-def convert(options: list[str], out: Path) -> dict:
-    """Convert in a process of its own, so that peak memory is that of the conversion; the report."""
-    report = out.with_suffix(".json")
-    subprocess.run([VLLM_MLA, "convert", demo_folder(), out, *options, "--force", "--json", report], check=True)
-    return json.loads(report.read_text())
+    return {name: round(evaluate(model, *how)["perplexity"], 3) for name, how in options.items()}
 
 
 def draw(rows: dict[str, dict], path: Path) -> None:
@@ -119,47 +99,34 @@ def main() -> None:
     parser.add_argument("--only", default="", help="regular expression of row names")
     arguments = parser.parse_args()
 
-    rows: dict[str, dict] = json.loads(RESULT.read_text())["rows"] if RESULT.exists() else {}
+    result = RESULTS / "quality.json"
+    rows: dict[str, dict] = json.loads(result.read_text())["rows"] if result.exists() else {}
     with tempfile.TemporaryDirectory() as scratch:
         text, out = Path(scratch) / "calibration.txt", Path(scratch) / "model"
-        content = arguments.valid.read_text()
-        for mark, plain in UNDO_TOKENISATION:
-            content = content.replace(mark, plain)
-        text.write_text(content)
+        text.write_text(plain_text(arguments.valid))
         if "source" not in rows:
-            rows["source"] = {"cached": 384, **scores(demo_folder(), arguments.test)}
+            out.symlink_to(demo_folder())
+            rows["source"] = {"cached": 384, **scores(out, arguments.test)}
+            out.unlink()
         for name, (width, options) in jobs(text).items():
             if name in rows or not re.search(arguments.only, name):
                 continue
-            report = convert(options, out)
+            report = convert(demo_folder(), out, *options)
             rows[name] = {
                 "cached": width,
                 "split": f"{report['kv_lora_rank']}+{report['qk_rope_head_dim']}",
+                **({"freqfold": report["freqfold"]} if "freqfold" in report else {}),
                 "options": " ".join(options).replace(str(text), "FILE"),
                 **scores(out, arguments.test),
-                "seconds": report["seconds"],
-                "peak_rss_gb": round(report["peak_rss_bytes"] / 1e9, 2),
+                **cost(report),
             }
+            if name.startswith("attention-aware"):
+                rows[name]["perplexity_in_vllm"] = round(
+                    evaluate(out, arguments.test, "--engine", "vllm")["perplexity"], 3
+                )
             print(name, rows[name], flush=True)
-            write(rows)
-    draw(rows, RESULT.with_suffix(".png"))
-
-
-def write(rows: dict[str, dict]) -> None:
-    """The result file."""
-    result = {
-        "command": "python benchmarks/quality.py --valid wiki.valid.tokens --test wiki.test.raw",
-        "hardware": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, CPU only",
-        "versions": {
-            "vllm-mla-plugin": vllm_mla_plugin.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-        "transmla_own_code": TRANSMLA_OWN_CODE,
-        "rows": rows,
-    }
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+            write_result("quality", COMMAND, {"transmla_own_code": TRANSMLA_OWN_CODE, "rows": rows})
+    draw(rows, result.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -120,6 +120,21 @@ def test_tensor_parallel(family: str, tmp_path: Path) -> None:
     assert_agrees(result, load(source), prompts)
 
 
+def test_pipeline_parallel(tmp_path: Path) -> None:
+    """Two stages compute what one does. (With ``enforce_eager``, vLLM 0.32 fails on CPU for its own models too.)"""
+    source = RandomModel(heads=6, kv_heads=3, head_dim=32, hidden=192, layers=3).save(tmp_path / "source")
+    out = convert(source, tmp_path / "mla", "--method", "exact")
+    prompts = [list(range(5, 45)), [7], list(range(100, 117))]
+    engine = {"max_model_len": 256, "pipeline_parallel_size": 2, "enforce_eager": False}
+    environment = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_CACHE_ROOT": str(tmp_path)}
+    # Without log-probabilities of prompts, which need the last stage's engine to hold them.
+    result = run_engine(out, prompts, engine=engine, environment=environment, max_tokens=12, no_tokenizer=True)
+    model = load(source)
+    for prompt, tokens, logprobs in zip(prompts, result["tokens"], result["logprobs"], strict=True):
+        expected = hf_logprobs(model, prompt + tokens)[-len(tokens) :]
+        assert logprobs == pytest.approx(expected, abs=MAX_LOGPROB_ERROR)
+
+
 def test_dummy_weights(half: Path) -> None:
     """`--load-format dummy` runs: shapes can be measured without weights."""
     result = run_engine(half, [[1, 2, 3]], max_tokens=4, engine={"load_format": "dummy"})

@@ -1,0 +1,74 @@
+"""What the benchmarks share: running the command line, and what every result file says of itself."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import vllm_mla_plugin
+
+RESULTS = Path(__file__).parent / "results"
+VLLM_MLA = Path(sys.executable).with_name("vllm-mla")
+# From the tokenised form of WikiText-2 back to text, unknown-word marks dropped.
+UNDO_TOKENISATION = (
+    (" @-@ ", "-"),
+    (" @,@ ", ","),
+    (" @.@ ", "."),
+    ("<unk>", ""),
+    (" , ", ", "),
+    (" . ", ". "),
+)
+
+
+def plain_text(tokenised: Path) -> str:
+    """A file of WikiText-2's tokenised form as text."""
+    content = tokenised.read_text()
+    for mark, plain in UNDO_TOKENISATION:
+        content = content.replace(mark, plain)
+    return content
+
+
+def convert(source: Path, out: Path, *options: str) -> dict[str, Any]:
+    """Convert in a process of its own, so that peak memory is that of the conversion; the report."""
+    report = out.with_suffix(".json")
+    subprocess.run([VLLM_MLA, "convert", source, out, *options, "--force", "--json", report], check=True)
+    return json.loads(report.read_text())
+
+
+def evaluate(model: Path, text: Path, *options: str) -> dict[str, Any]:
+    """Score a model with ``vllm-mla eval``; its row of the report."""
+    report = model.with_suffix(".eval.json")
+    subprocess.run([VLLM_MLA, "eval", model, "--text", text, *options, "--json", report], check=True)
+    return json.loads(report.read_text())["models"][0]
+
+
+def cost(report: dict[str, Any]) -> dict[str, Any]:
+    """What a conversion took, from its report."""
+    threads = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
+    return {
+        "seconds": report["seconds"],
+        "threads": threads,
+        "peak_rss_gb": round(report["peak_rss_bytes"] / 1e9, 2),
+    }
+
+
+def write_result(name: str, command: str, content: dict[str, Any]) -> None:
+    """Write ``results/name.json``: the command, hardware and versions, and ``content``."""
+    result = {
+        "command": command,
+        "hardware": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, CPU only",
+        "versions": {
+            "vllm-mla-plugin": vllm_mla_plugin.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        **content,
+    }
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
