@@ -106,6 +106,20 @@ def load(folder: Path, dtype: torch.dtype = torch.float32, **kwargs: Any) -> tor
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **kwargs).eval()
 
 
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 QWEN3_EXPERTS = {
     "num_experts": 5,
     "num_experts_per_tok": 2,

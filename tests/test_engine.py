@@ -5,7 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CALIBRATION, MIXTRAL_EXPERTS, QWEN3_EXPERTS, TEXT, RandomModel, convert, load, run_engine
+from conftest import (
+    CALIBRATION,
+    LLAMA3,
+    MIXTRAL_EXPERTS,
+    QWEN3_EXPERTS,
+    TEXT,
+    YARN,
+    RandomModel,
+    convert,
+    load,
+    run_engine,
+)
 from transformers import AutoTokenizer
 
 MAX_LOGPROB_ERROR = 1e-3
@@ -84,6 +95,8 @@ SHAPES = {
     "mistral": (RandomModel("mistral", heads=9, kv_heads=3, hidden=144), 50),
     "qwen2": (RandomModel("qwen2", heads=3, kv_heads=3, head_dim=48, hidden=144, tied=True), 50),
     "nine-heads": (RandomModel(heads=9, kv_heads=3, head_dim=16, hidden=144), 40),
+    "llama3-beyond-original-context": (RandomModel(rope=LLAMA3), 200),
+    "yarn-beyond-original-context": (RandomModel("qwen2", rope=YARN), 200),
     "qwen3": (RandomModel("qwen3", heads=9, kv_heads=3, head_dim=48, bias=True), 40),
     "qwen3-mqa-head-80-tied": (RandomModel("qwen3", kv_heads=1, head_dim=80, tied=True), 50),
     "qwen3-moe": (RandomModel("qwen3_moe", head_dim=32, layers=3, experts=QWEN3_EXPERTS), 50),
@@ -127,12 +140,8 @@ def test_pipeline_parallel(tmp_path: Path) -> None:
     prompts = [list(range(5, 45)), [7], list(range(100, 117))]
     engine = {"max_model_len": 256, "pipeline_parallel_size": 2, "enforce_eager": False}
     environment = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_CACHE_ROOT": str(tmp_path)}
-    # Without log-probabilities of prompts, which need the last stage's engine to hold them.
-    result = run_engine(out, prompts, engine=engine, environment=environment, max_tokens=12, no_tokenizer=True)
-    model = load(source)
-    for prompt, tokens, logprobs in zip(prompts, result["tokens"], result["logprobs"], strict=True):
-        expected = hf_logprobs(model, prompt + tokens)[-len(tokens) :]
-        assert logprobs == pytest.approx(expected, abs=MAX_LOGPROB_ERROR)
+    job = {"max_tokens": 12, "prompt_logprobs": True, "no_tokenizer": True}
+    assert_agrees(run_engine(out, prompts, engine=engine, environment=environment, **job), load(source), prompts)
 
 
 def test_dummy_weights(half: Path) -> None:

