@@ -63,9 +63,10 @@ class LatentAttention(nn.Module):
         (None: all), ``[windows, queries, D]``."""
         q = self.q_proj(x if queries is None else x[:, -queries:]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         if self.qk_norm:
-            k = self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.value_dim))).flatten(-2)
+            # In float32, as transformers computes norms.
+            k = self.k_norm(self.k_proj(x).float().unflatten(-1, (-1, self.value_dim))).flatten(-2)
             x = torch.cat((k, self.v_proj(x)), dim=-1)
-            q = self.q_norm(q)
+            q = self.q_norm(q.float())
             nope_dim = self.kv_b_proj.weight.shape[0] // self.heads - self.value_dim  # 0 or d
             q = torch.cat((q[..., :nope_dim], q @ self.q_rope_proj.mT), dim=-1)
         latent, k_rope = self.kv_a_proj_with_mqa(x).split([self.latent_dim, self.rope_dim], dim=-1)

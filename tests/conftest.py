@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import vllm_mla_plugin.hf  # noqa: F401 - registers the MLA models with transformers
-from mla_converters.cli import main
+from mla_converters.cli import app, main
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -42,7 +42,13 @@ def vllm_mla(*args: object) -> subprocess.CompletedProcess[str]:
 
 
 def convert(source: Path, out: Path, *options: object) -> Path:
-    """Convert with the command line; it must succeed."""
+    """Convert with the command line, in this process."""
+    app(["convert", str(source), str(out), *map(str, options)], standalone_mode=False)
+    return out
+
+
+def convert_alone(source: Path, out: Path, *options: object) -> Path:
+    """Convert with the command line as a user does, in a process of its own."""
     result = vllm_mla("convert", source, out, *options)
     assert result.returncode == 0, result.stderr
     return out
@@ -91,7 +97,7 @@ def smollm2_gguf() -> Path:
 @pytest.fixture(scope="session")
 def exact(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2 as MLA, exactly."""
-    return convert(smollm2, tmp_path_factory.mktemp("exact") / "model", "--method", "exact")
+    return convert_alone(smollm2, tmp_path_factory.mktemp("exact") / "model", "--method", "exact")
 
 
 @pytest.fixture(scope="session")
@@ -99,7 +105,7 @@ def half(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2 with half the cache, calibrated on few tokens."""
     out = tmp_path_factory.mktemp("half") / "model"
     options = ("--calibration", CALIBRATION, "--calibration-tokens", 2048, "--refit-steps", 2, *SPLIT)
-    return convert(smollm2, out, *options)
+    return convert_alone(smollm2, out, *options)
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32, **kwargs: Any) -> torch.nn.Module:
@@ -185,6 +191,9 @@ def run_engine(model: Path, prompts: list[list[int]], timeout: int = 600, **job:
     """Generate with the real vLLM engine, in a process of its own; see ``engine.py``."""
     job |= {"model": str(model), "prompts": prompts}
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", **job.pop("environment", {})}
+    # One rank needs no processes beside this one, each of which would import vLLM again. (The server has them.)
+    if {"tensor_parallel_size", "pipeline_parallel_size"}.isdisjoint(job.get("engine", {})):
+        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     with tempfile.NamedTemporaryFile(suffix=".json") as answer:
         result = subprocess.run(
             [sys.executable, str(ROOT / "tests" / "engine.py"), answer.name],

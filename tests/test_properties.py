@@ -14,7 +14,7 @@ from test_engine import assert_agrees
 from mla_converters.convert import convert
 from mla_converters.options import Method, Options
 
-EXAMPLES = int(os.environ.get("PROPERTY_EXAMPLES", "12"))
+EXAMPLES = int(os.environ.get("PROPERTY_EXAMPLES", "24"))
 SETTINGS: dict[str, Any] = {
     "deadline": None,
     "derandomize": "PROPERTY_EXAMPLES" not in os.environ,
@@ -64,7 +64,7 @@ def test_nothing_truncated_nothing_changed(model: RandomModel, method: Method) -
     assert (got - expected).norm() / expected.norm() < 1e-4
 
 
-@settings(max_examples=max(2, EXAMPLES // 6), **SETTINGS)
+@settings(max_examples=max(2, EXAMPLES // 12), **SETTINGS)
 @given(model=random_models(), data=st.data())
 def test_vllm_equals_transformers(model: RandomModel, data: st.DataObject) -> None:
     """At any budget, vLLM gives the log-probabilities that transformers gives."""
