@@ -63,13 +63,15 @@ def jobs(text: Path) -> dict[str, tuple[int, list[str]]]:
     return rows
 
 
-def scores(model: Path, test: Path) -> dict[str, float]:
-    """Perplexities of a model on the test text, in longer windows, and on the other text."""
+def scores(model: Path, test: Path, main_text_only: bool = False) -> dict[str, float]:
+    """Perplexities of a model on the test text, and, unless told otherwise, in longer windows and on the other text."""
     options = {
         "perplexity": (test,),
         "perplexity_at_4096": (test, "--length", "4096", "--windows", "2"),
         "perplexity_of_code": (CODE,),
     }
+    if main_text_only:
+        options = {"perplexity": (test,)}
     return {name: round(evaluate(model, *how)["perplexity"], 3) for name, how in options.items()}
 
 
@@ -117,7 +119,7 @@ def main() -> None:
                 "split": f"{report['kv_lora_rank']}+{report['qk_rope_head_dim']}",
                 **({"freqfold": report["freqfold"]} if "freqfold" in report else {}),
                 "options": " ".join(options).replace(str(text), "FILE"),
-                **scores(out, arguments.test),
+                **scores(out, arguments.test, main_text_only=name.startswith("without")),
                 **cost(report),
             }
             if name.startswith("attention-aware"):
