@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from mla_converters.commands import convert, plan
+from mla_converters.commands import convert, plan, verify
 from mla_converters.commands import eval as evaluation
 from mla_converters.errors import ConversionError
 
@@ -21,6 +21,7 @@ app = typer.Typer(
 
 app.command(epilog=plan.EPILOG)(plan.plan)
 app.command(epilog=convert.EPILOG)(convert.convert)
+app.command(epilog=verify.EPILOG)(verify.verify)
 app.command("eval", epilog=evaluation.EPILOG)(evaluation.evaluate)
 
 

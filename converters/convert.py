@@ -14,6 +14,7 @@ import vllm_mla_plugin
 from mla_converters.budget import CacheBudget
 from mla_converters.errors import ConversionError
 from mla_converters.families import active_window, window_refusal
+from mla_converters.manifest import write_manifest
 from mla_converters.method_run import Layers, converted_layers
 from mla_converters.options import DTYPES, Method, Options, check_options
 from mla_converters.source import Source, open_source
@@ -62,6 +63,7 @@ def convert(
         config = _mla_config(opened, budget, context, options, details)
         write_json(folder / "config.json", config)
         write_json(folder / "conversion_report.json", config["mla_conversion"])
+        write_manifest(folder)
     return {
         **config["mla_conversion"],
         "out": str(out),

@@ -9,16 +9,13 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
-from transformers.core_model_loading import revert_weight_conversion
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
+from mla_converters.checkpoint import INDEX, Checkpoint
 from mla_converters.errors import ConversionError
 from mla_converters.families import Family, check_config, find_family, source_head_dim
 from mla_converters.locate import local_path, not_a_model_file, not_on_the_hub, read_json_object
 
-INDEX = "model.safetensors.index.json"
-FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Everything that travels with a model besides its configuration and weights.
 SIDE_FILES = (
     "tokenizer*",
@@ -57,8 +54,7 @@ class Source:
             raise ConversionError(f"{folder / 'config.json'} is not a valid configuration: {error}") from error
         check_config(self.config)
         self._stack = ExitStack()
-        self._files: dict[str, safe_open] = {}  # tensor name -> open shard
-        self._open_shards()
+        self._checkpoint = Checkpoint(folder, self._stack)
         self._check_tensors()
 
     def __enter__(self) -> "Source":
@@ -67,62 +63,15 @@ class Source:
     def __exit__(self, *exc: object) -> None:
         self._stack.close()
 
-    def _open_shards(self) -> None:
-        for path in self._shards():
-            try:
-                shard = self._stack.enter_context(safe_open(path, framework="pt"))
-                self._files.update(dict.fromkeys(shard.keys(), shard))
-            except (SafetensorError, OSError) as error:
-                raise ConversionError(
-                    f"{path} is not a readable safetensors file ({error}): download it again."
-                ) from error
-
-    def _shards(self) -> list[Path]:
-        index = self.folder / INDEX
-        if index.exists():
-            names = sorted(set(read_json_object(index).get("weight_map", {}).values()))
-        elif (self.folder / "model.safetensors").exists():
-            names = ["model.safetensors"]
-        else:
-            names = []
-        if not names:
-            pickles = any(self.folder.glob("*.bin"))
-            hint = (
-                "only pickle files (.bin), which are never loaded: save the model with safetensors first"
-                if pickles
-                else f"neither model.safetensors nor {INDEX}"
-            )
-            raise ConversionError(f"{self.folder} has no safetensors weights; there is {hint}.")
-        for name in names:
-            if Path(name).name != name:
-                raise ConversionError(f"{index} names {name!r}, which is not a file of the same folder.")
-            if not (self.folder / name).exists():
-                raise ConversionError(f"{index} names {name}, which is missing from {self.folder}.")
-        return [self.folder / name for name in names]
-
     def _check_tensors(self) -> None:
         """Compare names, shapes and dtypes with what the configuration asks for; report all at once."""
-        skeleton = self.skeleton()
-        # transformers stacks experts when it loads them; files hold them one by one.
-        stored = revert_weight_conversion(skeleton, skeleton.state_dict())
-        expected = {name: tensor.shape for name, tensor in stored.items()}
         # Derived tensors that some checkpoints carry along; the model does not read them.
-        derived = [name for name in self._files if name.endswith("rotary_emb.inv_freq")]
+        for name in self._checkpoint.names():
+            if name.endswith("rotary_emb.inv_freq"):
+                self._checkpoint.ignore(name)
         if self.config.tie_word_embeddings:
-            expected.pop("lm_head.weight", None)
-            derived.append("lm_head.weight")
-        for name in derived:
-            self._files.pop(name, None)
-        problems = [f"{name} is missing" for name in expected if name not in self._files]
-        problems += [f"{name} is no part of the architecture" for name in self._files if name not in expected]
-        for name, shape in expected.items():
-            if name not in self._files:
-                continue
-            found = self._files[name].get_slice(name)
-            if list(shape) != found.get_shape():
-                problems.append(f"{name} has shape {found.get_shape()} where {list(shape)} was expected")
-            elif found.get_dtype() not in FLOAT_DTYPES:
-                problems.append(f"{name} has dtype {found.get_dtype()}, not a float of 16 bits or more")
+            self._checkpoint.ignore("lm_head.weight")
+        problems = self._checkpoint.problems(self.skeleton())
         if problems:
             more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
             raise ConversionError(
@@ -148,20 +97,22 @@ class Source:
     @property
     def has_qk_norm(self) -> bool:
         """Whether queries and keys are normalised before RoPE."""
-        return "model.layers.0.self_attn.k_norm.weight" in self._files
+        return "model.layers.0.self_attn.k_norm.weight" in self._checkpoint
 
-    def skeleton(self) -> torch.nn.Module:
+    def skeleton(self) -> PreTrainedModel:
         """The source's transformers model without weights (meta device)."""
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
 
     def names(self) -> list[str]:
         """Names of all tensors, sorted."""
-        return sorted(self._files)
+        return self._checkpoint.names()
 
     def dtype(self) -> torch.dtype:
         """The dtype of the embedding, which stands for the checkpoint's."""
-        return FLOAT_DTYPES[self._files["model.embed_tokens.weight"].get_slice("model.embed_tokens.weight").get_dtype()]
+        dtype = self._checkpoint.dtype("model.embed_tokens.weight")
+        assert dtype is not None, "checked when the source was opened"
+        return dtype
 
     def tensor(self, name: str) -> torch.Tensor:
         """Read one tensor.
@@ -169,10 +120,7 @@ class Source:
         Raises:
             ConversionError: it holds NaN or infinity.
         """
-        tensor = self._files[name].get_tensor(name)
-        if not torch.isfinite(tensor).all():
-            raise ConversionError(f"Tensor {name} of {self.folder} holds NaN or infinity.")
-        return tensor
+        return self._checkpoint.tensor(name)
 
     def layer_names(self, index: int) -> list[str]:
         """Names of a layer's tensors, as below ``model.layers.N.``, sorted."""

@@ -1,0 +1,104 @@
+"""A checkpoint folder's safetensors: which tensors there are, and whether they are what the model wants."""
+
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from mla_converters.errors import ConversionError
+from mla_converters.locate import read_json_object
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class Checkpoint:
+    """The tensors of a folder, read one at a time.
+
+    Args:
+        folder: with ``model.safetensors`` or shards and their index.
+        stack: files stay open until it closes.
+
+    Raises:
+        ConversionError: there are none, or one cannot be read.
+    """
+
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        self.folder = folder
+        self._files: dict[str, safe_open] = {}  # tensor name -> open shard
+        for path in _shards(folder):
+            try:
+                shard = stack.enter_context(safe_open(path, framework="pt"))
+                self._files.update(dict.fromkeys(shard.keys(), shard))
+            except (SafetensorError, OSError) as error:
+                raise ConversionError(
+                    f"{path} is not a readable safetensors file ({error}): download it again."
+                ) from error
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def names(self) -> list[str]:
+        """Names of all tensors, sorted."""
+        return sorted(self._files)
+
+    def ignore(self, name: str) -> None:
+        """Forget a tensor, if it is there."""
+        self._files.pop(name, None)
+
+    def dtype(self, name: str) -> torch.dtype | None:
+        """A tensor's dtype; None if it is no float of 16 bits or more."""
+        return FLOAT_DTYPES.get(self._files[name].get_slice(name).get_dtype())
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Read one tensor.
+
+        Raises:
+            ConversionError: it holds NaN or infinity.
+        """
+        tensor = self._files[name].get_tensor(name)
+        if not torch.isfinite(tensor).all():
+            raise ConversionError(f"Tensor {name} of {self.folder} holds NaN or infinity.")
+        return tensor
+
+    def problems(self, skeleton: PreTrainedModel) -> list[str]:
+        """What differs from the tensors that a model (its weights on the meta device) is saved with."""
+        # transformers stacks experts when it loads them; files hold them one by one.
+        stored = revert_weight_conversion(skeleton, skeleton.state_dict())
+        expected = {name: list(tensor.shape) for name, tensor in stored.items()}
+        if skeleton.config.tie_word_embeddings:
+            expected.pop("lm_head.weight", None)
+        problems = [f"{name} is missing" for name in expected if name not in self]
+        problems += [f"{name} is no part of the architecture" for name in self.names() if name not in expected]
+        for name in (name for name in expected if name in self):
+            found = self._files[name].get_slice(name)
+            if expected[name] != found.get_shape():
+                problems.append(f"{name} has shape {found.get_shape()} where {expected[name]} was expected")
+            elif self.dtype(name) is None:
+                problems.append(f"{name} has dtype {found.get_dtype()}, not a float of 16 bits or more")
+        return problems
+
+
+def _shards(folder: Path) -> list[Path]:
+    index = folder / INDEX
+    if index.exists():
+        names = sorted(set(read_json_object(index).get("weight_map", {}).values()))
+    else:
+        names = [SINGLE] if (folder / SINGLE).exists() else []
+    if not names:
+        hint = (
+            "only pickle files (.bin), which are never loaded: save the model with safetensors first"
+            if any(folder.glob("*.bin"))
+            else f"neither {SINGLE} nor {INDEX}"
+        )
+        raise ConversionError(f"{folder} has no safetensors weights; there is {hint}.")
+    for name in names:
+        if Path(name).name != name:
+            raise ConversionError(f"{index} names {name!r}, which is not a file of the same folder.")
+        if not (folder / name).exists():
+            raise ConversionError(f"{index} names {name}, which is missing from {folder}.")
+    return [folder / name for name in names]
