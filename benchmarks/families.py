@@ -134,7 +134,6 @@ def main() -> None:
                 options = ["--cache-ratio", ratio, "--calibration", str(seen)]
                 report = convert(folder / family, out, *options)
                 perplexity = evaluate(out, held_out)["perplexity"]
-                in_vllm = evaluate(out, held_out, "--engine", "vllm")["perplexity"]
                 rows.append(
                     {
                         "family": family,
@@ -142,7 +141,6 @@ def main() -> None:
                         "split": f"{report['kv_lora_rank']}+{report['qk_rope_head_dim']}",
                         "source_perplexity": round(source, 4),
                         "perplexity": round(perplexity, 4),
-                        "perplexity_in_vllm": round(in_vllm, 4),
                         "ratio": round(perplexity / source, 4),
                         **cost(report),
                     }
