@@ -31,7 +31,7 @@ def test(version: str) -> dict[str, Any]:
     code = f"from importlib.metadata import version; print(*(version(p) for p in {PACKAGES!r}))"
     installed = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     with tempfile.NamedTemporaryFile(suffix=".xml") as report:
-        command = [python, "-m", "pytest", "-q", f"--junitxml={report.name}"]
+        command = [python, "-m", "pytest", "-n", "2", "--dist", "loadfile", f"--junitxml={report.name}"]
         subprocess.run([*command, *(f"tests/test_{name}.py" for name in TESTS)], cwd=ROOT, check=False)
         (suite,) = ET.parse(report.name).getroot().iter("testsuite")
     counts = {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}

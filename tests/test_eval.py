@@ -187,7 +187,7 @@ def test_gguf(run: Run, random_model: Path, tmp_path: Path, monkeypatch: pytest.
     def unpack(path: Path, folder: Path) -> None:
         shutil.copytree(random_model, folder, dirs_exist_ok=True)
 
-    monkeypatch.setattr("mla_converters.evaluation.models.unpack_gguf", unpack)
+    monkeypatch.setattr("mla_converters.source.unpack_gguf", unpack)
     (tmp_path / "model.gguf").touch()
     assert run(tmp_path / "model.gguf", *CUT)["models"][0]["name"] == str(tmp_path / "model.gguf")
 
