@@ -66,7 +66,7 @@ def convert(source: Path, out: Path, *options: str) -> None:
 
 
 @contextmanager
-def server(model: Path) -> Iterator[tuple[str, Path]]:
+def server(model: Path, dtype: str = "bfloat16") -> Iterator[tuple[str, Path]]:
     """``vllm serve`` on a free port; ended, with its workers, whatever happens in the block."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -74,7 +74,7 @@ def server(model: Path) -> Iterator[tuple[str, Path]]:
     log = DEMO / f"{model.name}.log"
     log.parent.mkdir(exist_ok=True)
     command = [str(BIN / "vllm"), "serve", str(model), "--port", str(port), "--host", "127.0.0.1"]
-    command += ["--dtype", "bfloat16", "--max-model-len", "2048", "--enforce-eager"]
+    command += ["--dtype", dtype, "--max-model-len", "2048", "--enforce-eager"]
     console.print("$", " ".join(["vllm", *command[1:]]), highlight=False, soft_wrap=True)
     with log.open("w") as sink:
         process = subprocess.Popen(
