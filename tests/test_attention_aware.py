@@ -58,9 +58,11 @@ def model(statistics: AttentionStatistics) -> ScoreModel:
     return score_model(statistics, moments(2 * WIDTH, seed=5), KV_HEADS)
 
 
-@pytest.fixture
-def layer(tmp_path: Path) -> SourceLayer:
-    folder = RandomModel(heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM, hidden=96).save(tmp_path / "source")
+@pytest.fixture(params=["llama", "qwen3"])
+def layer(request: pytest.FixtureRequest, tmp_path: Path) -> SourceLayer:
+    """The first layer of a model, without and with QK-norm."""
+    model = RandomModel(request.param, heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM, hidden=96)
+    folder = model.save(tmp_path / "source")
     with open_source(str(folder)) as source:
         return next(source_layers(source, "cpu"))
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CALIBRATION, RandomModel
+from conftest import CALIBRATION, RandomModel, Refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
@@ -253,3 +253,9 @@ def test_two_norm_beats_low_on_a_real_model(smollm2: Path) -> None:
                 errors[keep] += layer.errors(hidden, [layer.converted(next(layers))])[0]
             layer.advance(hidden, layer.attend)
     assert errors[Keep.TWO_NORM] < 0.6 * errors[Keep.LOW], errors
+
+
+def test_qk_norm_is_refused(refusal: Refused, tmp_path: Path) -> None:
+    """What is normalised after the projection is not the projection's to factor."""
+    source = RandomModel("qwen3").save(tmp_path / "source")
+    assert "QK-norm" in refusal("convert", source, tmp_path / "out", "--method", "mha2mla")
