@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from mla_converters.errors import ConversionError
 
 DEFAULT_CACHE_RATIO = 0.5
-SPLITS = (1 / 4, 1 / 3, 5 / 12)  # shares of the cache that may keep RoPE
+SPLITS = (1 / 4, 1 / 3, 5 / 12, 1 / 2, 7 / 12)  # shares of the cache that may keep RoPE
 FAST_WIDTHS = (320, 576)  # 64 of them rotary: the sizes that vLLM's fast GPU kernels take
 
 
