@@ -113,9 +113,14 @@ def test_random_shapes(shape: str, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(3)
     prompts = [torch.randint(0, 199, (n,), generator=generator).tolist() for n in (length, 1, 17, 2)]
     job = {"max_tokens": 16, "prompt_logprobs": True, "no_tokenizer": True, "engine": {"max_model_len": 256}}
-    mla = run_engine(out, prompts, **job)
+    mla, reference = run_engine(out, prompts, **job), load(source)
     assert_agrees(mla, load(out), prompts)
-    assert_agrees(mla, load(source), prompts)
+    assert_agrees(mla, reference, prompts)
+    for prompt, tokens in zip(prompts, mla["tokens"], strict=True):
+        ids = torch.tensor([prompt])
+        options = {"max_new_tokens": len(tokens), "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        expected = reference.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        assert tokens == expected[0, len(prompt) :].tolist()
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
