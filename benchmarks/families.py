@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 HELD_OUT = ("argparse", "calendar", "difflib", "fractions", "gzip", "imaplib", "mailbox", "shelve", "tarfile", "uuid")
-STEPS, WINDOWS, LENGTH = 600, 16, 256
+STEPS, WINDOWS, LENGTH = 300, 8, 256
 SHAPE = {
     "vocab_size": 256,
     "hidden_size": 256,
