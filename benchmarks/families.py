@@ -2,7 +2,7 @@
 
     python benchmarks/families.py
 
-Llama, Qwen3 and Qwen3-MoE of the same size are trained for some minutes on bytes of Python's standard library (Qwen3
+Llama, Qwen3 and Qwen3-MoE of the same size are trained for about an hour on bytes of Python's standard library (Qwen3
 has no pretrained model that would be the same function; Qwen3-MoE is the trained Qwen3, each expert its MLP), Qwen2,
 Mistral and Mixtral are the trained Llama under their names. Each is converted to a half and a quarter of its cache,
 calibrated on modules that it was trained on and scored on modules that it was not.
@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 HELD_OUT = ("argparse", "calendar", "difflib", "fractions", "gzip", "imaplib", "mailbox", "shelve", "tarfile", "uuid")
-STEPS, WINDOWS, LENGTH = 300, 8, 256
+STEPS, WINDOWS, LENGTH = 3000, 16, 256
 SHAPE = {
     "vocab_size": 256,
     "hidden_size": 256,
