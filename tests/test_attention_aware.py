@@ -9,6 +9,7 @@ from test_exact import attend
 
 from mla_converters.attention import gqa_attention, rotate
 from mla_converters.attention_aware_run import Ingredient
+from mla_converters.budget import CacheBudget, candidate_budgets
 from mla_converters.convert import convert
 from mla_converters.latent_attention import LatentAttention
 from mla_converters.latent_map import balanced, mla_weights
@@ -180,3 +181,10 @@ def test_every_ingredient_does_something(tmp_path: Path) -> None:
             logits[name] = load(out)(ids).logits
     different = [name for name in Ingredient if not torch.equal(logits[name], logits["all"])]
     assert different == list(Ingredient)
+
+
+def test_splits_that_are_searched() -> None:
+    """From a quarter to more than half of the cache keeps RoPE; sizes with GPU kernels of their own stay as they are."""
+    splits = candidate_budgets(kv_heads=3, head_dim=64, budget=CacheBudget(32, 16))
+    assert splits == [CacheBudget(32, 16), CacheBudget(24, 24), CacheBudget(16, 32)]
+    assert candidate_budgets(kv_heads=8, head_dim=128, budget=CacheBudget(512, 64)) == [CacheBudget(512, 64)]
