@@ -184,7 +184,7 @@ def test_every_ingredient_does_something(tmp_path: Path) -> None:
 
 
 def test_splits_that_are_searched() -> None:
-    """From a quarter to more than half of the cache keeps RoPE; sizes with GPU kernels of their own stay as they are."""
+    """From a quarter to more than half of the cache keeps RoPE; sizes with fast GPU kernels stay as they are."""
     splits = candidate_budgets(kv_heads=3, head_dim=64, budget=CacheBudget(32, 16))
     assert splits == [CacheBudget(32, 16), CacheBudget(24, 24), CacheBudget(16, 32)]
     assert candidate_budgets(kv_heads=8, head_dim=128, budget=CacheBudget(512, 64)) == [CacheBudget(512, 64)]
