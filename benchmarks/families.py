@@ -2,10 +2,9 @@
 
     python benchmarks/families.py
 
-Llama, Qwen3 and Qwen3-MoE of the same size are trained for about an hour on bytes of Python's standard library (Qwen3
-has no pretrained model that would be the same function; Qwen3-MoE is the trained Qwen3, each expert its MLP), Qwen2,
-Mistral and Mixtral are the trained Llama under their names. Each is converted to a half and a quarter of its cache,
-calibrated on modules that it was trained on and scored on modules that it was not.
+A Llama and a Qwen3 of the same size are trained on bytes of Python's standard library. Qwen2, Mistral and Mixtral are
+the trained Llama under their names, Qwen3-MoE is the trained Qwen3; each expert is the MLP. Each is converted to a half
+and a quarter of its cache, calibrated on modules that it was trained on and scored on modules that it was not.
 """
 
 import argparse

@@ -86,7 +86,10 @@ class Checkpoint:
 def _shards(folder: Path) -> list[Path]:
     index = folder / INDEX
     if index.exists():
-        names = sorted(set(read_json_object(index).get("weight_map", {}).values()))
+        weight_map = read_json_object(index).get("weight_map", {})
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise ConversionError(f"{index} has a weight_map that does not map tensors to files.")
+        names = sorted(set(weight_map.values()))
     else:
         names = [SINGLE] if (folder / SINGLE).exists() else []
     if not names:

@@ -131,13 +131,25 @@ REFUSALS: tuple[tuple[Callable[[dict], object], str], ...] = (
 """What MLA cannot represent, whatever the family: a test of ``config.json``, and what to say of the source."""
 
 
+def architecture_names(config: dict) -> list[str]:
+    """What a ``config.json`` says under ``architectures``.
+
+    Raises:
+        ConversionError: something else than names.
+    """
+    names = config.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConversionError(f"config.json has architectures {names!r}, where a list of names was expected.")
+    return names
+
+
 def find_family(config: dict) -> Family:
     """The family of a source by its ``config.json``.
 
     Raises:
         ConversionError: not a family that can be converted, or MLA already.
     """
-    architectures = config.get("architectures") or []
+    architectures = architecture_names(config)
     name = architectures[0] if architectures else config.get("model_type", "none named")
     supported = ", ".join(FAMILIES)
     for applies, reason in REFUSALS:

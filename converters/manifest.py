@@ -23,7 +23,9 @@ def manifest_problems(folder: Path) -> list[str]:
         ConversionError: there is no manifest, or it is something else.
     """
     files = read_json_object(folder / MANIFEST).get("files")
-    if not isinstance(files, dict) or not all(isinstance(f, dict) and "bytes" in f for f in files.values()):
+    if not isinstance(files, dict) or not all(
+        isinstance(file, dict) and isinstance(file.get("bytes"), int) for file in files.values()
+    ):
         raise ConversionError(f"{folder / MANIFEST} is not a manifest that vllm-mla convert wrote.")
     problems = []
     for name, described in files.items():

@@ -13,7 +13,7 @@ import vllm_mla_plugin.hf  # noqa: F401 - registers the MLA models with transfor
 from mla_converters.checkpoint import Checkpoint
 from mla_converters.errors import ConversionError
 from mla_converters.evaluation.run import EvalOptions, evaluate
-from mla_converters.families import FAMILIES
+from mla_converters.families import FAMILIES, architecture_names
 from mla_converters.locate import read_json_object
 from mla_converters.manifest import manifest_problems
 
@@ -61,7 +61,7 @@ def verify(folder: Path, source: str | None = None) -> dict[str, Any]:
     """
     description = read_json_object(folder / "config.json")
     architectures = {family.mla_architecture for family in FAMILIES.values()}
-    if not architectures.intersection(description.get("architectures") or []):
+    if not architectures.intersection(architecture_names(description)):
         raise ConversionError(f"{folder} is not a checkpoint that vllm-mla convert wrote: its architecture is another.")
     checks = [Check("files", manifest_problems(folder), "size and SHA-256 of every file")]
     config, check = _config(folder)

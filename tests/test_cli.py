@@ -93,6 +93,7 @@ CONFIGS = {
         },
         "RoPE type 'longrope' cannot be converted",
     ),
+    "architectures": ({"architectures": {"name": "LlamaForCausalLM"}}, "where a list of names was expected"),
     "heads": ({"num_key_value_heads": 4}, "config.json is wrong"),
     "layers": ({"num_hidden_layers": 3}, "model.layers.2.mlp.gate_proj.weight is missing"),
     "fewer-layers": ({"num_hidden_layers": 1}, "is no part of the architecture"),
@@ -223,6 +224,12 @@ def test_index_must_stay_in_its_folder(refused: Refused, source: Path, tmp_path:
     for name, reason in (("../model.safetensors", "not a file of the same folder"), ("a.safetensors", "missing")):
         index.write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
         assert reason in refused(source)
+
+
+@pytest.mark.parametrize("weight_map", [[], {"model.norm.weight": 5}])
+def test_index_of_something_else(refused: Refused, weight_map: object, source: Path) -> None:
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert "does not map tensors to files" in refused(source, "--method", "exact")
 
 
 def test_out_exists(refused: Refused, source: Path, tmp_path: Path) -> None:

@@ -123,7 +123,8 @@ def test_refused(refusal: Refused, pristine: tuple[Path, Path], mla: Path, tmp_p
     assert "it has no config.json" in refusal("verify", tmp_path / "nowhere")
     assert "not a checkpoint that vllm-mla convert wrote" in refusal("verify", source)
     assert "does not exist" in refusal("verify", mla, "--source", tmp_path / "nowhere")
-    (mla / "mla_manifest.json").write_text('{"files": {"config.json": 3}}')
-    assert "is not a manifest" in refusal("verify", mla)
+    for described in ("3", '{"bytes": "many"}'):
+        (mla / "mla_manifest.json").write_text(f'{{"files": {{"config.json": {described}}}}}')
+        assert "is not a manifest" in refusal("verify", mla)
     (mla / "mla_manifest.json").unlink()
     assert "it has no mla_manifest.json" in refusal("verify", mla)
