@@ -8,7 +8,7 @@ and a quarter of its cache, calibrated on modules that it was trained on and sco
 """
 
 import argparse
-import json
+import sys
 import sysconfig
 import tempfile
 from pathlib import Path
@@ -16,9 +16,11 @@ from pathlib import Path
 import torch
 from common import convert, cost, evaluate, write_result
 from rich.progress import track
-from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+from as_family import as_family
 
 LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 HELD_OUT = ("argparse", "calendar", "difflib", "fractions", "gzip", "imaplib", "mailbox", "shelve", "tarfile", "uuid")
@@ -75,38 +77,6 @@ def train(family: str, ids: torch.Tensor, folder: Path) -> None:
     save_tokenizer(folder)
 
 
-def rename(trained: Path, family: str, folder: Path) -> None:
-    """The trained Llama or Qwen3 as another family; of a mixture, every expert is the MLP."""
-    config = json.loads((trained / "config.json").read_text())
-    tensors = load_file(trained / "model.safetensors")
-    config |= {"model_type": family, "sliding_window": None}
-    names = {"qwen2": "Qwen2", "mistral": "Mistral", "mixtral": "Mixtral", "qwen3_moe": "Qwen3Moe"}
-    config["architectures"] = [f"{names[family]}ForCausalLM"]
-    if family == "qwen2":
-        for name, tensor in list(tensors.items()):
-            if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
-                tensors[name.replace("weight", "bias")] = torch.zeros(len(tensor))
-    if family in ("mixtral", "qwen3_moe"):
-        block, projections = (
-            ("block_sparse_moe", ("w1", "w3", "w2"))
-            if family == "mixtral"
-            else ("mlp", ("gate_proj", "up_proj", "down_proj"))
-        )
-        config |= {"num_local_experts": EXPERTS, "num_experts": EXPERTS, "num_experts_per_tok": 2}
-        config |= {"moe_intermediate_size": config["intermediate_size"], "norm_topk_prob": True}
-        for layer in range(config["num_hidden_layers"]):
-            prefix = f"model.layers.{layer}."
-            for old, new in zip(("gate", "up", "down"), projections, strict=True):
-                tensor = tensors.pop(f"{prefix}mlp.{old}_proj.weight")
-                for expert in range(EXPERTS):
-                    tensors[f"{prefix}{block}.experts.{expert}.{new}.weight"] = tensor.clone()
-            tensors[f"{prefix}{block}.gate.weight"] = torch.randn(EXPERTS, config["hidden_size"])
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    save_tokenizer(folder)
-
-
 def main() -> None:
     """Train, convert, score, write the result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -124,7 +94,7 @@ def main() -> None:
             train(family, ids, folder / family)
         for trained, families in (("llama", ("qwen2", "mistral", "mixtral")), ("qwen3", ("qwen3_moe",))):
             for family in families:
-                rename(folder / trained, family, folder / family)
+                as_family(folder / trained, family, folder / family, EXPERTS, gate_scale=1.0)
         rows = []
         for family in ("llama", "mistral", "qwen2", "mixtral", "qwen3", "qwen3_moe"):
             source = evaluate(folder / family, held_out)["perplexity"]

@@ -1,0 +1,46 @@
+"""A pretrained model as another family, its function unchanged: what a family's own layout must not change."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from mla_converters.families import FAMILIES
+
+
+def as_family(source: Path, model_type: str, folder: Path, experts: int = 2, gate_scale: float = 0.0) -> Path:
+    """Copy a model's folder and make it another family.
+
+    Args:
+        source: a Llama, or a Qwen3 to become a mixture of its kind; its weights in one file.
+        model_type: of the copy. Qwen2 gets the biases it must have, all zero; of a mixture, each expert is the MLP.
+        folder: to create.
+        experts: in a mixture, two of which see a token.
+        gate_scale: spread of the random weights that choose them; with 0, experts count alike.
+    """
+    (family,) = (family for family in FAMILIES.values() if family.model_type == model_type)
+    shutil.copytree(source, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"architectures": [family.architecture], "model_type": model_type, "sliding_window": None}
+    tensors = load_file(folder / "model.safetensors")
+    if model_type == "qwen2":
+        for name, tensor in list(tensors.items()):
+            if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
+                tensors[name.replace("weight", "bias")] = torch.zeros(len(tensor))
+    if family.experts is not None:
+        # Families call the same fields by different names.
+        config |= {"num_local_experts": experts, "num_experts": experts, "num_experts_per_tok": 2}
+        config |= {"moe_intermediate_size": config["intermediate_size"], "norm_topk_prob": True}
+        for layer in range(config["num_hidden_layers"]):
+            prefix = f"model.layers.{layer}."
+            for part, projection in zip(("gate", "up", "down"), family.experts.projections, strict=True):
+                tensor = tensors.pop(f"{prefix}mlp.{part}_proj.weight")
+                for expert in range(experts):
+                    tensors[prefix + family.experts.weight(expert, projection)] = tensor.clone()
+            gate = gate_scale * torch.randn(experts, config["hidden_size"])
+            tensors[f"{prefix}{family.experts.block}.gate.weight"] = gate
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
