@@ -1,6 +1,6 @@
 """Method ``attention-aware`` over a whole model: searching its weights, and converting layer by layer."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -9,9 +9,11 @@ from rich.progress import Progress
 
 from mla_converters.budget import CacheBudget
 from mla_converters.latent_map import LatentMap, balanced, mla_weights
-from mla_converters.layers import SourceLayer, embed, source_layers
+from mla_converters.layer_conversion import ConvertedLayer, LayerConversion, measure
+from mla_converters.layers import SourceLayer, embed
 from mla_converters.methods.attention_aware import ScoreModel, Weighing, attention_aware_map, score_model
 from mla_converters.methods.attention_statistics import attention_statistics
+from mla_converters.record import Record, Streams
 from mla_converters.refit import Refit, refit_layer
 from mla_converters.search import search
 from mla_converters.source import Source
@@ -99,10 +101,10 @@ def best_map(
     return tried[best][1]
 
 
-def attention_aware_layers(
-    source: Source, windows: torch.Tensor, budgets: list[CacheBudget], options: AttentionAware, device: str
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Every layer's converted projections.
+def attention_aware(
+    source: Source, windows: torch.Tensor, budgets: list[CacheBudget], options: AttentionAware
+) -> LayerConversion:
+    """The method, ready to convert layers.
 
     Two streams of hidden states pass through each layer: the source's, and the converted model's. A layer is
     computed from the inputs it will really get, and refitted so that what comes out is what the source has there:
@@ -113,24 +115,34 @@ def attention_aware_layers(
         windows: ``[windows, tokens]`` token ids.
         budgets: sizes of each layer.
         options: ingredients.
-        device: where layers run.
     """
-    generator = torch.Generator().manual_seed(options.seed)
-    hidden = embed(source, windows)
-    converted_hidden = hidden.clone()
-    for layer, budget in zip(source_layers(source, device), budgets, strict=True):
+
+    def start() -> Streams:
+        hidden = embed(source, windows)
+        generator = torch.Generator().manual_seed(options.seed).get_state()
+        return {"source": hidden, "converted": hidden.clone(), "generator": generator}
+
+    def convert(layer: SourceLayer, streams: Streams) -> ConvertedLayer:
+        hidden, converted = streams["source"], streams["converted"]
         if Ingredient.CONVERTED_INPUTS in options.without:
-            converted_hidden = hidden.clone()
-        model = layer_model(layer, converted_hidden, options.without)
-        maps = best_map(layer, converted_hidden, model, budget, options.without)
+            converted.copy_(hidden)
+        model = layer_model(layer, converted, options.without)
+        maps = best_map(layer, converted, model, budgets[layer.index], options.without)
         attention = layer.converted(mla_weights(layer.attention_weights, maps))
         layer.add_attention(hidden, layer.attend)
         if options.refit.steps:
-            refit_layer(attention, layer, converted_hidden, hidden, options.refit, generator)
-        yield attention.weights()
-        layer.add_attention(converted_hidden, attention)
-        layer.add_mlp(converted_hidden)
+            generator = torch.Generator()
+            generator.set_state(streams["generator"])
+            refit_layer(attention, layer, converted, hidden, options.refit, generator)
+            streams["generator"] = generator.get_state()
+        weights = attention.weights()
+        measured = measure(layer, converted, maps, model.key_value, weights)
+        layer.add_attention(converted, attention)
+        layer.add_mlp(converted)
         layer.add_mlp(hidden)
+        return ConvertedLayer(weights, measured)
+
+    return LayerConversion(start, convert)
 
 
 def search_split(
@@ -140,6 +152,7 @@ def search_split(
     options: AttentionAware,
     device: str,
     progress: Progress,
+    record: Record,
 ) -> tuple[CacheBudget, dict[CacheBudget, float]]:
     """The split between rotary key and latent with the smallest error of the attention outputs; see :func:`search`."""
     weighing = first_weighing(options.without)
@@ -148,4 +161,4 @@ def search_split(
         model = layer_model(layer, hidden, options.without)
         return map_errors(layer, hidden, (layer_map(layer, model, budget, weighing) for budget in budgets))
 
-    return search(source, windows[:ATTENTION_WINDOWS], budgets, errors, device, progress, "Searching the split")
+    return search(source, windows[:ATTENTION_WINDOWS], budgets, errors, device, progress, "Searching the split", record)

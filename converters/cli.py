@@ -8,7 +8,7 @@ import typer
 
 from mla_converters.commands import convert, plan, verify
 from mla_converters.commands import eval as evaluation
-from mla_converters.errors import ConversionError
+from mla_converters.errors import ConversionError, StoppedError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -35,7 +35,4 @@ def main() -> None:
     except ConversionError as error:
         message = " ".join(str(error).split())
         print(f"vllm-mla: error: {message}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("vllm-mla: interrupted; nothing was written.", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(130 if isinstance(error, StoppedError) else 2)

@@ -3,24 +3,27 @@
 import resource
 import shutil
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-import vllm_mla_plugin
 from mla_converters.budget import CacheBudget
+from mla_converters.converted_weights import planned_tensors, write_weights
 from mla_converters.errors import ConversionError
 from mla_converters.families import active_window, window_refusal
+from mla_converters.identity import VERSIONS, conversion_identity
+from mla_converters.json_files import write_json
 from mla_converters.manifest import write_manifest
-from mla_converters.method_run import Layers, converted_layers
-from mla_converters.options import DTYPES, Method, Options, check_options
+from mla_converters.method_run import Prepared, asked_budget, prepare
+from mla_converters.options import DTYPES, Method, Options, check_options, command_line
+from mla_converters.shards import Shards
 from mla_converters.source import Source, open_source
-from mla_converters.writer import ShardWriter, output_folder, write_json
+from mla_converters.work import Work, work_folder
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+STREAM_COPIES = 4  # two streams, each on disk twice while a new copy replaces the old one
 
 
 def convert(
@@ -47,23 +50,22 @@ def convert(
 
     Raises:
         ConversionError: the input cannot be converted; nothing is left behind.
+        UnfinishedError: interrupted, or out of disk space; called again with the same arguments, it goes on.
     """
     started = time.monotonic()
     check_options(options)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with (
-        Progress(*columns, disable=quiet) as progress,
-        open_source(source, revision) as opened,
-        output_folder(out, force) as folder,
-    ):
-        context = _context(opened, options)
-        budget, layers, details = converted_layers(opened, options, progress)
-        details |= _convert_weights(opened, folder, layers, options, progress)
-        _copy_side_files(opened, folder)
-        config = _mla_config(opened, budget, context, options, details)
-        write_json(folder / "config.json", config)
-        write_json(folder / "conversion_report.json", config["mla_conversion"])
-        write_manifest(folder)
+    with Progress(*columns, disable=quiet) as progress, open_source(source, revision) as opened:
+        context, budget = _context(opened, options), asked_budget(opened, options)
+        with work_folder(out, force, conversion_identity(opened, options)) as work:
+            work.check_space(_disk_bytes(opened, budget, options))
+            prepared = prepare(opened, budget, options, work, progress)
+            details = prepared.details | _convert_weights(opened, prepared, work, options, progress)
+            _copy_side_files(opened, work.model)
+            config = _mla_config(opened, prepared.budget, context, options, details)
+            write_json(work.model / "config.json", config)
+            write_json(work.model / "conversion_report.json", config["mla_conversion"])
+            write_manifest(work.model)
     return {
         **config["mla_conversion"],
         "out": str(out),
@@ -85,39 +87,41 @@ def _context(source: Source, options: Options) -> int:
 
 
 def _convert_weights(
-    source: Source, folder: Path, layers: Layers, options: Options, progress: Progress
+    source: Source, prepared: Prepared, work: Work, options: Options, progress: Progress
 ) -> dict[str, Any]:
     """Write all weights; return what the report says of them."""
-    dtype = DTYPES[options.dtype] if options.dtype else source.dtype()
-    writer = ShardWriter(folder)
-    for name in source.names():
-        if not name.startswith("model.layers."):
-            writer.add(name, source.tensor(name).to(dtype))
-    count = source.config.num_hidden_layers
-    for index, converted in enumerate(progress.track(layers, total=count, description="Converting")):
-        _write_layer(writer, source, index, converted, dtype)
-    writer.finish()
-    return {"dtype": str(dtype).removeprefix("torch."), "weights_bytes": writer.total_bytes}
+    shards = Shards(work.model, _planned(source, prepared.budgets, options))
+    measured = write_weights(source, prepared, shards, work.record("layers"), options.device, progress)
+    dtype = str(_dtype(source, options)).removeprefix("torch.")
+    details: dict[str, Any] = {"dtype": dtype, "weights_bytes": shards.total_bytes}
+    if measured:
+        details["per_layer"] = [{key: round(value, 6) for key, value in asdict(row).items()} for row in measured]
+    return details
 
 
-def _write_layer(
-    writer: ShardWriter, source: Source, index: int, converted: dict[str, torch.Tensor], dtype: torch.dtype
-) -> None:
-    """Write one layer: the converted projections, and everything else of the layer as it is."""
-    prefix = f"model.layers.{index}."
-    for name, tensor in converted.items():
-        # Rounded to 16 bits, a frequency is off by whole turns after a few hundred tokens.
-        writer.add(f"{prefix}self_attn.{name}", tensor.to(torch.float32 if name == "rope_freqs" else dtype))
-    for name in source.layer_names(index):
-        replaced = name.removeprefix("self_attn.") in converted
-        if not replaced and not any(name.startswith(f"self_attn.{projection}.") for projection in PROJECTIONS):
-            writer.add(prefix + name, source.layer_tensor(index, name).to(dtype))
+def _planned(source: Source, budgets: list[CacheBudget], options: Options) -> dict[str, torch.Tensor]:
+    return planned_tensors(source, budgets, _nope_dim(source, options), _dtype(source, options))
+
+
+def _dtype(source: Source, options: Options) -> torch.dtype:
+    return DTYPES[options.dtype] if options.dtype else source.dtype()
+
+
+def _disk_bytes(source: Source, budget: CacheBudget, options: Options) -> int:
+    """What a conversion takes on disk: the weights; and twice, while one copy replaces another, what passes through
+    the layers: two streams of hidden states in float32."""
+    planned = _planned(source, [budget] * source.config.num_hidden_layers, options)
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in planned.values())
+    return weights + STREAM_COPIES * 4 * options.calibration_tokens * source.config.hidden_size
+
+
+def _nope_dim(source: Source, options: Options) -> int:
+    return 0 if options.method == Method.EXACT else source.head_dim
 
 
 def _copy_side_files(source: Source, folder: Path) -> None:
     for path in source.side_files():
-        if not (folder / path.name).exists():
-            shutil.copyfile(path, folder / path.name)
+        shutil.copyfile(path, folder / path.name)
 
 
 def _mla_config(
@@ -145,7 +149,7 @@ def _mla_config(
         "kv_lora_rank": budget.kv_lora_rank,
         "q_lora_rank": None,
         "qk_rope_head_dim": budget.qk_rope_head_dim,
-        "qk_nope_head_dim": 0 if options.method == Method.EXACT else head_dim,
+        "qk_nope_head_dim": _nope_dim(source, options),
         "v_head_dim": head_dim,
         "softmax_scale": source.softmax_scale,
         **sizes,
@@ -158,11 +162,8 @@ def _mla_config(
             "cached_per_token_and_layer": {"source": cached, "mla": round(width, 3) if width % 1 else int(width)},
             "cache_ratio": round(width / cached, 6),
             "layers": source.config.num_hidden_layers,
-            "versions": {
-                "vllm-mla-plugin": vllm_mla_plugin.__version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
+            "command": command_line(source.name, source.revision, options),
+            "versions": VERSIONS,
             **details,
         },
     }

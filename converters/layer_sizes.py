@@ -17,7 +17,8 @@ from mla_converters.attention_aware_run import (
 )
 from mla_converters.budget import CacheBudget
 from mla_converters.latent_map import mla_weights
-from mla_converters.layers import embed, logits, source_layers
+from mla_converters.layers import embed, logits
+from mla_converters.record import Record, Streams
 from mla_converters.source import Source
 
 SHARES = (0.5, 0.75, 0.875, 1.125, 1.25, 1.5, 2.0)  # of the size that all would have alike
@@ -78,6 +79,7 @@ def measured_sizes(
     options: AttentionAware,
     device: str,
     progress: Progress,
+    record: Record,
 ) -> list[CacheBudget]:
     """A size for each layer, the sum at most that of ``budget`` in all.
 
@@ -91,23 +93,32 @@ def measured_sizes(
         options: of the method.
         device: where layers run.
         progress: for the bar.
+        record: where the measuring is kept, should it be interrupted.
     """
     count, width = source.config.num_hidden_layers, source.config.num_key_value_heads * source.head_dim
     scaled = (scaled_budget(budget, share, width) for share in SHARES)
     candidates = {candidate.width: candidate for candidate in scaled if candidate} | {budget.width: budget}
     weighing = first_weighing(options.without)
-    hidden = embed(source, windows[:ATTENTION_WINDOWS])
-    alone: list[torch.Tensor] = []  # hidden states of the model with one layer converted, for each layer so far
-    errors: list[dict[int, float]] = []
-    for layer in progress.track(source_layers(source, device), total=count, description="Measuring layers"):
+    sizes = list(candidates)
+
+    def start() -> Streams:
+        hidden = embed(source, windows[:ATTENTION_WINDOWS])
+        alone = hidden[:ERROR_WINDOWS].expand(count, -1, -1, -1).clone()  # each with one layer converted
+        return {"hidden": hidden, "alone": alone, "errors": torch.zeros(count, len(sizes), dtype=torch.float64)}
+
+    streams = record.begin(start)
+    hidden, alone = streams["hidden"], streams["alone"]
+    for layer in record.layers(source, device, progress, "Measuring layers"):
         model = layer_model(layer, hidden, options.without)
-        maps = {size: layer_map(layer, model, candidate, weighing) for size, candidate in candidates.items()}
-        errors.append(dict(zip(maps, map_errors(layer, hidden, maps.values()), strict=True)))
-        for other in alone:
+        maps = [layer_map(layer, model, candidates[size], weighing) for size in sizes]
+        streams["errors"][layer.index] = torch.tensor(map_errors(layer, hidden, maps), dtype=torch.float64)
+        for other in alone[: layer.index]:
             layer.advance(other, layer.attend)
-        alone.append(hidden[:ERROR_WINDOWS].clone())
-        layer.advance(alone[-1], layer.converted(mla_weights(layer.attention_weights, maps[budget.width])))
+        alone[layer.index] = hidden[:ERROR_WINDOWS]
+        here = maps[sizes.index(budget.width)]
+        layer.advance(alone[layer.index], layer.converted(mla_weights(layer.attention_weights, here)))
         layer.advance(hidden, layer.attend)
+    errors = [dict(zip(sizes, row, strict=True)) for row in streams["errors"].tolist()]
     compared = [states[:, -SENSITIVITY_TOKENS:] for states in (hidden[:ERROR_WINDOWS], *alone)]
     predictions = (scores.log_softmax(-1) for scores in logits(source, compared, device))
     expected = next(predictions)

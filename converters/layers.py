@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -57,13 +58,24 @@ class SourceLayer:
         self.kv_heads = source.config.num_key_value_heads
         self.head_dim = source.head_dim
         self.device = device
-        self._module = module
+        self._source = source
+        self._unloaded = module
+
+    @cached_property
+    def _module(self) -> nn.Module:
+        """transformers' layer with its weights, loaded when calibration text is to run through it."""
+        module = self._unloaded
         weights = {f"self_attn.{name}": tensor for name, tensor in self.attention_weights.items()}
-        weights |= _other_weights(source, index, module, device)
+        weights |= _other_weights(self._source, self.index, module, self.device)
         module.load_state_dict(
-            {name: tensor.to(device, torch.float32) for name, tensor in weights.items()}, assign=True
+            {name: tensor.to(self.device, _kept_dtype(name, tensor, self.device)) for name, tensor in weights.items()},
+            assign=True,
         )
-        module.eval()
+        return module.eval()
+
+    @property
+    def _has_experts(self) -> bool:
+        return hasattr(self._module.mlp, "experts")
 
     def normed(self, hidden: torch.Tensor) -> torch.Tensor:
         """What the attention reads of the layer's input ``[windows, tokens, D]``."""
@@ -127,7 +139,8 @@ class SourceLayer:
     @torch.inference_mode()
     def add_mlp(self, hidden: torch.Tensor) -> None:
         """Second half of the layer: add the MLP's output to ``hidden`` ``[windows, tokens, D]``, in place."""
-        for batch in hidden.split(BATCH):
+        # One window at a time bounds memory; but experts, which are read as often as they are called, see all at once.
+        for batch in hidden.split(len(hidden) if self._has_experts else 1):
             x = self._module.post_attention_layernorm(batch.to(self.device))
             with calibration_autocast(self.device):
                 output = self._module.mlp(x)
@@ -137,6 +150,12 @@ class SourceLayer:
         """Replace the layer's input ``[windows, tokens, D]`` by its output, in place."""
         self.add_attention(hidden, attention)
         self.add_mlp(hidden)
+
+
+def _kept_dtype(name: str, tensor: torch.Tensor, device: str) -> torch.dtype:
+    """float32; but an MLP's matrices stay bfloat16 if they are, where autocast would make them so at each use."""
+    stays = name.startswith("mlp.") and tensor.dim() == 2 and native_bfloat16(device)
+    return torch.bfloat16 if stays and tensor.dtype == torch.bfloat16 else torch.float32
 
 
 def _other_weights(source: Source, index: int, module: nn.Module, device: str) -> dict[str, torch.Tensor]:
@@ -170,8 +189,8 @@ def logits(source: Source, hidden: list[torch.Tensor], device: str) -> Iterator[
             yield nn.functional.linear(norm(states.to(device)), head).float()
 
 
-def source_layers(source: Source, device: str) -> Iterator[SourceLayer]:
-    """The layers of the source in order; each is dropped when the next is asked for."""
-    for index, module in enumerate(source.skeleton().model.layers):
+def source_layers(source: Source, device: str, first: int = 0) -> Iterator[SourceLayer]:
+    """The layers of the source in order, from the ``first`` on; each is dropped when the next is asked for."""
+    for index, module in list(enumerate(source.skeleton().model.layers))[first:]:
         yield SourceLayer(source, index, module, device)
         module.to("meta")

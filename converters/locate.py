@@ -1,6 +1,5 @@
 """Finding what the user named: a folder, a file, or a model on the hub."""
 
-import json
 from pathlib import Path
 
 from mla_converters.errors import ConversionError
@@ -31,20 +30,3 @@ def not_on_the_hub(name: str, error: Exception) -> ConversionError:
     return ConversionError(
         f"{name!r} is neither a folder here nor a model that can be fetched from the hub ({reason})."
     )
-
-
-def read_json_object(path: Path) -> dict:
-    """Read one of a model folder's JSON files.
-
-    Raises:
-        ConversionError: it is missing or holds something else.
-    """
-    if not path.exists():
-        raise ConversionError(f"{path.parent} is not a model folder: it has no {path.name}.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ConversionError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ConversionError(f"{path} does not hold a JSON object.")
-    return content

@@ -4,8 +4,7 @@ import hashlib
 from pathlib import Path
 
 from mla_converters.errors import ConversionError
-from mla_converters.locate import read_json_object
-from mla_converters.writer import write_json
+from mla_converters.json_files import read_json_object, write_json
 
 MANIFEST = "mla_manifest.json"
 

@@ -1,15 +1,15 @@
 """Method ``mha2mla`` over a whole model: measuring pairs if the choice needs it, and converting layer by layer."""
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import repeat
 
 import torch
 
 from mla_converters.budget import CacheBudget
 from mla_converters.latent_map import LatentMap, mla_weights
-from mla_converters.layers import BATCH, SourceLayer, calibration_autocast, embed, source_layers
+from mla_converters.layer_conversion import ConvertedLayer, LayerConversion, measure
+from mla_converters.layers import BATCH, SourceLayer, calibration_autocast, embed
 from mla_converters.methods.mha2mla import Keep, PairNorms, Svd, kept_pairs, latent_bias, mha2mla_map
+from mla_converters.record import Streams
 from mla_converters.source import Source
 
 
@@ -42,14 +42,6 @@ def pair_contributions(layer: SourceLayer, hidden: torch.Tensor) -> torch.Tensor
     return norms.contributions()
 
 
-def _contributions(source: Source, windows: torch.Tensor, device: str) -> Iterator[torch.Tensor]:
-    """Every layer's contributions, measured in the source."""
-    hidden = embed(source, windows)
-    for layer in source_layers(source, device):
-        yield pair_contributions(layer, hidden)
-        layer.advance(hidden, layer.attend)
-
-
 def layer_weights(weights: dict[str, torch.Tensor], maps: LatentMap) -> dict[str, torch.Tensor]:
     """Fold a map into one layer's projections, see :func:`mla_weights`; biases of the values as :func:`latent_bias`."""
     converted = mla_weights(weights, maps)
@@ -59,29 +51,37 @@ def layer_weights(weights: dict[str, torch.Tensor], maps: LatentMap) -> dict[str
     return converted
 
 
-def mha2mla_layers(
-    source: Source, windows: torch.Tensor | None, budget: CacheBudget, options: Mha2mlaOptions, device: str
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Every layer's converted projections.
+def mha2mla(
+    source: Source, windows: torch.Tensor | None, budget: CacheBudget, options: Mha2mlaOptions
+) -> LayerConversion:
+    """The method, ready to convert layers.
 
     Args:
         source: the model.
         windows: ``[windows, tokens]`` token ids; None if ``options`` need no calibration.
         budget: sizes.
         options: the choices that the paper compares.
-        device: where layers run for calibration.
 
     Raises:
         ConversionError: see :func:`mla_converters.methods.mha2mla.check_sizes`.
         ValueError: ``2-norm`` without windows.
     """
-    kv_heads, head_dim = source.config.num_key_value_heads, source.head_dim
-    freqs, _ = source.rope
-    contributions: Iterable[torch.Tensor | None] = repeat(None)
-    if options.calibrated and windows is not None:
-        contributions = _contributions(source, windows, device)
-    for index, measured in zip(range(source.config.num_hidden_layers), contributions, strict=False):
-        weights = source.attention_weights(index)
-        kept = kept_pairs(options.keep, budget.qk_rope_head_dim // 2, kv_heads, head_dim, measured)
+    pairs, kv_heads, head_dim = budget.qk_rope_head_dim // 2, source.config.num_key_value_heads, source.head_dim
+
+    def start() -> Streams:
+        return {} if windows is None else {"source": embed(source, windows)}
+
+    def convert(layer: SourceLayer, streams: Streams) -> ConvertedLayer:
+        weights, hidden = layer.attention_weights, streams.get("source")
+        contributions = pair_contributions(layer, hidden) if options.calibrated and hidden is not None else None
+        kept = kept_pairs(options.keep, pairs, kv_heads, head_dim, contributions)
         k, v = weights["k_proj.weight"], weights["v_proj.weight"]
-        yield layer_weights(weights, mha2mla_map(k, v, freqs, kept, budget.kv_lora_rank, options.svd))
+        maps = mha2mla_map(k, v, layer.freqs, kept, budget.kv_lora_rank, options.svd)
+        converted = layer_weights(weights, maps)
+        if hidden is None:
+            return ConvertedLayer(converted)
+        measured = measure(layer, hidden, maps, layer.moments(hidden).kv, converted)
+        layer.advance(hidden, layer.attend)
+        return ConvertedLayer(converted, measured)
+
+    return LayerConversion(start, convert)

@@ -1,7 +1,9 @@
 """What a conversion is asked to do, and what can be refused before anything is read."""
 
-from dataclasses import dataclass
+import shlex
+from dataclasses import dataclass, fields
 from enum import StrEnum
+from pathlib import Path
 
 import torch
 
@@ -60,6 +62,17 @@ class Options:
     dtype: str | None = None
     device: str = "cpu"
     max_context: int | None = None
+
+
+def command_line(source: str, revision: str | None, options: Options) -> str:
+    """The command that converts ``source`` with these options."""
+    words = ["vllm-mla", "convert", source, f"./{Path(source).stem}-mla"]
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if value != field.default:
+            for item in sorted(value) if isinstance(value, frozenset) else [value]:
+                words += [f"--{field.name.replace('_', '-')}", str(item)]
+    return shlex.join([*words, *(["--revision", revision] if revision else [])])
 
 
 def check_options(options: Options) -> None:

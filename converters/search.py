@@ -6,7 +6,8 @@ from typing import TypeVar
 import torch
 from rich.progress import Progress
 
-from mla_converters.layers import SourceLayer, embed, source_layers
+from mla_converters.layers import SourceLayer, embed
+from mla_converters.record import Record
 from mla_converters.source import Source
 
 Candidate = TypeVar("Candidate")
@@ -20,6 +21,7 @@ def search(
     device: str,
     progress: Progress,
     description: str,
+    record: Record,
 ) -> tuple[Candidate, dict[Candidate, float]]:
     """The candidate with the smallest error, summed over layers.
 
@@ -30,15 +32,17 @@ def search(
         layer_errors: from a layer and its inputs ``[windows, tokens, D]`` to each candidate's relative squared error.
         device: where layers run.
         progress, description: for the bar.
+        record: where the search is kept, should it be interrupted.
 
     Returns:
         The winner, and every candidate's mean error.
     """
-    errors = dict.fromkeys(candidates, 0.0)
     count = source.config.num_hidden_layers
-    hidden = embed(source, windows)
-    for layer in progress.track(source_layers(source, device), total=count, description=description):
-        for candidate, error in zip(candidates, layer_errors(layer, hidden), strict=True):
-            errors[candidate] += error / count
-        layer.advance(hidden, layer.attend)
+    streams = record.begin(
+        lambda: {"hidden": embed(source, windows), "errors": torch.zeros(len(candidates), dtype=torch.float64)}
+    )
+    for layer in record.layers(source, device, progress, description):
+        streams["errors"] += torch.tensor(layer_errors(layer, streams["hidden"]), dtype=torch.float64) / count
+        layer.advance(streams["hidden"], layer.attend)
+    errors = dict(zip(candidates, streams["errors"].tolist(), strict=True))
     return min(errors, key=errors.__getitem__), errors

@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from mla_converters.checkpoint import INDEX, Checkpoint
 from mla_converters.errors import ConversionError
 from mla_converters.families import Family, check_config, find_family, source_head_dim
-from mla_converters.locate import local_path, not_a_model_file, not_on_the_hub, read_json_object
+from mla_converters.json_files import read_json_object
+from mla_converters.locate import local_path, not_a_model_file, not_on_the_hub
 
 # Everything that travels with a model besides its configuration and weights.
 SIDE_FILES = (
@@ -53,15 +54,8 @@ class Source:
         except Exception as error:  # transformers validates with many exception types
             raise ConversionError(f"{folder / 'config.json'} is not a valid configuration: {error}") from error
         check_config(self.config)
-        self._stack = ExitStack()
-        self._checkpoint = Checkpoint(folder, self._stack)
+        self._checkpoint = Checkpoint(folder)
         self._check_tensors()
-
-    def __enter__(self) -> "Source":
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._stack.close()
 
     def _check_tensors(self) -> None:
         """Compare names, shapes and dtypes with what the configuration asks for; report all at once."""
@@ -115,12 +109,12 @@ class Source:
         return dtype
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Read one tensor.
-
-        Raises:
-            ConversionError: it holds NaN or infinity.
-        """
+        """Read one tensor; see :meth:`Checkpoint.tensor`."""
         return self._checkpoint.tensor(name)
+
+    def meta(self, name: str) -> torch.Tensor:
+        """A tensor's shape and dtype, on the meta device."""
+        return self._checkpoint.meta(name)
 
     def layer_names(self, index: int) -> list[str]:
         """Names of a layer's tensors, as below ``model.layers.N.``, sorted."""
@@ -143,6 +137,10 @@ class Source:
             return AutoTokenizer.from_pretrained(self.folder)
         except Exception as error:  # tokenizers raises bare Exception
             raise ConversionError(f"The tokenizer in {self.folder} cannot be loaded: {error}") from error
+
+    def files(self) -> list[Path]:
+        """All files that are read or carried over."""
+        return [self.folder / "config.json", *self._checkpoint.files(), *self.side_files()]
 
     def side_files(self) -> Iterator[Path]:
         """Files to carry over unchanged."""
@@ -169,7 +167,7 @@ def open_source(source: str, revision: str | None = None) -> Iterator[Source]:
             folder = path
         else:
             folder = unpacked_gguf(source, stack)
-        yield stack.enter_context(Source(source, folder, revision))
+        yield Source(source, folder, revision)
 
 
 def _download(repo: str, revision: str | None) -> Path:

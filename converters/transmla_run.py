@@ -1,14 +1,14 @@
 """Method ``transmla`` over a whole model: choosing FreqFold, and converting layer by layer."""
 
-from collections.abc import Iterator
-
 import torch
 from rich.progress import Progress
 
 from mla_converters.budget import CacheBudget
 from mla_converters.latent_map import mla_weights
-from mla_converters.layers import SourceLayer, embed, source_layers
+from mla_converters.layer_conversion import ConvertedLayer, LayerConversion, measure
+from mla_converters.layers import SourceLayer, embed
 from mla_converters.methods.transmla import freqfold_candidates, joint_map, rotate_keys, transmla_map
+from mla_converters.record import Record, Streams
 from mla_converters.search import search
 from mla_converters.source import Source
 
@@ -22,6 +22,7 @@ def search_freqfold(
     budget: CacheBudget,
     device: str,
     progress: Progress,
+    record: Record,
 ) -> tuple[int, dict[int, float]]:
     """The FreqFold with the smallest error of the attention outputs; see :func:`search`."""
     candidates = freqfold_candidates(source.head_dim, budget.qk_rope_head_dim)
@@ -35,28 +36,31 @@ def search_freqfold(
         attentions = (layer.converted(mla_weights(layer.attention_weights, candidate)) for candidate in maps)
         return layer.errors(hidden[:ERROR_WINDOWS], attentions)
 
-    return search(source, windows[:SEARCH_WINDOWS], candidates, errors, device, progress, "Searching freqfold")
+    return search(source, windows[:SEARCH_WINDOWS], candidates, errors, device, progress, "Searching freqfold", record)
 
 
-def transmla_layers(
-    source: Source,
-    windows: torch.Tensor,
-    budget: CacheBudget,
-    freqfold: int,
-    device: str,
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Every layer's converted projections.
+def transmla(source: Source, windows: torch.Tensor, budget: CacheBudget, freqfold: int) -> LayerConversion:
+    """The method, ready to convert layers.
 
     As in TransMLA's own code, keys are rotated by what the original model computes, and the joint
     PCA sees what the model with partial RoPE (and no low rank) computes. So two streams of hidden
     states pass through each layer.
     """
-    hidden = embed(source, windows)
-    partial_hidden = hidden.clone()
-    for layer in source_layers(source, device):
+
+    def start() -> Streams:
+        hidden = embed(source, windows)
+        return {"source": hidden, "partial": hidden.clone()}
+
+    def convert(layer: SourceLayer, streams: Streams) -> ConvertedLayer:
+        hidden, partial = streams["source"], streams["partial"]
         rotation = rotate_keys(layer.moments(hidden), budget.qk_rope_head_dim, freqfold)
         layer.advance(hidden, layer.attend)
-        moments, weights = layer.moments(partial_hidden), layer.attention_weights
+        moments = layer.moments(partial)
+        maps = joint_map(moments, layer.freqs, rotation, budget.kv_lora_rank)
+        weights = mla_weights(layer.attention_weights, maps)
+        measured = measure(layer, partial, maps, moments.kv, weights)
         partial_rope = joint_map(moments, layer.freqs, rotation, kv_lora_rank=None)
-        layer.advance(partial_hidden, layer.converted(mla_weights(weights, partial_rope)))
-        yield mla_weights(weights, joint_map(moments, layer.freqs, rotation, budget.kv_lora_rank))
+        layer.advance(partial, layer.converted(mla_weights(layer.attention_weights, partial_rope)))
+        return ConvertedLayer(weights, measured)
+
+    return LayerConversion(start, convert)

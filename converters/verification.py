@@ -1,7 +1,6 @@
 """Whether a converted checkpoint is whole: files, configuration, tensors, tokenizer, and what it predicts."""
 
 import tempfile
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from mla_converters.checkpoint import Checkpoint
 from mla_converters.errors import ConversionError
 from mla_converters.evaluation.run import EvalOptions, evaluate
 from mla_converters.families import FAMILIES, architecture_names
-from mla_converters.locate import read_json_object
+from mla_converters.json_files import read_json_object
 from mla_converters.manifest import manifest_problems
 
 EXACT_KL = 0.01  # nats per token; a lossless conversion differs by rounding alone
@@ -91,18 +90,17 @@ def _config(folder: Path) -> tuple[PretrainedConfig | None, Check]:
 def _tensors(folder: Path, config: PretrainedConfig) -> Check:
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with ExitStack() as stack:
+    try:
+        checkpoint = Checkpoint(folder)
+    except ConversionError as error:
+        return Check("tensors", [str(error)], "")
+    problems = checkpoint.problems(skeleton)
+    for name in checkpoint.names() if not problems else ():
         try:
-            checkpoint = Checkpoint(folder, stack)
+            checkpoint.tensor(name)
         except ConversionError as error:
-            return Check("tensors", [str(error)], "")
-        problems = checkpoint.problems(skeleton)
-        for name in checkpoint.names() if not problems else ():
-            try:
-                checkpoint.tensor(name)
-            except ConversionError as error:
-                problems.append(str(error))
-        count = len(checkpoint.names())
+            problems.append(str(error))
+    count = len(checkpoint.names())
     more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
     return Check("tensors", problems[:SHOWN] + more, f"{count} tensors: names, shapes, finite numbers")
 

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import vllm_mla_plugin.hf  # noqa: F401 - registers the MLA models with transformers
 from mla_converters.cli import app, main
+from mla_converters.layer_conversion import LayerConversion
+from mla_converters.layers import source_layers
+from mla_converters.source import Source
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -110,6 +113,13 @@ def half(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("half") / "model"
     options = ("--calibration", CALIBRATION, "--calibration-tokens", 2048, "--refit-steps", 2, *SPLIT)
     return convert_alone(smollm2, out, *options)
+
+
+def converted_layers(source: Source, conversion: LayerConversion) -> Iterator[dict[str, torch.Tensor]]:
+    """Each layer's converted projections."""
+    streams = conversion.start()
+    for layer in source_layers(source, "cpu"):
+        yield conversion.convert(layer, streams).weights
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32, **kwargs: Any) -> torch.nn.Module:

@@ -292,13 +292,14 @@ def test_time_and_memory(smollm2: Path, tmp_path: Path) -> None:
 
 def test_shards(tmp_path: Path) -> None:
     """A checkpoint in several shards reads and writes like one in a single file."""
-    from mla_converters.writer import ShardWriter
+    from mla_converters.shards import Shards
 
     tensors = {f"t{i}": torch.full((100,), float(i)) for i in range(7)}
-    writer = ShardWriter(tmp_path, shard_bytes=1000)
+    shards = Shards(tmp_path, {name: tensor.to("meta") for name, tensor in tensors.items()}, shard_bytes=1000)
+    assert shards.allocate()
     for name, tensor in tensors.items():
-        writer.add(name, tensor)
-    writer.finish()
+        shards.write(name, tensor)
+    shards.finish()
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == 2800
     assert set(index["weight_map"].values()) == {f"model-{i:05d}-of-00004.safetensors" for i in range(1, 5)}

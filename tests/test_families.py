@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from as_family import as_family
-from conftest import CALIBRATION, SPLIT, convert, load, run_engine
+from conftest import CALIBRATION, SPLIT, convert, converted_layers, load, run_engine
 from test_engine import assert_agrees, text_prompts
 from transformers import AutoTokenizer
 
 from mla_converters.budget import CacheBudget
 from mla_converters.source import open_source
-from mla_converters.transmla_run import transmla_layers
+from mla_converters.transmla_run import transmla
 
 
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "mixtral"])
@@ -22,7 +22,7 @@ def test_real_weights(family: str, smollm2: Path, tmp_path: Path) -> None:
     # The same tokens for both: transformers gives every Qwen2 folder Qwen2's way of cutting text.
     ids = AutoTokenizer.from_pretrained(smollm2)(CALIBRATION.read_text(), return_tensors="pt").input_ids
     windows = ids[:, :2048].view(4, 512)
-    got, expected = (converted_layers(folder, windows) for folder in (source, smollm2))
+    got, expected = (first_layers(folder, windows) for folder in (source, smollm2))
     for layer, reference in zip(got, expected, strict=True):
         for name, tensor in reference.items():
             assert torch.equal(layer[name], tensor), name
@@ -36,8 +36,8 @@ def test_real_weights(family: str, smollm2: Path, tmp_path: Path) -> None:
     assert_agrees(run_engine(out, prompts, max_tokens=16, prompt_logprobs=True), model, prompts)
 
 
-def converted_layers(folder: Path, windows: torch.Tensor, count: int = 4) -> list[dict[str, torch.Tensor]]:
+def first_layers(folder: Path, windows: torch.Tensor, count: int = 4) -> list[dict[str, torch.Tensor]]:
     """The first layers of a half-cache conversion."""
     with open_source(str(folder)) as source:
-        layers = transmla_layers(source, windows, CacheBudget(128, 64), freqfold=2, device="cpu")
-        return list(islice(layers, count))
+        conversion = transmla(source, windows, CacheBudget(128, 64), freqfold=2)
+        return list(islice(converted_layers(source, conversion), count))

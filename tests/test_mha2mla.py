@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CALIBRATION, RandomModel, Refused
+from conftest import CALIBRATION, RandomModel, Refused, converted_layers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
@@ -16,7 +16,7 @@ from mla_converters.errors import ConversionError
 from mla_converters.latent_attention import LatentAttention
 from mla_converters.layers import embed, source_layers
 from mla_converters.methods.mha2mla import Keep, PairNorms, Svd, check_sizes, kept_pairs, mha2mla_map
-from mla_converters.mha2mla_run import Mha2mlaOptions, layer_weights, mha2mla_layers
+from mla_converters.mha2mla_run import Mha2mlaOptions, layer_weights, mha2mla
 from mla_converters.source import open_source
 
 HEADS, KV_HEADS, HEAD_DIM, WIDTH, SCALE = 6, 3, 8, 40, 0.3
@@ -215,7 +215,7 @@ def test_smallest_sizes() -> None:
 def test_two_norm_needs_calibration(tmp_path: Path) -> None:
     source = RandomModel().save(tmp_path / "source")
     with open_source(str(source)) as opened, pytest.raises(ValueError, match="contributions"):
-        next(mha2mla_layers(opened, None, CacheBudget(16, 16), Mha2mlaOptions(), "cpu"))
+        next(converted_layers(opened, mha2mla(opened, None, CacheBudget(16, 16), Mha2mlaOptions())))
 
 
 @pytest.mark.parametrize("model", [RandomModel(bias=True), RandomModel("qwen2", heads=6, kv_heads=3, hidden=96)])
@@ -228,8 +228,9 @@ def test_layers_of_a_model(model: RandomModel, tmp_path: Path) -> None:
         hidden = embed(opened, ids)
         for keep in Keep:
             windows = ids if Mha2mlaOptions(keep).calibrated else None
-            converted = mha2mla_layers(opened, windows, CacheBudget(width, width), Mha2mlaOptions(keep), "cpu")
-            for layer, weights in zip(source_layers(opened, "cpu"), converted, strict=True):
+            conversion = mha2mla(opened, windows, CacheBudget(width, width), Mha2mlaOptions(keep))
+            layers = source_layers(opened, "cpu")
+            for layer, weights in zip(layers, converted_layers(opened, conversion), strict=True):
                 x = layer.normed(hidden)
                 expected = layer.attend(x)
                 error = (layer.converted(weights)(x) - expected).norm() / expected.norm()
@@ -243,7 +244,7 @@ def test_two_norm_beats_low_on_a_real_model(smollm2: Path) -> None:
     with open_source(str(smollm2)) as source:
         budget = CacheBudget(kv_lora_rank=320, qk_rope_head_dim=64)
         runs = {
-            keep: mha2mla_layers(source, windows, budget, Mha2mlaOptions(keep), "cpu")
+            keep: converted_layers(source, mha2mla(source, windows, budget, Mha2mlaOptions(keep)))
             for keep in (Keep.TWO_NORM, Keep.LOW)
         }
         errors = dict.fromkeys(runs, 0.0)

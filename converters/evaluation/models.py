@@ -9,7 +9,8 @@ from transformers import AutoConfig, PretrainedConfig
 import vllm_mla_plugin.hf  # noqa: F401 - registers the MLA models with transformers
 from mla_converters.errors import ConversionError
 from mla_converters.families import source_head_dim
-from mla_converters.locate import local_path, not_on_the_hub, read_json_object
+from mla_converters.json_files import read_json_object
+from mla_converters.locate import local_path, not_on_the_hub
 from mla_converters.source import unpacked_gguf
 
 

@@ -1,6 +1,7 @@
 """What a layer's attention reads: second moments weighted by attention, and how far back it looks.
 
-Only moments are kept. Scores of some queries of one window at a time are materialised, ``[H, queries, tokens]``.
+Only moments are kept. Scores of some queries of one window and KV head at a time are materialised, ``[G, queries,
+tokens]``.
 """
 
 from dataclasses import dataclass
@@ -61,28 +62,31 @@ def attention_statistics(layer: SourceLayer, hidden: torch.Tensor) -> AttentionS
     turned = torch.zeros(heads, half, dtype=torch.complex128)
     energy = torch.zeros(heads, half, dtype=torch.float64)
     values_read = torch.zeros(heads, dtype=torch.float64)
+    groups = heads // layer.kv_heads
     for window in hidden:
         q, k, v = (x.float()[0] for x in layer.project(layer.normed(window[None])))
-        groups = heads // layer.kv_heads
-        keys, values = (x.repeat_interleave(groups, dim=0) for x in (k, v))
-        turned_q, q = rotate(q, layer.freqs)[:, sampled], q[:, sampled]
-        scores = turned_q @ rotate(keys, layer.freqs).mT * layer.scale
-        attention = scores.masked_fill_(future, float("-inf")).softmax(-1)  # [H, queries, tokens]
-        pairs = _score_weights(attention, values, gram) * layer.scale**2
-        query += (q * pairs.sum(2, keepdim=True)).mT.matmul(q).cpu().double()
-        plain_query += (q.mT @ q).cpu().double()
+        read = torch.zeros(tokens, device=layer.device)
+        for kv_head in range(layer.kv_heads):
+            mine = slice(kv_head * groups, (kv_head + 1) * groups)
+            keys, values = k[kv_head], v[kv_head]  # [tokens, d]
+            turned_q, plain_q = rotate(q[mine], layer.freqs)[:, sampled], q[mine][:, sampled]
+            scores = turned_q @ rotate(keys, layer.freqs).mT * layer.scale
+            attention = scores.masked_fill_(future, float("-inf")).softmax(-1)  # [G, queries, tokens]
+            pairs = _score_weights(attention, values, gram[mine]) * layer.scale**2
+            query[mine] += (plain_q * pairs.sum(2, keepdim=True)).mT.matmul(plain_q).cpu().double()
+            plain_query[mine] += (plain_q.mT @ plain_q).cpu().double()
 
-        read_by_head = attention.square_().sum(1)  # [H, tokens]
-        values_read += read_by_head.sum(1).cpu().double()
-        read = read_by_head.sum(0)
+            read_by_head = attention.square_().sum(1)  # [G, tokens]
+            values_read[mine] += read_by_head.sum(1).cpu().double()
+            read += read_by_head.sum(0)
+
+            q_energy, k_energy = (x[..., :half].square() + x[..., half:].square() for x in (plain_q, keys))
+            seen = turn * k_energy  # [tokens, d / 2]
+            seen = torch.complex(pairs @ seen.real, pairs @ seen.imag)  # [G, queries, d / 2]
+            turned[mine] += (q_energy * turn[sampled].conj() * seen).sum(1).cpu()
+            energy[mine] += (q_energy * (pairs @ k_energy)).sum(1).cpu()
         kv = torch.cat([x.transpose(0, 1).flatten(1) for x in (k, v)], dim=-1)  # [tokens, 2 * g * d]
         key_value += (kv.mT @ (kv * (read / read.sum())[:, None])).cpu().double()
-
-        q_energy, k_energy = (x[..., :half].square() + x[..., half:].square() for x in (q, keys))
-        seen = turn * k_energy  # [H, tokens, d / 2]
-        seen = torch.complex(pairs @ seen.real, pairs @ seen.imag)  # [H, queries, d / 2]
-        turned += (q_energy * turn[sampled].conj() * seen).sum(1).cpu()
-        energy += (q_energy * (pairs @ k_energy)).sum(1).cpu()
     count = len(hidden) * len(sampled)
     return AttentionStatistics(
         key_value=key_value / len(hidden),
@@ -94,9 +98,9 @@ def attention_statistics(layer: SourceLayer, hidden: torch.Tensor) -> AttentionS
 
 
 def _score_weights(attention: torch.Tensor, values: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
-    """``(a |W_o (v_j - o_t)|)²``, ``[H, queries, tokens]``, for values ``[H, tokens, d]``."""
+    """``(a |W_o (v_j - o_t)|)²``, ``[G, queries, tokens]``, for a KV head's values ``[tokens, d]``."""
     outputs = attention @ values
-    values_out = values @ gram
+    values_out = values @ gram  # [G, tokens, d]
     distance = -2 * (outputs @ values_out.mT)
     distance += (values_out * values).sum(-1)[:, None, :]
     distance += (outputs @ gram * outputs).sum(-1)[..., None]

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from mla_converters.budget import CacheBudget
 from mla_converters.planning.source import PlannedSource
-from mla_converters.writer import SHARD_BYTES
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,6 @@ def conversion_memory(source: PlannedSource, calibration_tokens: int, weights_by
         + 4 * source.layer_parameters
         + STREAMS * 4 * calibration_tokens * source.hidden
         + MOMENT_MATRICES * 8 * source.cached**2
-        + min(weights_bytes, SHARD_BYTES)
     )
 
 

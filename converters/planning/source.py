@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from mla_converters.errors import ConversionError
 from mla_converters.families import active_window, check_config, find_family, source_head_dim
-from mla_converters.locate import local_path, not_on_the_hub, read_json_object
+from mla_converters.json_files import read_json_object
+from mla_converters.locate import local_path, not_on_the_hub
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
