@@ -94,8 +94,11 @@ def write_card(folder: Path, *, evaluation: dict[str, Any] | None = None, repo: 
 
 def update_card(folder: Path, *, evaluation: dict[str, Any] | None = None, repo: str | None = None) -> list[Path]:
     """:func:`write_card`, in a folder whose manifest is written already."""
-    written = write_card(folder, evaluation=evaluation, repo=repo)
-    update_manifest(folder, written)
+    try:
+        written = write_card(folder, evaluation=evaluation, repo=repo)
+        update_manifest(folder, written)
+    except OSError as error:
+        raise ConversionError(f"{folder} cannot be written: {error.strerror or error}.") from error
     return written
 
 

@@ -7,7 +7,14 @@ from transformers import PretrainedConfig
 
 from mla_converters.errors import ConversionError
 
-REQUIRED = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
+REQUIRED = (
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "hidden_size",
+    "vocab_size",
+)
 # Above what any model has; one that claimed more would take hours to look at, or overflow what counts it.
 LARGEST = {
     "num_hidden_layers": 10_000,
@@ -18,6 +25,10 @@ LARGEST = {
     "head_dim": 2**31,
     "max_position_embeddings": 2**31,
     "sliding_window": 2**31,
+    "hidden_size": 2**31,
+    "intermediate_size": 2**31,
+    "moe_intermediate_size": 2**31,
+    "vocab_size": 2**31,
 }
 SUPPORTED_ROPE = ("default", "linear", "llama3", "yarn")
 

@@ -64,6 +64,7 @@ def test_what_it_says(mla: Path) -> None:
 
 def test_picture(mla: Path) -> None:
     """A PNG, without dates and versions; left out where there is nothing to draw."""
+    change_report(mla, per_layer=None)
     write_card(mla)
     assert "per_layer.png" not in (mla / "README.md").read_text()
     change_report(mla, per_layer=PER_LAYER)
@@ -73,6 +74,7 @@ def test_picture(mla: Path) -> None:
 
 
 def test_without_matplotlib(mla: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (mla / "per_layer.png").unlink(missing_ok=True)
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
     change_report(mla, per_layer=PER_LAYER)
     assert write_card(mla) == [mla / "README.md"]

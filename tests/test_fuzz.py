@@ -194,7 +194,7 @@ TENSOR_CHANGES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "nan": with_value(math.nan),
     "infinity": with_value(math.inf),
     "large": with_value(1e30),
-    "all-large": lambda tensor: torch.full_like(tensor, 3e38),
+    "all-large": lambda tensor: torch.full_like(tensor, torch.finfo(tensor.dtype).max),
     "zeros": torch.zeros_like,
     "double": lambda tensor: tensor.double(),
     "half": lambda tensor: tensor.half(),
@@ -327,7 +327,9 @@ def check(pristine: Path, model: str, sharded: bool, damages: list[Damage], opti
             # A source may come without a tokenizer.
             assert not [check for check in report["checks"] if check["problems"] and check["name"] != "tokenizer"]
             if "exact" in options:
-                assert (logits(out) - expected).norm() <= 1e-3 * expected.norm()
+                # All weights are written in the embedding's dtype.
+                rounding = 1e-3 if read(out / "config.json")["dtype"] == "float32" else 0.05
+                assert (logits(out) - expected).norm() <= rounding * expected.norm()
 
 
 @torch.inference_mode()
