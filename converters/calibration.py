@@ -77,6 +77,8 @@ def _sample(source: Source, count: int, length: int, generator: torch.Generator,
         output = model(ids, past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         # The end of a text ends nothing here: a window full of padding would calibrate for padding.
+        if not torch.isfinite(output.logits[:, -1]).all():
+            raise ConversionError(f"The model in {source.folder} gives logits that are not numbers: it is broken.")
         logits = output.logits[:, -1].float().index_fill(1, special, float("-inf"))
         ids = torch.multinomial(logits.softmax(-1), 1, generator=generator)
         windows.append(ids)

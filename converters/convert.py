@@ -11,11 +11,13 @@ import torch
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from mla_converters.budget import CacheBudget
+from mla_converters.card import source_card, write_card
 from mla_converters.converted_weights import planned_tensors, write_weights
 from mla_converters.errors import ConversionError
 from mla_converters.families import active_window, window_refusal
 from mla_converters.identity import VERSIONS, conversion_identity
 from mla_converters.json_files import write_json
+from mla_converters.locate import local_path
 from mla_converters.manifest import write_manifest
 from mla_converters.method_run import Prepared, asked_budget, prepare
 from mla_converters.options import DTYPES, Method, Options, check_options, command_line
@@ -65,6 +67,7 @@ def convert(
             config = _mla_config(opened, prepared.budget, context, options, details)
             write_json(work.model / "config.json", config)
             write_json(work.model / "conversion_report.json", config["mla_conversion"])
+            write_card(work.model)
             write_manifest(work.model)
     return {
         **config["mla_conversion"],
@@ -164,6 +167,7 @@ def _mla_config(
             "layers": source.config.num_hidden_layers,
             "command": command_line(source.name, source.revision, options),
             "versions": VERSIONS,
+            "source_card": source_card(source.folder, source.name if local_path(source.name) is None else None),
             **details,
         },
     }

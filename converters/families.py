@@ -7,6 +7,29 @@ from transformers import PretrainedConfig
 
 from mla_converters.errors import ConversionError
 
+REQUIRED = (
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "hidden_size",
+    "vocab_size",
+)
+# Above what any model has; one that claimed more would take hours to look at, or overflow what counts it.
+LARGEST = {
+    "num_hidden_layers": 10_000,
+    "num_experts": 10_000,
+    "num_experts_per_tok": 10_000,
+    "num_attention_heads": 2**31,
+    "num_key_value_heads": 2**31,
+    "head_dim": 2**31,
+    "max_position_embeddings": 2**31,
+    "sliding_window": 2**31,
+    "hidden_size": 2**31,
+    "intermediate_size": 2**31,
+    "moe_intermediate_size": 2**31,
+    "vocab_size": 2**31,
+}
 SUPPORTED_ROPE = ("default", "linear", "llama3", "yarn")
 
 
@@ -177,6 +200,16 @@ def check_config(config: PretrainedConfig) -> None:
     Raises:
         ConversionError: with the reason.
     """
+    for name, largest in LARGEST.items():
+        value = getattr(config, name, None)
+        if (value is not None or name in REQUIRED) and (type(value) is not int or not 1 <= value <= largest):
+            raise ConversionError(
+                f"config.json has {name} {value!r}, where a number from 1 to {largest:,} was expected."
+            )
+    if (getattr(config, "num_experts_per_tok", None) or 0) > (getattr(config, "num_experts", None) or 0):
+        raise ConversionError(
+            f"config.json has num_experts_per_tok {config.num_experts_per_tok} of {config.num_experts} experts."
+        )
     rope_type = config.rope_parameters.get("rope_type", "default")
     if rope_type not in SUPPORTED_ROPE:
         raise ConversionError(

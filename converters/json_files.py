@@ -21,7 +21,7 @@ def read_json_object(path: Path) -> dict:
         raise ConversionError(f"{path.parent} is not a model folder: it has no {path.name}.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ConversionError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise ConversionError(f"{path} does not hold a JSON object.")

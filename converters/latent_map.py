@@ -133,4 +133,6 @@ def balanced(maps: LatentMap, key_value: torch.Tensor) -> LatentMap:
 def _rms(rows: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
     """Root mean square of ``rows @ x``, for ``E x xᵀ = moments``; never so small that dividing by it blows up."""
     squares = ((rows @ moments) * rows).sum(-1).clamp(min=0)
-    return squares.clamp(min=1e-12 * squares.max()).clamp(min=1e-300).sqrt()
+    if not squares.any():  # all inputs are zero
+        return torch.ones_like(squares)
+    return squares.clamp(min=1e-12 * squares.max()).sqrt()

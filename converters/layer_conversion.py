@@ -74,4 +74,5 @@ def energy_kept(maps: LatentMap, moments: torch.Tensor) -> float:
     cached = torch.cat((maps.kv_to_latent, rope)).to(moments)
     seen = cached @ moments
     recovered = torch.linalg.pinv(seen @ cached.mT, hermitian=True) @ seen
-    return ((seen * recovered).sum() / moments.trace()).item()
+    energy = moments.trace()
+    return ((seen * recovered).sum() / energy).item() if energy else 1.0

@@ -125,7 +125,7 @@ class SourceLayer:
         with calibration_autocast(self.device):
             expected = self.attend(x).float()
             outputs = (attention(x).float() for attention in attentions)
-            size = expected.square().sum()
+            size = expected.square().sum().clamp(min=torch.finfo(torch.float32).tiny)
             return [((output - expected).square().sum() / size).item() for output in outputs]
 
     @torch.inference_mode()

@@ -69,6 +69,8 @@ def refit_layer(
         inputs = hidden[batch, :end].to(layer.device)
         target = expected[batch, end - queries : end].to(layer.device) - inputs[:, -queries:]
         size = target.square().sum(-1)  # [windows, queries]
+        if not size.any():  # the layer's attention adds nothing: there is nothing to fit
+            continue
         with calibration_autocast(layer.device):
             output = attention(layer.normed(inputs), queries)
         loss = ((output - target).square().sum(-1) / size.clamp(min=FLOOR * size.mean())).mean()

@@ -1,5 +1,6 @@
 """Reading the model to convert: a Hugging Face folder, a hub id, or a GGUF file."""
 
+import math
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -9,7 +10,14 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from mla_converters.checkpoint import INDEX, Checkpoint
 from mla_converters.errors import ConversionError
@@ -55,9 +63,18 @@ class Source:
             raise ConversionError(f"{folder / 'config.json'} is not a valid configuration: {error}") from error
         check_config(self.config)
         self._checkpoint = Checkpoint(folder)
-        self._check_tensors()
+        try:
+            skeleton = self.skeleton()
+            freqs, scale = self.rope
+        except Exception as error:  # torch and transformers raise whatever the numbers provoke
+            reason = str(error).strip().split("\n")[0]
+            raise ConversionError(f"{folder / 'config.json'} describes no model that can be built: {reason}") from error
+        if not (torch.isfinite(freqs).all() and math.isfinite(scale)):
+            raise ConversionError(f"{folder / 'config.json'} gives RoPE frequencies that are not finite numbers.")
+        self._check_tensors(skeleton)
+        self._check_side_files()
 
-    def _check_tensors(self) -> None:
+    def _check_tensors(self, skeleton: PreTrainedModel) -> None:
         """Compare names, shapes and dtypes with what the configuration asks for; report all at once."""
         # Derived tensors that some checkpoints carry along; the model does not read them.
         for name in self._checkpoint.names():
@@ -65,12 +82,23 @@ class Source:
                 self._checkpoint.ignore(name)
         if self.config.tie_word_embeddings:
             self._checkpoint.ignore("lm_head.weight")
-        problems = self._checkpoint.problems(self.skeleton())
+        problems = self._checkpoint.problems(skeleton)
         if problems:
             more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
             raise ConversionError(
                 f"The weights in {self.folder} do not fit config.json: {'; '.join(problems[:5])}{more}."
             )
+
+    def _check_side_files(self) -> None:
+        """Load what is carried over unread, for what cannot be loaded here would fail when it is served."""
+        if any(self.folder.glob("tokenizer*")):
+            self.tokenizer()
+        if (self.folder / "generation_config.json").exists():
+            try:
+                GenerationConfig.from_pretrained(self.folder)
+            except Exception as error:  # transformers takes any content for its fields
+                reason = str(error).strip().split("\n")[0]
+                raise ConversionError(f"generation_config.json in {self.folder} cannot be loaded: {reason}") from error
 
     @property
     def head_dim(self) -> int:

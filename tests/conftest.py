@@ -42,10 +42,11 @@ Refused = Callable[..., str]
 SPLIT = ("--kv-lora-rank", 128, "--qk-rope-head-dim", 64)  # half of what SmolLM2 caches
 
 
-def vllm_mla(*args: object) -> subprocess.CompletedProcess[str]:
+def vllm_mla(*args: object, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """Run the command line as a user does."""
     command = [str(BIN / "vllm-mla"), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    variables = {**os.environ, **(environment or {})}
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=variables)
 
 
 def convert(source: Path, out: Path, *options: object) -> Path:

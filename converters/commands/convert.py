@@ -9,6 +9,7 @@ from rich.table import Table
 
 from mla_converters.commands.common import check_choice, check_output, quiet_transformers, write_report
 from mla_converters.errors import ConversionError
+from mla_converters.hub import check_push, push
 
 EPILOG = """
 **Examples**
@@ -118,11 +119,22 @@ def convert(
     device: Annotated[str, typer.Option(help="Where layers run: cpu, cuda, cuda:1 …")] = "cpu",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report here, for machines.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="ORG/NAME", help="Upload OUT to a new repository.", rich_help_panel="Hub")
+    ] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="Let everybody see it. [default: private]", rich_help_panel="Hub")
+    ] = False,
 ) -> None:
     """Write an MLA checkpoint of SOURCE that `vllm serve OUT` runs."""
     check_output("--json", json_file)
+    if public and not push_to_hub:
+        raise ConversionError("--public is about --push-to-hub: give both.")
+    if push_to_hub:
+        check_push(push_to_hub)
     # Imported here, not above: `--help` should not wait for torch.
     from mla_converters.attention_aware_run import Ingredient
+    from mla_converters.card import update_card
     from mla_converters.convert import convert as run
     from mla_converters.layer_sizes import LayerSizes
     from mla_converters.methods.mha2mla import Keep, Svd
@@ -162,6 +174,9 @@ def convert(
     report = run(source, out, options, revision=revision, force=force, quiet=not Console(stderr=True).is_terminal)
     write_report(json_file, report)
     _print_report(report)
+    if push_to_hub:
+        update_card(out, repo=push_to_hub)
+        print(f"Uploaded to {push(out, push_to_hub, private=not public)}")
 
 
 def _print_report(report: dict) -> None:

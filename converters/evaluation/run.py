@@ -4,6 +4,7 @@ import hashlib
 import math
 import platform
 import resource
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -27,6 +28,8 @@ from mla_converters.evaluation.text import Text, TextProtocol, read_text
 from mla_converters.evaluation.vllm_engine import vllm_scores
 from mla_converters.evaluation.windows import DEFAULTS, Windows, shared_windows
 from mla_converters.options import DTYPES
+
+LARGEST_LOSS = math.log(sys.float_info.max)  # whose perplexity is a number; NaN is not below it
 
 
 class Engine(StrEnum):
@@ -167,7 +170,7 @@ def _rows(
 
 
 def _row(model: Model, scores: TokenScores, scored_bytes: int | None) -> dict[str, Any]:
-    if not math.isfinite(scores.loss):
+    if not scores.loss < LARGEST_LOSS:
         raise ConversionError(
             f"{model.name} gives losses that are not numbers: its weights are broken, or overflow in this --dtype."
         )

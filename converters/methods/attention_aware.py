@@ -144,6 +144,8 @@ def choose_rotary(model: ScoreModel, rope_dim: int, weighing: Weighing) -> Rotar
     keys = keys.permute(2, 0, 1)  # [pairs, g, g], E k kᴴ
     energy = model.query.diagonal(dim1=1, dim2=2).unflatten(1, (2, pairs)).sum(1)  # [H, pairs]
     by_kv_head = energy.unflatten(0, (kv_heads, -1)).sum(1)  # [g, pairs]
+    if not by_kv_head.any():  # all queries are zero
+        by_kv_head = torch.ones_like(by_kv_head)
     loss = (energy * model.loss).unflatten(0, (kv_heads, -1)).sum(1) / by_kv_head.clamp(min=1e-300)
     amplitude = by_kv_head.clamp(min=DAMPING**2 * by_kv_head.max()).sqrt().mT  # [pairs, g]
     found, mixing = torch.linalg.eigh(amplitude[:, :, None] * keys * amplitude[:, None, :])
@@ -200,7 +202,7 @@ def attention_aware_map(
 
 
 def _square_root(metric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Damped ``metric ** 0.5`` and its inverse."""
-    values, vectors = torch.linalg.eigh(metric)
-    root = values.clamp(min=DAMPING * values.max()).clamp(min=1e-300).sqrt()
+    """Damped ``metric ** 0.5`` and its inverse; of zero, where nothing reads a head, the identity's."""
+    values, vectors = torch.linalg.eigh(metric if metric.any() else torch.eye(len(metric), dtype=metric.dtype))
+    root = values.clamp(min=DAMPING * values.max()).sqrt()
     return (vectors * root) @ vectors.mT, (vectors / root) @ vectors.mT

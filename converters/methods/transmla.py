@@ -116,7 +116,9 @@ def joint_map(
     joint = remaining @ moments.kv @ remaining.mT
     rms = joint.diagonal().clamp(min=0).sqrt()  # rounding can leave a zero below zero
     keys = width - rope_dim
-    scale = rms[:keys].mean() / (rms[keys:].mean() * balance_kv_ratio) if keys else joint.new_tensor(1.0)
+    scale = rms[:keys].mean() / (rms[keys:].mean() * balance_kv_ratio)
+    if not (scale > 0 and scale.isfinite()):  # no keys are left, or all of them or all values are zero
+        scale = joint.new_tensor(1.0)
     shrink = torch.cat((joint.new_full((keys,), 1.0) / scale, joint.new_ones(width)))
     basis = principal_axes(shrink[:, None] * joint * shrink)[:, :kv_lora_rank]  # [2gd - r, R]
     return LatentMap(
