@@ -86,7 +86,7 @@ class Checkpoint:
             # Opened for each tensor: a file that stays open stays mapped, and all that was read of it in memory.
             with safe_open(path, framework="pt") as shard:
                 tensor = shard.get_tensor(name)
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, RuntimeError) as error:  # torch's own, between finding and mapping the file
             raise UnfinishedError(f"{path} cannot be read any more ({error}): bring it back.") from error
         # In parts: checking makes copies.
         if not all(torch.isfinite(part).all() for part in tensor.flatten().split(CHECKED_AT_ONCE)):

@@ -127,7 +127,7 @@ def test_interrupted(source: Path, expected: dict[str, bytes], tmp_path: Path) -
         wait_for(process, (folder / "layers.safetensors").exists)
         process.send_signal(signal.SIGINT)
         _, complaint = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 130, complaint
     (line,) = complaint.strip().splitlines()
     assert line.startswith("vllm-mla: error: Interrupted.") and str(folder) in line
     assert not out.exists()
@@ -142,7 +142,7 @@ def test_vanished_shard(source: Path, expected: dict[str, bytes], tmp_path: Path
         wait_for(process, (tmp_path / "out.partial" / "layers.safetensors").exists)
         shard.rename(away)
         _, complaint = process.communicate(timeout=60)
-    assert process.returncode == 2
+    assert process.returncode == 2, complaint
     (line,) = complaint.strip().splitlines()
     assert str(shard) in line and "bring it back" in line
     assert not out.exists()
