@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM
 from mla_converters.cli import main
 from mla_converters.verification import SAMPLE, verify
 
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "25"))
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "60"))
 SOUND = 1e4  # size of a logit; beyond, and with NaN, a source overflows before it is converted
 SECONDS = 60  # for one case, most of which take less than one
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
