@@ -88,8 +88,7 @@ class Checkpoint:
                 tensor = shard.get_tensor(name)
         except (SafetensorError, OSError, RuntimeError) as error:  # torch's own, between finding and mapping the file
             raise UnfinishedError(f"{path} cannot be read any more ({error}): bring it back.") from error
-        # In parts: checking makes copies.
-        if not all(torch.isfinite(part).all() for part in tensor.flatten().split(CHECKED_AT_ONCE)):
+        if not is_finite(tensor):
             raise ConversionError(f"Tensor {name} of {self.folder} holds NaN or infinity.")
         return tensor
 
@@ -109,6 +108,12 @@ class Checkpoint:
             elif self.dtype(name) is None:
                 problems.append(f"{name} has dtype {found.dtype}, not a float of 16 bits or more")
         return problems
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is free of NaN and infinity."""
+    # In parts: checking makes copies.
+    return all(torch.isfinite(part).all() for part in tensor.flatten().split(CHECKED_AT_ONCE))
 
 
 def _shards(folder: Path) -> list[Path]:

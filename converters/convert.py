@@ -61,8 +61,13 @@ def convert(
         context, budget = _context(opened, options), asked_budget(opened, options)
         with work_folder(out, force, conversion_identity(opened, options)) as work:
             work.check_space(_disk_bytes(opened, budget, options))
-            prepared = prepare(opened, budget, options, work, progress)
-            details = prepared.details | _convert_weights(opened, prepared, work, options, progress)
+            try:
+                prepared = prepare(opened, budget, options, work, progress)
+                details = prepared.details | _convert_weights(opened, prepared, work, options, progress)
+            except torch.linalg.LinAlgError as error:
+                raise ConversionError(
+                    f"{source} gives numbers out of range on the calibration text: its weights are broken."
+                ) from error
             _copy_side_files(opened, work.model)
             config = _mla_config(opened, prepared.budget, context, options, details)
             write_json(work.model / "config.json", config)

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 
-from mla_converters.checkpoint import FLOAT_DTYPES, INDEX
+from mla_converters.checkpoint import FLOAT_DTYPES, INDEX, is_finite
+from mla_converters.errors import ConversionError
 from mla_converters.json_files import write_json
 
 SHARD_BYTES = 5 * 10**9
@@ -91,11 +92,21 @@ class Shards:
         return True
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write a tensor of the planned shape, in the planned dtype."""
+        """Write a tensor of the planned shape, in the planned dtype.
+
+        Raises:
+            ConversionError: it holds NaN or infinity, in that dtype.
+        """
         planned = self._tensors[name]
         assert tensor.shape == planned.shape, f"{name} is {tuple(tensor.shape)}, planned {tuple(planned.shape)}"
         place = self._places[name]
-        content = tensor.detach().to("cpu", planned.dtype).contiguous().flatten().view(torch.uint8).numpy()
+        converted = tensor.detach().to("cpu", planned.dtype)
+        if not is_finite(converted):
+            raise ConversionError(
+                f"{name} would hold NaN or infinity as {planned.dtype}: the source's weights are out of range, or "
+                "--dtype is too narrow for them."
+            )
+        content = converted.contiguous().flatten().view(torch.uint8).numpy()
         with place.path.open("r+b") as file:
             file.seek(place.offset)
             file.write(content.data)

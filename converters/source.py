@@ -199,7 +199,7 @@ def open_source(source: str, revision: str | None = None) -> Iterator[Source]:
 
 
 def _download(repo: str, revision: str | None) -> Path:
-    patterns: Iterable[str] = ("config.json", "*.safetensors", INDEX, *SIDE_FILES)
+    patterns: Iterable[str] = ("config.json", "README.md", "*.safetensors", INDEX, *SIDE_FILES)
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

@@ -219,6 +219,14 @@ def test_wrong_tensors(refused: Refused, source: Path, tmp_path: Path) -> None:
     assert f"{name} of" in refused(source, "--method", "exact")
 
 
+def test_too_narrow_dtype(refused: Refused, source: Path) -> None:
+    """What fits into float32 may be infinite in float16."""
+    name = "model.layers.1.mlp.up_proj.weight"
+    edit_tensors(source, lambda tensors: tensors[name][0].fill_(1e5))
+    line = refused(source, "--method", "exact", "--dtype", "float16")
+    assert f"{name} would hold NaN or infinity as torch.float16" in line
+
+
 def test_index_must_stay_in_its_folder(refused: Refused, source: Path, tmp_path: Path) -> None:
     index = source / "model.safetensors.index.json"
     for name, reason in (("../model.safetensors", "not a file of the same folder"), ("a.safetensors", "missing")):

@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM
 from mla_converters.cli import main
 from mla_converters.verification import SAMPLE, verify
 
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "25"))
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "60"))
 SOUND = 1e4  # size of a logit; beyond, and with NaN, a source overflows before it is converted
 SECONDS = 60  # for one case, most of which take less than one
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -307,7 +307,7 @@ def check(pristine: Path, model: str, sharded: bool, damages: list[Damage], opti
         source = Path(shutil.copytree(pristine / f"{model}{'-sharded' * sharded}", Path(scratch, "source")))
         for damage in damages:
             # What the first left may be nothing that the second can read.
-            with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError, SafetensorError):
+            with contextlib.suppress(OSError, ValueError, AttributeError, TypeError, RuntimeError, SafetensorError):
                 damage.do(source)
         before = contents(Path(scratch))
         out = Path(scratch, "out")
@@ -341,6 +341,18 @@ def logits(folder: Path) -> torch.Tensor | None:
         return None
     ids = torch.tensor([ord(character) for character in SAMPLE])[None, : model.config.max_position_embeddings]
     return model(ids % model.config.vocab_size).logits
+
+
+@pytest.mark.parametrize("options", METHODS, ids=lambda options: options[1])
+@pytest.mark.parametrize("dead", ["input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"])
+def test_dead_layer(pristine: Path, tmp_path: Path, dead: str, options: tuple[object, ...]) -> None:
+    """A layer whose keys, values or queries are all zero is nothing to divide by."""
+    source = Path(shutil.copytree(pristine / "llama", tmp_path / "source"))
+    tensors = load_file(source / WEIGHTS)
+    tensors[f"model.layers.0.{dead}.weight"].zero_()
+    save_file(tensors, source / WEIGHTS)
+    assert command_line("convert", source, tmp_path / "out", *options) == (0, "")
+    assert verify(tmp_path / "out")["ok"]
 
 
 @settings(
