@@ -25,8 +25,8 @@ from demo_model import demo_folder
 
 COMMAND = "python benchmarks/families.py --valid wiki.valid.tokens --test wiki.test.raw"
 LENGTH, BATCH = 512, 4
-LAYER_WINDOWS, LAYER_STEPS, LAYER_RATE = 32, 80, 0.01
-STEPS, RATE = 60, 1e-4
+LAYER_WINDOWS, LAYER_STEPS, LAYER_RATE = 16, 64, 0.01
+STEPS, RATE = 32, 1e-4
 RATIOS = (0.5, 0.25)
 SHARED = (
     "vocab_size",

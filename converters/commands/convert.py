@@ -137,10 +137,12 @@ def convert(
     from mla_converters.card import update_card
     from mla_converters.convert import convert as run
     from mla_converters.layer_sizes import LayerSizes
+    from mla_converters.memory import return_freed_memory
     from mla_converters.methods.mha2mla import Keep, Svd
     from mla_converters.options import Method, Options
 
     quiet_transformers()
+    return_freed_memory()
     for name, value, choices in (
         ("--method", method, Method),
         ("--rope-keep", rope_keep, Keep),
