@@ -106,9 +106,9 @@ def attention_aware(
 ) -> LayerConversion:
     """The method, ready to convert layers.
 
-    Two streams of hidden states pass through each layer: the source's, and the converted model's. A layer is
-    computed from the inputs it will really get, and refitted so that what comes out is what the source has there:
-    it repairs what earlier layers lost.
+    Two streams of hidden states pass through each layer: the converted model's and, if it is needed, the source's. A
+    layer is computed from the inputs it will really get, and refitted so that what comes out is what the source has
+    there: it repairs what earlier layers lost.
 
     Args:
         source: the model.
@@ -117,29 +117,32 @@ def attention_aware(
         options: ingredients.
     """
 
+    needs_source = options.refit.steps > 0 or Ingredient.CONVERTED_INPUTS in options.without
+
     def start() -> Streams:
         hidden = embed(source, windows)
         generator = torch.Generator().manual_seed(options.seed).get_state()
-        return {"source": hidden, "converted": hidden.clone(), "generator": generator}
+        return {"converted": hidden, "generator": generator} | ({"source": hidden.clone()} if needs_source else {})
 
     def convert(layer: SourceLayer, streams: Streams) -> ConvertedLayer:
-        hidden, converted = streams["source"], streams["converted"]
-        if Ingredient.CONVERTED_INPUTS in options.without:
+        hidden, converted = streams.get("source"), streams["converted"]
+        if hidden is not None and Ingredient.CONVERTED_INPUTS in options.without:
             converted.copy_(hidden)
         model = layer_model(layer, converted, options.without)
         maps = best_map(layer, converted, model, budgets[layer.index], options.without)
         attention = layer.converted(mla_weights(layer.attention_weights, maps))
-        layer.add_attention(hidden, layer.attend)
-        if options.refit.steps:
+        if hidden is not None:
+            layer.add_attention(hidden, layer.attend)
+        if hidden is not None and options.refit.steps:
             generator = torch.Generator()
             generator.set_state(streams["generator"])
             refit_layer(attention, layer, converted, hidden, options.refit, generator)
             streams["generator"] = generator.get_state()
         weights = attention.weights()
         measured = measure(layer, converted, maps, model.key_value, weights)
-        layer.add_attention(converted, attention)
-        layer.add_mlp(converted)
-        layer.add_mlp(hidden)
+        layer.advance(converted, attention)
+        if hidden is not None:
+            layer.add_mlp(hidden)
         return ConvertedLayer(weights, measured)
 
     return LayerConversion(start, convert)
