@@ -1,5 +1,6 @@
 """The CPU backend against attention in float64, for awkward sizes, lengths and pages."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,10 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from vllm.model_executor.layers.attention.mla_attention import (
+    MLACommonBaseImpl,
     MLACommonPrefillMetadata,
     build_mla_chunked_context_metadata,
 )
 from vllm.platforms import current_platform
+from vllm.v1.attention.backends.mla.prefill.base import MLAPrefillBackend
 
 from vllm_mla_plugin.backends import cpu, cpu_kernel
 from vllm_mla_plugin.backends.cpu import AnySizeCPUMLAImpl
@@ -146,9 +149,17 @@ def test_decode_of_padding() -> None:
     assert got[0].isfinite().all() and not got[1].any()
 
 
-def check_prefill(sizes: Sizes, dtype: torch.dtype, contexts: list[int], lengths: list[int]) -> None:
+def check_prefill(
+    sizes: Sizes,
+    dtype: torch.dtype,
+    contexts: list[int],
+    lengths: list[int],
+    make: Callable[[Sizes, torch.dtype], MLACommonBaseImpl] = make_impl,
+    make_prefill: Callable[[Sizes, float], MLAPrefillBackend] | None = None,
+) -> None:
+    """``forward_mha`` of an implementation; vLLM's metadata builder and, where it uses one, prefill backend."""
     torch.manual_seed(0)
-    impl = make_impl(sizes, dtype)
+    impl = make(sizes, dtype)
     cache, table = make_cache(sizes, [c + n for c, n in zip(contexts, lengths, strict=True)], dtype)
     starts = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     width = sizes.latent + sizes.rope
@@ -165,6 +176,9 @@ def check_prefill(sizes: Sizes, dtype: torch.dtype, contexts: list[int], lengths
         dcp_virtual_block_size=1,
     )
     prefill = MLACommonPrefillMetadata(table, starts, max(lengths), chunked)
+    if make_prefill is not None:
+        prefill.prefill_backend = make_prefill(sizes, impl.scale)
+        prefill.prefill_backend.prepare_metadata(prefill)
     q = torch.randn(sum(lengths), sizes.heads, sizes.nope + sizes.rope, dtype=dtype)
     everything = [
         cached_tokens(cache, table[i], context + length)
