@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import TEXT, run_engine
+from transformers import AutoTokenizer
 from vllm.model_executor.layers.attention.mla_attention import (
     MLACommonBaseImpl,
     MLACommonPrefillMetadata,
@@ -228,3 +230,30 @@ def test_compiler_problems(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     problem = cpu_kernel.run_compiler(("g++", "--no-such-option"), tmp_path / "x.so")
     assert problem.startswith("g++ failed: ")
     assert not list(tmp_path.iterdir())
+
+
+def text_prompts(folder: Path) -> list[list[int]]:
+    """Long and short ones; the first four share 200 tokens."""
+    ids = AutoTokenizer.from_pretrained(folder)(TEXT).input_ids
+    return [*(ids[:200] + ids[300 + i : 340 + i] for i in range(0, 60, 15)), ids[5:500], ids[7:20]]
+
+
+def test_chunked_prefill_and_prefix_caching(half: Path) -> None:
+    """Prompts in pieces of 64 tokens, and from the cache where they begin alike: the same tokens."""
+    prompts = text_prompts(half)
+    off = {"enable_prefix_caching": False, "enable_chunked_prefill": False}
+    on = {"enable_prefix_caching": True, "enable_chunked_prefill": True, "max_num_batched_tokens": 64}
+    plain = run_engine(half, prompts, max_tokens=12, engine=off)
+    pieces = run_engine(half, [*prompts, *prompts[:2]], max_tokens=12, engine={**on, "max_num_seqs": 2})
+    assert pieces["tokens"] == plain["tokens"] + plain["tokens"][:2]
+    assert plain["cached_tokens"] == [0] * len(prompts)
+    assert pieces["cached_tokens"][3] >= 192 and pieces["cached_tokens"][-1] >= 224
+
+
+def test_speculative_decoding(half: Path) -> None:
+    """Several tokens of a request at once, guessed from its prompt: the same tokens."""
+    prompts = text_prompts(half)
+    speculation = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
+    plain = run_engine(half, prompts, max_tokens=12)
+    guessed = run_engine(half, prompts, max_tokens=12, engine={"speculative_config": speculation})
+    assert guessed["tokens"] == plain["tokens"]

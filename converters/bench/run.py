@@ -3,7 +3,7 @@
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -20,6 +20,8 @@ from mla_converters.evaluation.models import Model, find_models
 
 DEFAULT_LENGTHS = (1024, 2048, 4096, 8192, 16384)
 """Input and output lengths of TransMLA's speed measurements (Meng et al. 2025)."""
+RATES = ("output_tokens_per_second", "decode_tokens_per_second")
+TIMES = ("time_to_first_token", "time_per_output_token")
 CPU_CACHE_BYTES = 4 * 2**30
 """On a CPU, vLLM would take most of the memory for the cache of one engine."""
 
@@ -197,31 +199,28 @@ def _row(
         **medians(own),
         "ratios": {
             "kv_capacity": facts[model.name]["kv_capacity_tokens"] / facts[first.name]["kv_capacity_tokens"],
-            # Round by round, for a round's runs were close in time.
-            "output_tokens_per_second": median(
-                mine["output_tokens_per_second"] / others["output_tokens_per_second"]
-                for mine, others in zip(own, base, strict=True)
-            ),
-            "time_to_first_token": _time_ratio(own, base, "time_to_first_token"),
-            "time_per_output_token": _time_ratio(own, base, "time_per_output_token"),
+            **{key: _ratio(own, base, lambda run, key=key: run[key]) for key in RATES},
+            **{key: _ratio(base, own, lambda run, key=key: run[key] and run[key]["median"]) for key in TIMES},
         },
         "runs": own,
     }
 
 
-def _time_ratio(own: list[dict[str, Any]], base: list[dict[str, Any]], key: str) -> float | None:
-    """How many times faster than the first model, by medians over requests."""
-    if own[0][key] is None:
-        return None
-    return median(others[key]["median"] / mine[key]["median"] for mine, others in zip(own, base, strict=True))
+def _ratio(
+    above: list[dict[str, Any]], below: list[dict[str, Any]], figure: Callable[[dict[str, Any]], float | None]
+) -> float | None:
+    """Median of the ratios of a figure, round by round, for a round's runs were close in time."""
+    pairs = [(figure(a), figure(b)) for a, b in zip(above, below, strict=True)]
+    known = [a / b for a, b in pairs if a is not None and b is not None]
+    return median(known) if known else None
 
 
 def medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Each figure's median over the rounds."""
     result: dict[str, Any] = {}
     for key, value in runs[0].items():
-        values = [run[key] for run in runs]
-        if value is None:
+        values = [run[key] for run in runs if run[key] is not None]
+        if not values:
             result[key] = None
         else:
             result[key] = medians(values) if isinstance(value, dict) else median(values)

@@ -10,8 +10,9 @@ import os
 import random
 import sys
 import time
+from itertools import pairwise
 from statistics import mean, median, quantiles
-from typing import Any
+from typing import Any, NamedTuple
 
 
 def main() -> None:
@@ -63,40 +64,59 @@ def describe(llm: Any) -> dict[str, Any]:
 def measure(llm: Any, requests: int, input_len: int, output_len: int, seed: int) -> dict[str, Any]:
     """Serve ``requests`` prompts of random tokens, all sent at once."""
     from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
 
-    vocabulary = llm.llm_engine.model_config.get_vocab_size()
+    engine = llm.llm_engine
+    vocabulary = engine.model_config.get_vocab_size()
     generator = random.Random(seed)
-    prompts = [
-        {"prompt_token_ids": [generator.randrange(vocabulary) for _ in range(input_len)]} for _ in range(requests)
-    ]
-    sampling = SamplingParams(temperature=0, max_tokens=output_len, ignore_eos=True, detokenize=False)
+    sampling = SamplingParams(
+        temperature=0,
+        max_tokens=output_len,
+        ignore_eos=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
+    )
     started = time.perf_counter()
-    outputs = llm.generate(prompts, sampling, use_tqdm=False)
-    seconds = time.perf_counter() - started
-    assert all(len(output.outputs[0].token_ids) == output_len for output in outputs)
-    return {"seconds": seconds, **summary([output.metrics for output in outputs], seconds, input_len)}
-
-
-def summary(times: list[Any], seconds: float, input_len: int) -> dict[str, Any]:
-    """Figures of one run from the times that vLLM keeps of each request.
-
-    Times to the first token count from when all requests were sent, waiting included.
-    """
-    generated = sum(request.num_generation_tokens for request in times)
-    row: dict[str, Any] = {
-        "output_tokens_per_second": generated / seconds,
-        "total_tokens_per_second": (generated + len(times) * input_len) / seconds,
-        "time_to_first_token": spread([request.first_token_latency for request in times]),
-        "peak_concurrency": peak_concurrency([(request.scheduled_ts, request.last_token_ts) for request in times]),
-        "preemptions": sum(request.num_preemptions for request in times),
+    for i in range(requests):
+        prompt = [generator.randrange(vocabulary) for _ in range(input_len)]
+        engine.add_request(f"{seed}-{i}", {"prompt_token_ids": prompt}, sampling)
+    steps, finished = [], []
+    while engine.has_unfinished_requests():
+        outputs = engine.step()
+        steps.append(Step(time.perf_counter() - started, [output.request_id for output in outputs]))
+        finished += [output.metrics for output in outputs if output.finished]
+    assert sum(times.num_generation_tokens for times in finished) == requests * output_len
+    return {
+        "seconds": steps[-1].time,
+        "output_tokens_per_second": requests * output_len / steps[-1].time,
+        "total_tokens_per_second": requests * (input_len + output_len) / steps[-1].time,
+        "decode_tokens_per_second": decode_rate(steps, requests),
+        "time_to_first_token": spread([times.first_token_latency for times in finished]),
+        "time_per_output_token": spread(
+            [(times.last_token_ts - times.first_token_ts) / (output_len - 1) for times in finished]
+        )
+        if output_len > 1
+        else None,
+        "peak_concurrency": peak_concurrency([(times.scheduled_ts, times.last_token_ts) for times in finished]),
+        "preemptions": sum(times.num_preemptions for times in finished),
     }
-    per_token = [
-        (request.last_token_ts - request.first_token_ts) / (request.num_generation_tokens - 1)
-        for request in times
-        if request.num_generation_tokens > 1
-    ]
-    row["time_per_output_token"] = spread(per_token) if per_token else None
-    return row
+
+
+class Step(NamedTuple):
+    """One step of the engine: when it was done, and which requests it gave tokens."""
+
+    time: float
+    requests: list[str]
+
+
+def decode_rate(steps: list[Step], requests: int) -> float | None:
+    """Tokens per second of the steps that did nothing but decode all requests, the median step's; None without any."""
+    rates, begun = [], set()
+    for before, step in pairwise(steps):
+        begun.update(before.requests)
+        if len(begun) == requests and len(step.requests) == requests:
+            rates.append(requests / (step.time - before.time))
+    return median(rates) if rates else None
 
 
 def spread(values: list[float]) -> dict[str, float]:

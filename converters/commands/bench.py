@@ -3,6 +3,7 @@
 import json
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -153,21 +154,44 @@ def _print_report(report: dict[str, Any]) -> None:
     )
     names = list(dict.fromkeys(row["name"] for row in rows))
     short = dict(zip(names, short_names(names), strict=True))
-    table = Table(caption="in parentheses: times as good as the first model; times in ms, medians over requests")
-    table.add_column("model", overflow="fold")
-    for column in ("requests", "in", "out", "output tokens/s", "first token", "per token", "at once", "KV tokens"):
-        table.add_column(column, justify="right")
-    for row in rows:
-        ratios, per_token = row["ratios"], row["time_per_output_token"]
-        table.add_row(
-            short[row["name"]],
-            f"{row['requests']:,}",
-            f"{row['input_len']:,}",
-            f"{row['output_len']:,}",
-            f"{row['output_tokens_per_second']:,.1f} ({ratios['output_tokens_per_second']:.2f}x)",
-            f"{1e3 * row['time_to_first_token']['median']:,.0f} ({ratios['time_to_first_token']:.2f}x)",
-            "—" if per_token is None else f"{1e3 * per_token['median']:,.1f} ({ratios['time_per_output_token']:.2f}x)",
-            f"{row['peak_concurrency']:,.0f}",
-            f"{row['kv_capacity_tokens']:,} ({ratios['kv_capacity']:.2f}x)",
+    for requests, input_len, output_len in dict.fromkeys(
+        (row["requests"], row["input_len"], row["output_len"]) for row in rows
+    ):
+        table = Table(
+            title=f"{requests:,} x {input_len:,} in, {output_len:,} out", title_justify="left", title_style="bold"
         )
-    out.print(table)
+        table.add_column("", overflow="fold")
+        measured = [
+            row
+            for row in rows
+            if (row["requests"], row["input_len"], row["output_len"]) == (requests, input_len, output_len)
+        ]
+        for row in measured:
+            table.add_column(short[row["name"]], justify="right")
+        for label, key, figure in FIGURES:
+            table.add_row(label, *(_cell(figure(row), row["ratios"].get(key)) for row in measured))
+        out.print(table)
+    out.print("In parentheses: how many times as good as the first model.", highlight=False)
+
+
+def _cell(value: float | None, ratio: float | None) -> str:
+    if value is None:
+        return "—"
+    text = f"{value:,.1f}" if value < 1000 and value != int(value) else f"{value:,.0f}"
+    return text if ratio is None else f"{text} ({ratio:.2f}x)"
+
+
+def _milliseconds(key: str, statistic: str) -> Callable[[dict[str, Any]], float | None]:
+    return lambda row: row[key] and 1e3 * row[key][statistic]
+
+
+# Label, name of the ratio if there is one, and how a row of the report gives the figure.
+FIGURES: tuple[tuple[str, str, Callable[[dict[str, Any]], float | None]], ...] = (
+    ("output tokens/s", "output_tokens_per_second", lambda row: row["output_tokens_per_second"]),
+    ("decode tokens/s", "decode_tokens_per_second", lambda row: row["decode_tokens_per_second"]),
+    ("time to first token, ms (median)", "time_to_first_token", _milliseconds("time_to_first_token", "median")),
+    ("time to first token, ms (p99)", "", _milliseconds("time_to_first_token", "p99")),
+    ("time per output token, ms (median)", "time_per_output_token", _milliseconds("time_per_output_token", "median")),
+    ("requests at once, at most", "", lambda row: row["peak_concurrency"]),
+    ("KV capacity, tokens", "kv_capacity", lambda row: row["kv_capacity_tokens"]),
+)
