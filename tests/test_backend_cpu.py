@@ -15,6 +15,7 @@ from vllm.model_executor.layers.attention.mla_attention import (
     build_mla_chunked_context_metadata,
 )
 from vllm.platforms import current_platform
+from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.attention.backends.mla.prefill.base import MLAPrefillBackend
 
 from vllm_mla_plugin.backends import cpu, cpu_kernel
@@ -230,6 +231,12 @@ def test_compiler_problems(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     problem = cpu_kernel.run_compiler(("g++", "--no-such-option"), tmp_path / "x.so")
     assert problem.startswith("g++ failed: ")
     assert not list(tmp_path.iterdir())
+
+
+def test_platform() -> None:
+    """vLLM took this plugin's platform, which is its CPU platform in everything else."""
+    assert type(current_platform).__module__ == "vllm_mla_plugin.platform"
+    assert current_platform.is_cpu() and isinstance(current_platform, CpuPlatform)
 
 
 def text_prompts(folder: Path) -> list[list[int]]:

@@ -3,7 +3,7 @@
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -199,20 +199,23 @@ def _row(
         **medians(own),
         "ratios": {
             "kv_capacity": facts[model.name]["kv_capacity_tokens"] / facts[first.name]["kv_capacity_tokens"],
-            **{key: _ratio(own, base, lambda run, key=key: run[key]) for key in RATES},
-            **{key: _ratio(base, own, lambda run, key=key: run[key] and run[key]["median"]) for key in TIMES},
+            **{key: _ratio(own, base, key) for key in RATES},
+            **{key: _ratio(base, own, key) for key in TIMES},
         },
         "runs": own,
     }
 
 
-def _ratio(
-    above: list[dict[str, Any]], below: list[dict[str, Any]], figure: Callable[[dict[str, Any]], float | None]
-) -> float | None:
-    """Median of the ratios of a figure, round by round, for a round's runs were close in time."""
-    pairs = [(figure(a), figure(b)) for a, b in zip(above, below, strict=True)]
+def _ratio(above: list[dict[str, Any]], below: list[dict[str, Any]], key: str) -> float | None:
+    """Median of the ratios of a figure, round by round, for a round's runs were close in time; None without it."""
+    pairs = [(_figure(a[key]), _figure(b[key])) for a, b in zip(above, below, strict=True)]
     known = [a / b for a, b in pairs if a is not None and b is not None]
     return median(known) if known else None
+
+
+def _figure(value: Any) -> float | None:
+    """A rate, or a time's median over requests."""
+    return value["median"] if isinstance(value, dict) else value
 
 
 def medians(runs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -101,12 +101,12 @@ def bench(
             raise ConversionError(f"--plot is {plot}, but must end in .png.")
         require("matplotlib", "--plot", "run pip install matplotlib, or leave it out")
     options = BenchOptions(
-        lengths=lengths and _parse_lengths(lengths),
+        lengths=None if lengths is None else _parse_lengths(lengths),
         requests=_parse_numbers("--requests", requests),
         rounds=rounds,
         dtype=dtype,
         load_format=load_format,
-        kv_cache_bytes=cache and parse_memory(cache, "--cache"),
+        kv_cache_bytes=None if cache is None else parse_memory(cache, "--cache"),
         engine=_parse_engine(engine),
     )
     report = run(models, options, quiet=not Console(stderr=True).is_terminal)

@@ -85,7 +85,7 @@ class AnySizeCPUMLAImpl(CPUMLAImpl):
         w_uk, w_uv = weight.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
         self.w_uk, self.w_uv = w_uk, w_uv.mT
         library = compile_kernel(self.num_heads, self.kv_lora_rank, self.qk_rope_head_dim, act_dtype)
-        self.kernel = library and DecodeKernel(library, self.kv_lora_rank, self.scale)
+        self.kernel = None if library is None else DecodeKernel(library, self.kv_lora_rank, self.scale)
 
     def forward_mqa(
         self,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from vllm.model_executor.layers.attention.mla_attention import (
     MLACommonMetadata,
+    MLADims,
     accumulate_mla_context_chunk,
     init_mla_context_partial,
 )
@@ -47,6 +48,8 @@ def decode_width(latent: int, rope: int) -> int:
 
 class AnySizeTritonMLAMetadataBuilder(TritonMLAMetadataBuilder):
     """Builds :class:`AnySizeMLAMetadata`."""
+
+    mla_dims: MLADims
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

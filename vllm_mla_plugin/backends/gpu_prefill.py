@@ -19,6 +19,8 @@ MULTIPLE = 8
 class AnySizeFlashAttnPrefillBackend(FlashAttnPrefillBackend):
     """FlashAttention with queries, keys and values padded to sizes that it has kernels for."""
 
+    requires_v_padding: bool
+
     @classmethod
     def supports_mla_dimensions(cls, mla_dimensions: MLADimensions) -> bool:
         size = mla_dimensions.qk_nope_head_dim + mla_dimensions.qk_rope_head_dim
