@@ -231,6 +231,9 @@ def test_compiler_problems(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     problem = cpu_kernel.run_compiler(("g++", "--no-such-option"), tmp_path / "x.so")
     assert problem.startswith("g++ failed: ")
     assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "file"))
+    assert cpu_kernel.compile_kernel(3, 5, 7, torch.float32) is None, "a cache that cannot be written"
 
 
 def test_platform() -> None:

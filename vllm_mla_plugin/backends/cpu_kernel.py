@@ -84,12 +84,14 @@ def compile_kernel(heads: int, latent: int, rope: int, dtype: torch.dtype) -> ct
     recipe = (compiler, *FLAGS, *sizes)
     key = hashlib.sha256("\0".join((*recipe, SOURCE.read_text(), processor())).encode()).hexdigest()[:16]
     library = Path(envs.VLLM_CACHE_ROOT) / "mla_cpu_kernels" / f"decode-{key}.so"
-    if not library.exists():
-        if problem := run_compiler(recipe, library):
-            logger.warning("MLA decodes several times slower than it could: %s", problem)
-            return None
-        logger.info("Compiled the MLA decode kernel into %s", library)
-    return ctypes.CDLL(str(library))
+    try:
+        problem = None if library.exists() else run_compiler(recipe, library)
+        if problem is None:
+            return ctypes.CDLL(str(library))
+    except OSError as error:  # a cache folder that cannot be written, or from which nothing can be loaded
+        problem = str(error)
+    logger.warning("MLA decodes several times slower than it could: %s", problem)
+    return None
 
 
 def run_compiler(recipe: tuple[str, ...], library: Path) -> str | None:
