@@ -46,7 +46,7 @@ def main() -> None:
         report = json.loads(file.read_text())
     rows = [{**row, "name": Path(row["name"]).name} for row in report["models"]]
     result = {key: report[key] for key in ("rounds", "hardware", "versions")}
-    write_result("cpu_speed", f"python {' '.join(sys.argv)}", {**result, "rows": rows})
+    write_result("cpu_speed", f"python benchmarks/cpu_speed.py --rounds {arguments.rounds}", {**result, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import collections
 import contextlib
 import json
 import random
+import re
 import sys
 import time
 from dataclasses import dataclass, field
@@ -35,8 +36,8 @@ import demo
 CONTEXT = 2048  # the demo's server has so much
 VOCABULARY = 40000  # token ids below it are ordinary words in the demo model's tokenizer
 SHORT, LONG = (range(16, 200), range(16, 96)), (range(800, 1800), range(16, 64))  # tokens of prompt and answer
-POOL = 24
-CALIBRATION_SECONDS = 40
+POOL = 16
+CALIBRATION_SECONDS = 20
 MEMORY_SLACK = 0.05
 KINDS = {"short": 55, "long": 15, "vanishing": 12, "aborted": 8, "invalid": 10}  # of 100 requests
 
@@ -106,20 +107,25 @@ class Soak:
                 await self.complete(self.request(*LONG) | {"max_tokens": 200})
         self.counts["aborted"] += 1
 
+    def invalid_bodies(self) -> list[str]:
+        """One of every kind that must be refused, the one of 10 MB last."""
+        body = self.request(*SHORT)
+        return [
+            json.dumps(body | {"prompt": [500] * (CONTEXT + 1)}),
+            json.dumps(body)[:-9],
+            json.dumps(body | {"temperature": -1}),
+            json.dumps(body | {"top_p": 7}),
+            json.dumps(body | {"max_tokens": -5}),
+            json.dumps(body | {"prompt": "word " * 2_000_000}),
+        ]
+
     async def invalid(self) -> None:
         """A request that must be refused as the client's fault."""
-        body = self.request(*SHORT)
-        data = self.random.choices(
-            [
-                json.dumps(body | {"prompt": [500] * (CONTEXT + 1)}),
-                json.dumps(body)[:-9],
-                json.dumps(body | {"temperature": -1}),
-                json.dumps(body | {"top_p": 7}),
-                json.dumps(body | {"max_tokens": -5}),
-                json.dumps(body | {"prompt": "word " * 2_000_000}),
-            ],
-            weights=[3, 3, 3, 3, 3, 1],
-        )[0]
+        (data,) = self.random.choices(self.invalid_bodies(), weights=[3, 3, 3, 3, 3, 1])
+        await self.send_invalid(data)
+
+    async def send_invalid(self, data: str) -> None:
+        """As it is, for not all are JSON."""
         headers = {"Content-Type": "application/json"}
         async with self.session.post("/v1/completions", data=data, headers=headers) as response:
             if 400 <= response.status < 500:
@@ -142,6 +148,18 @@ class Soak:
         for size in track(sizes, "Asking alone", console=Console(stderr=True)):
             body = self.request(*size)
             self.pool.append((body, await self.complete(body)))
+
+    async def warm_up(self) -> None:
+        """Take all the memory that the server takes once: every page of its cache, and what a huge prompt needs."""
+        async with self.session.get("/metrics") as response:
+            info = re.search(r"vllm:cache_config_info{(.*)}", await response.text())
+        assert info is not None
+        sizes = dict(re.findall(r'(\w+)="(\d+)"', info[1]))
+        prompts = int(sizes["num_gpu_blocks"]) * int(sizes["block_size"]) // (CONTEXT - 8) + 1
+        bodies = [self.request(range(CONTEXT - 8, CONTEXT - 7), range(1, 2)) for _ in range(prompts)]
+        await asyncio.gather(*map(self.complete, bodies))
+        for data in self.invalid_bodies():
+            await self.send_invalid(data)
 
     async def capacity(self) -> float:
         """Requests per second that the server completes when it always has enough to do."""
@@ -183,7 +201,9 @@ async def soak(model: Path, url: str, minutes: float, overload: float) -> dict[s
     async with aiohttp.ClientSession(url, connector=limit, timeout=aiohttp.ClientTimeout(total=None)) as session:
         run = Soak(session, str(model), random.Random(0))
         await run.ask_alone()
+        await run.warm_up()
         capacity = await run.capacity()
+        run.counts.clear()
         before = server_memory(url)
         started = time.monotonic()
         await run.overload(overload * capacity, 60 * minutes)
