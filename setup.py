@@ -14,6 +14,7 @@ PLUGIN_PACKAGES = [
 ]
 CONVERTER_PACKAGES = [
     "mla_converters",
+    "mla_converters.bench",
     "mla_converters.commands",
     "mla_converters.evaluation",
     "mla_converters.methods",

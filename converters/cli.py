@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from mla_converters.commands import card, convert, plan, verify
+from mla_converters.commands import bench, card, convert, plan, verify
 from mla_converters.commands import eval as evaluation
 from mla_converters.errors import ConversionError, StoppedError
 
@@ -24,6 +24,7 @@ app.command(epilog=convert.EPILOG)(convert.convert)
 app.command(epilog=verify.EPILOG)(verify.verify)
 app.command("eval", epilog=evaluation.EPILOG)(evaluation.evaluate)
 app.command(epilog=card.EPILOG)(card.card)
+app.command(epilog=bench.EPILOG)(bench.bench)
 
 
 def main() -> None:

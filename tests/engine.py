@@ -3,7 +3,8 @@
 A process of its own, because an engine never gives back everything it took. Job: ``model``,
 ``prompts`` (token ids), ``max_tokens``, ``prompt_logprobs`` (bool), ``engine`` (arguments of
 ``vllm.LLM``), ``lora`` (folder of an adapter to use). Result: ``tokens`` and ``logprobs`` of what was
-generated, ``prompt_logprobs`` of each prompt token but the first, ``kv_tokens`` (capacity of the cache).
+generated, ``prompt_logprobs`` of each prompt token but the first, ``cached_tokens`` (of each prompt, found in the
+prefix cache), ``kv_tokens`` (capacity of the cache).
 """
 
 import json
@@ -37,6 +38,7 @@ def main() -> None:
             [step[token].logprob for step, token in zip(o.outputs[0].logprobs, o.outputs[0].token_ids, strict=True)]
             for o in outputs
         ],
+        "cached_tokens": [o.num_cached_tokens for o in outputs],
         "kv_tokens": (cache.num_gpu_blocks or 0) * cache.block_size,
     }
     if job.get("prompt_logprobs"):

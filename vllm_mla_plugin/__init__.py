@@ -52,3 +52,16 @@ def register() -> None:
     from vllm_mla_plugin.registration import register_with_vllm
 
     register_with_vllm()
+
+
+def platform() -> str | None:
+    """Entry point of group ``vllm.platform_plugins``: the platform class to use instead of vLLM's, or None.
+
+    Only vLLM's plain CPU platform is replaced, and only where no other plugin brings a platform: vLLM takes one.
+    """
+    if unsupported_vllm(_vllm_version()) or len(importlib.metadata.entry_points(group="vllm.platform_plugins")) > 1:
+        return None
+    from vllm.platforms import cpu_platform_plugin
+
+    plain = cpu_platform_plugin() == "vllm.platforms.cpu.CpuPlatform"
+    return "vllm_mla_plugin.platform.MLACpuPlatform" if plain else None

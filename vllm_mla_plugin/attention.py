@@ -15,8 +15,9 @@ from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.model_executor.utils import set_weight_attrs
 from vllm.v1.attention.backend import AttentionType
+from vllm.v1.attention.backends.mla.prefill.base import MLADimensions
 
-from vllm_mla_plugin.backends import select_backend
+from vllm_mla_plugin.backends import select_backend, select_prefill_backend
 from vllm_mla_plugin.rope import FrequencyRotaryEmbedding
 
 
@@ -100,7 +101,10 @@ class MLASelfAttention(nn.Module):
             cache_config=cache_config,
             quant_config=quant_config,
             prefix=f"{prefix}.attn",
-            attn_backend=select_backend(),
+            attn_backend=select_backend(self.latent_dim, self.rope_dim),
+            prefill_backend_cls=select_prefill_backend(
+                MLADimensions(qk_nope_head_dim=self.nope_dim, qk_rope_head_dim=self.rope_dim, v_head_dim=self.v_dim)
+            ),
         )
 
     def make_projections(

@@ -59,7 +59,7 @@ def plan(
     _print_plan(result, memory)
 
 
-def parse_memory(text: str) -> int:
+def parse_memory(text: str, option: str = "--memory") -> int:
     """Bytes from a number with a unit, decimal (GB) or binary (GiB).
 
     Raises:
@@ -68,7 +68,7 @@ def parse_memory(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]i?B)", text.strip(), re.IGNORECASE)
     unit = match and UNITS.get(match[2].upper())
     if not match or not unit or float(match[1]) == 0:
-        raise ConversionError(f"--memory is {text!r}, but must be a number with a unit, such as 16GiB or 80GB.")
+        raise ConversionError(f"{option} is {text!r}, but must be a number with a unit, such as 16GiB or 80GB.")
     return int(float(match[1]) * unit)
 
 

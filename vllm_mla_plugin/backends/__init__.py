@@ -1,17 +1,64 @@
-"""MLA attention backends for latent sizes that vLLM's own do not serve."""
+"""MLA attention backends for sizes that vLLM's own do not serve."""
 
+import torch
+from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionBackend
+from vllm.v1.attention.backends.mla.prefill.base import MLADimensions, MLAPrefillBackend
+from vllm.v1.attention.backends.mla.prefill.selector import get_mla_prefill_backend
+
+VLLM_LAYOUTS = ((512, 64), (256, 64))
+"""Latent and rope that vLLM's own GPU backends decode; it chooses the fastest for the GPU."""
 
 
-def select_backend() -> type[AttentionBackend] | None:
-    """The backend of a converted layer, or None to let vLLM choose.
+def select_backend(latent: int, rope: int) -> type[AttentionBackend] | None:
+    """The decode backend of a layer, or None to let vLLM choose among its own.
 
-    vLLM's CPU backend decodes 512 + 64 numbers per token and nothing else, so on CPU ours serves
-    every size. Elsewhere vLLM chooses among its own.
+    vLLM's CPU backend decodes 512 + 64 numbers per token and nothing else, so on CPU ours serves every size.
+
+    Args:
+        latent: ``kv_lora_rank`` of the layer.
+        rope: its ``qk_rope_head_dim``.
+
+    Raises:
+        ValueError: no GPU kernel takes the sizes or the dtype.
     """
-    if not current_platform.is_cpu():
-        return None
-    from vllm_mla_plugin.backends.cpu import AnySizeCPUMLABackend
+    if current_platform.is_cpu():
+        from vllm_mla_plugin.backends.cpu import AnySizeCPUMLABackend
 
-    return AnySizeCPUMLABackend
+        return AnySizeCPUMLABackend
+    if (latent, rope) in VLLM_LAYOUTS or not current_platform.is_cuda_alike():
+        return None
+    if (dtype := get_current_vllm_config().model_config.dtype) == torch.float32:
+        raise ValueError(f"vLLM's GPU kernels for MLA take 16-bit numbers, not {dtype}: give --dtype bfloat16.")
+    from vllm_mla_plugin.backends.gpu import AnySizeTritonMLABackend, decode_width
+
+    decode_width(latent, rope)  # refuses sizes before weights are loaded
+    return AnySizeTritonMLABackend
+
+
+def select_prefill_backend(dims: MLADimensions) -> type[MLAPrefillBackend] | None:
+    """The prefill backend of a layer, or None to let vLLM choose: ours only where it has none.
+
+    Raises:
+        ValueError: nothing on this GPU takes heads of these sizes.
+    """
+    config = get_current_vllm_config()
+    if not current_platform.is_cuda_alike() or config.attention_config.mla_prefill_backend or _vllm_has_one(config):
+        return None
+    from vllm_mla_plugin.backends.gpu_prefill import MAX_HEAD_SIZE, AnySizeFlashAttnPrefillBackend
+
+    if not AnySizeFlashAttnPrefillBackend.supports_mla_dimensions(dims):
+        raise ValueError(
+            f"On a GPU, prefill takes heads of at most {MAX_HEAD_SIZE} numbers, but this checkpoint's have {dims}: "
+            "convert with a smaller --qk-rope-head-dim."
+        )
+    return AnySizeFlashAttnPrefillBackend
+
+
+def _vllm_has_one(config: VllmConfig) -> bool:
+    try:
+        get_mla_prefill_backend(config)
+    except ValueError:
+        return False
+    return True

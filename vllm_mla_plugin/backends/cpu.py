@@ -1,8 +1,7 @@
 """MLA on CPU for any ``kv_lora_rank + qk_rope_head_dim``.
 
-Decode is multi-query attention on the latents, for all sequences of the batch at once: their
-pages are gathered into one padded tensor and attended by torch's fused CPU kernel. Prefill
-attends per request, with keys and values expanded from the latents.
+Decode is multi-query attention on the latents, in a kernel of ours. Prefill expands keys and values from the latents,
+for vLLM's kernel where it runs and for torch's elsewhere.
 """
 
 from typing import Any
@@ -12,16 +11,18 @@ import torch.nn.functional as F
 from vllm.model_executor.layers.attention.mla_attention import (
     MLACommonMetadata,
     MLACommonMetadataBuilder,
+    MLACommonPrefillMetadata,
 )
+from vllm.model_executor.layers.quantization.utils.quant_utils import get_and_maybe_dequant_weights
 from vllm.v1.attention.backend import AttentionLayer, MultipleOf
 from vllm.v1.attention.backends.mla.cpu_mla import CPUMLABackend, CPUMLAImpl
 
+from vllm_mla_plugin.backends.cpu_kernel import DecodeKernel, compile_kernel
+from vllm_mla_plugin.backends.cpu_prefill import MULTIPLE, extend, has_extend_kernel
+from vllm_mla_plugin.backends.metadata import AnySizeMLAMetadata, page_slots
 
-class AnySizeMLAMetadata(MLACommonMetadata):
-    """vLLM's MLA metadata without its list of cached sizes (320, 512, 576)."""
-
-    def __post_init__(self) -> None:
-        pass
+MAX_EXPANDED_BYTES = 256 * 2**20
+"""Of keys and values expanded from earlier context; beyond it, prefill attends to the latents themselves."""
 
 
 class AnySizeMLAMetadataBuilder(MLACommonMetadataBuilder[AnySizeMLAMetadata]):
@@ -66,13 +67,25 @@ def gather_pages(cache: torch.Tensor, block_table: torch.Tensor, length: int) ->
     Returns:
         ``[sequences, length, width]``; what lies beyond a sequence's own length is arbitrary.
     """
-    block_size = cache.shape[1]
-    blocks = block_table[:, : -(-length // block_size)].long()
+    blocks = block_table[:, : -(-length // cache.shape[1])].long()
     return cache[blocks].flatten(1, 2)[:, :length]
 
 
 class AnySizeCPUMLAImpl(CPUMLAImpl):
     """Attention on latents; the cache write is vLLM's."""
+
+    kernel: DecodeKernel | None
+    w_uk: torch.Tensor  # [heads, nope, latent]
+    w_uv: torch.Tensor  # [heads, latent, v]
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Take the two halves of ``kv_b_proj`` apart, and compile the decode kernel."""
+        weight = get_and_maybe_dequant_weights(self.kv_b_proj, out_dtype=act_dtype)
+        weight = weight.view(self.num_heads, self.qk_nope_head_dim + self.v_head_dim, self.kv_lora_rank)
+        w_uk, w_uv = weight.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
+        self.w_uk, self.w_uv = w_uk, w_uv.mT
+        library = compile_kernel(self.num_heads, self.kv_lora_rank, self.qk_rope_head_dim, act_dtype)
+        self.kernel = None if library is None else DecodeKernel(library, self.kv_lora_rank, self.scale)
 
     def forward_mqa(
         self,
@@ -80,7 +93,7 @@ class AnySizeCPUMLAImpl(CPUMLAImpl):
         kv_c_and_k_pe_cache: torch.Tensor,
         attn_metadata: MLACommonMetadata,
         layer: AttentionLayer,
-    ) -> tuple[torch.Tensor, None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Decode one token per sequence, with the up-projections absorbed into the query.
 
         Args:
@@ -94,9 +107,16 @@ class AnySizeCPUMLAImpl(CPUMLAImpl):
             q = torch.cat(q, dim=-1)
         decode = attn_metadata.decode
         assert decode is not None
-        lengths = decode.seq_lens
+        if self.kernel is not None:
+            return self.kernel(q, kv_c_and_k_pe_cache, decode.block_table, decode.seq_lens), None
+        return self._decode_with_torch(q, kv_c_and_k_pe_cache, decode.block_table, decode.seq_lens), None
+
+    def _decode_with_torch(
+        self, q: torch.Tensor, cache: torch.Tensor, block_table: torch.Tensor, lengths: torch.Tensor
+    ) -> torch.Tensor:
+        """As the kernel does, in one padded tensor."""
         longest = int(lengths.max())
-        cached = gather_pages(kv_c_and_k_pe_cache, decode.block_table, longest)
+        cached = gather_pages(cache, block_table, longest)
         # The latent is key and value at once. The rope part of a page beyond a sequence's end can hold
         # anything, NaN included, which no mask removes from a product with zero: clear it.
         beyond = torch.arange(longest) >= lengths[:, None]  # [sequences, longest]
@@ -106,7 +126,7 @@ class AnySizeCPUMLAImpl(CPUMLAImpl):
         output = F.scaled_dot_product_attention(
             q[:, None], cached[:, None], cached[:, None], attn_mask=mask[:, None, None], scale=self.scale
         )
-        return output[:, 0, :, : self.kv_lora_rank], None
+        return output[:, 0, :, : self.kv_lora_rank]
 
     def forward_mha(
         self,
@@ -119,7 +139,7 @@ class AnySizeCPUMLAImpl(CPUMLAImpl):
         output: torch.Tensor,
         output_scale: torch.Tensor | None = None,
     ) -> None:
-        """Prefill: expand keys and values per head, attend causally, request by request.
+        """Prefill: attend causally to the new tokens, and to all earlier ones of the same request.
 
         Args:
             q: ``[tokens, heads, nope + rope]`` of all prefilling requests, end to end.
@@ -130,16 +150,96 @@ class AnySizeCPUMLAImpl(CPUMLAImpl):
         """
         prefill = attn_metadata.prefill
         assert prefill is not None
+        new = torch.cat((kv_c_normed, k_pe.squeeze(1)), dim=-1)
+        if not has_extend_kernel(q.dtype):
+            self._prefill_with_torch(q, new, kv_c_and_k_pe_cache, prefill, output)
+        elif self._latents_are_cheaper(prefill):
+            output.copy_(self._extend_latents(q, new, kv_c_and_k_pe_cache, prefill).flatten(1))
+        else:
+            output.copy_(self._extend_expanded(q, new, kv_c_and_k_pe_cache, prefill).flatten(1))
+
+    def _latents_are_cheaper(self, prefill: MLACommonPrefillMetadata) -> bool:
+        """Whether to attend to the latents: for few new tokens after much context, or where its keys would not fit."""
+        if prefill.chunked_context is None or self.kv_lora_rank % MULTIPLE or self.qk_rope_head_dim % MULTIPLE:
+            return False
+        lengths = prefill.query_start_loc.diff().tolist()
+        contexts = prefill.chunked_context.context_lens_list
+        new, cached = sum(lengths), sum(contexts)
+        expanded_width = self.qk_head_dim + self.v_head_dim
+        if cached * self.num_heads * expanded_width * 2 > MAX_EXPANDED_BYTES:
+            return True
+        # Multiplications per head: of scores and values for each pair of tokens, and of the up-projections.
+        pairs = sum(length * (context + length / 2) for length, context in zip(lengths, contexts, strict=True))
+        projection = self.kv_lora_rank * (self.qk_nope_head_dim + self.v_head_dim)
+        latents = pairs * (2 * self.kv_lora_rank + self.qk_rope_head_dim) + new * projection
+        expanded = pairs * expanded_width + (new + cached) * projection
+        return latents < expanded
+
+    def _extend_latents(
+        self, q: torch.Tensor, new: torch.Tensor, cache: torch.Tensor, prefill: MLACommonPrefillMetadata
+    ) -> torch.Tensor:
+        """Attend to latents where they are, with the up-projections absorbed into queries and outputs."""
+        chunked = prefill.chunked_context
+        assert chunked is not None
+        q_nope, q_rope = q.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
+        q_latent = torch.bmm(q_nope.transpose(0, 1), self.w_uk).transpose(0, 1)
+        cached = cache.view(-1, 1, cache.shape[-1])
+        out = extend(
+            torch.cat((q_latent, q_rope), dim=-1),
+            new[:, None],
+            new[:, None, : self.kv_lora_rank],
+            prefill.query_start_loc,
+            chunked.context_lens.int(),
+            cached,
+            cached[..., : self.kv_lora_rank],
+            page_slots(prefill.block_table, cache.shape[1], max(chunked.context_lens_list)),
+            self.scale,
+        )
+        return torch.bmm(out.transpose(0, 1), self.w_uv).transpose(0, 1)
+
+    def _extend_expanded(
+        self, q: torch.Tensor, new: torch.Tensor, cache: torch.Tensor, prefill: MLACommonPrefillMetadata
+    ) -> torch.Tensor:
+        """Attend per head, to keys and values expanded from latents old and new."""
+        starts, chunked = prefill.query_start_loc, prefill.chunked_context
+        contexts = torch.zeros_like(starts[1:]) if chunked is None else chunked.context_lens.int()
+        k, v = self._expand(new)
+        cached_k, cached_v, slots = k, v, starts.new_zeros(len(contexts), 0)
+        if chunked is not None:
+            # Expanded context lies end to end.
+            longest = max(chunked.context_lens_list)
+            present = torch.arange(longest) < contexts[:, None]
+            rows = page_slots(prefill.block_table, cache.shape[1], longest)[present]
+            cached_k, cached_v = self._expand(cache.view(-1, cache.shape[-1])[rows.long()])
+            slots = (contexts.cumsum(0, dtype=torch.int32) - contexts)[:, None] + torch.arange(longest).int()
+        return extend(q, k, v, starts, contexts, cached_k, cached_v, slots, self.scale)
+
+    def _expand(self, cached: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys ``[tokens, heads, nope + rope]`` and values ``[tokens, heads, v]`` of ``[tokens, latent + rope]``."""
+        latent, k_rope = cached.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        kv = self.kv_b_proj(latent)[0].view(-1, self.num_heads, self.qk_nope_head_dim + self.v_head_dim)
+        k_nope, v = kv.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
+        k_rope = k_rope[:, None].expand(-1, self.num_heads, -1)
+        return torch.cat((k_nope, k_rope), dim=-1), v
+
+    def _prefill_with_torch(
+        self,
+        q: torch.Tensor,
+        new: torch.Tensor,
+        cache: torch.Tensor,
+        prefill: MLACommonPrefillMetadata,
+        output: torch.Tensor,
+    ) -> None:
+        """Request by request."""
         starts = prefill.query_start_loc.tolist()
         chunked = prefill.chunked_context
         contexts = chunked.context_lens_list if chunked is not None else [0] * (len(starts) - 1)
-        new = torch.cat((kv_c_normed, k_pe.squeeze(1)), dim=-1)
         for request, context in enumerate(contexts):
             tokens = slice(starts[request], starts[request + 1])
             cached = new[tokens]
             if context:
                 table = prefill.block_table[request : request + 1]
-                cached = torch.cat((gather_pages(kv_c_and_k_pe_cache, table, context)[0], cached))
+                cached = torch.cat((gather_pages(cache, table, context)[0], cached))
             output[tokens] = self._attend_causally(q[tokens], cached)
 
     def _attend_causally(self, q: torch.Tensor, cached: torch.Tensor) -> torch.Tensor:
@@ -152,11 +252,7 @@ class AnySizeCPUMLAImpl(CPUMLAImpl):
         Returns:
             ``[new, heads * v]``.
         """
-        latent, k_rope = cached.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
-        kv = self.kv_b_proj(latent)[0].view(-1, self.num_heads, self.qk_nope_head_dim + self.v_head_dim)
-        k_nope, v = kv.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
-        k_rope = k_rope[:, None].expand(-1, self.num_heads, -1)
-        k = torch.cat((k_nope, k_rope), dim=-1)
+        k, v = self._expand(cached)
         # torch's fused CPU kernel wants one head size; without it, all scores would be materialised.
         width = max(self.qk_head_dim, self.v_head_dim)
         q, k, v = (F.pad(x, (0, width - x.shape[-1])).transpose(0, 1)[None] for x in (q, k, v))

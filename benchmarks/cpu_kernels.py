@@ -1,0 +1,150 @@
+"""The CPU attention of one layer, alone: vLLM's for the source's sizes against this plugin's for half the cache.
+
+    OMP_NUM_THREADS=1 python benchmarks/cpu_kernels.py [--repeats 15]
+
+SmolLM2's sizes (9 heads, 3 KV heads of 64; 128 + 64 cached), bfloat16. Decodes 1 and 16 sequences of several lengths,
+and prefills one of several lengths. The two alternate, and the minimum of each counts, for other jobs may share the
+machine. Every call takes the next of several caches, as the layers of a model do, so that none stays in the
+processor's own.
+"""
+
+import argparse
+import itertools
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from common import write_result
+from vllm import _custom_ops as ops
+from vllm.model_executor.layers.attention.mla_attention import MLACommonPrefillMetadata
+from vllm.platforms import current_platform
+from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+from test_backend_cpu import Sizes, make_impl
+
+DTYPE = torch.bfloat16
+HEADS, KV_HEADS, HEAD_DIM = 9, 3, 64
+SIZES = Sizes()
+SOURCE_BLOCK = 128  # tokens of a page, vLLM's default
+LAYERS = 6
+
+
+def pages(sequences: int, length: int, block: int) -> tuple[int, torch.Tensor]:
+    """How many pages a cache needs, and a table of them in random order."""
+    each = -(-length // block)
+    return sequences * each + 1, (torch.randperm(sequences * each) + 1).int().view(sequences, each)
+
+
+def source_attention(sequences: int, length: int, queries: int) -> Callable[[], Any]:
+    """vLLM's attention for ``queries`` new tokens of each sequence; keys and values are written first."""
+    count, table = pages(sequences, length, SOURCE_BLOCK)
+    isa = _get_attn_isa(DTYPE, SOURCE_BLOCK, HEAD_DIM, "auto")
+    caches = itertools.cycle(torch.randn(LAYERS, count, KV_HEADS, 2 * SOURCE_BLOCK, HEAD_DIM, dtype=DTYPE).unbind())
+    tokens = sequences * queries
+    q, out = (torch.randn(tokens, HEADS, HEAD_DIM, dtype=DTYPE) for _ in range(2))
+    k, v = (torch.randn(tokens, KV_HEADS, HEAD_DIM, dtype=DTYPE) for _ in range(2))
+    positions = torch.arange(length - queries, length)
+    slots = (table[:, positions // SOURCE_BLOCK].long() * SOURCE_BLOCK + positions % SOURCE_BLOCK).flatten()
+    starts = torch.arange(0, tokens + 1, queries, dtype=torch.int32)
+    lengths = torch.full((sequences,), length, dtype=torch.int32)
+    common = {"seq_lens": lengths, "query_start_loc": starts, "causal": True, "dynamic_causal": None}
+    metadata = ops.cpu_attn_get_scheduler_metadata(
+        num_reqs=sequences,
+        num_heads=HEADS,
+        num_kv_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        dtype=DTYPE,
+        sliding_window_size=-1,
+        isa=isa,
+        enable_kv_split=True,
+        kv_cache_dtype="auto",
+        **common,
+    )
+
+    def run() -> None:
+        keys, values = next(caches).chunk(2, dim=2)
+        ops.cpu_attn_reshape_and_cache(k, v, keys, values, slots, isa)
+        ops.cpu_attention_with_kv_cache(
+            query=q,
+            key_cache=keys,
+            value_cache=values,
+            output=out,
+            scale=HEAD_DIM**-0.5,
+            alibi_slopes=None,
+            sliding_window=-1,
+            block_table=table,
+            softcap=0,
+            scheduler_metadata=metadata,
+            s_aux=None,
+            **common,
+        )
+
+    return run
+
+
+def our_decode(sequences: int, length: int) -> Callable[[], Any]:
+    """One new token of each sequence, on latents."""
+    impl = make_impl(SIZES, DTYPE)
+    width = SIZES.latent + SIZES.rope
+    count, table = pages(sequences, length, SIZES.block)
+    caches = itertools.cycle(torch.randn(LAYERS, count, SIZES.block, width, dtype=DTYPE).unbind())
+    q = torch.randn(sequences, SIZES.heads, width, dtype=DTYPE)
+    lengths = torch.full((sequences,), length, dtype=torch.int32)
+    metadata: Any = SimpleNamespace(decode=SimpleNamespace(block_table=table, seq_lens=lengths))
+    return lambda: impl.forward_mqa(q, next(caches), metadata, None)  # type: ignore[arg-type]
+
+
+def our_prefill(length: int) -> Callable[[], Any]:
+    """One prompt, its keys and values expanded from latents."""
+    impl = make_impl(SIZES, DTYPE)
+    count, table = pages(1, length, SIZES.block)
+    cache = torch.zeros(count, SIZES.block, SIZES.latent + SIZES.rope, dtype=DTYPE)
+    q = torch.randn(length, SIZES.heads, SIZES.nope + SIZES.rope, dtype=DTYPE)
+    latent, k_rope = (torch.randn(length, size, dtype=DTYPE) for size in (SIZES.latent, SIZES.rope))
+    output = torch.empty(length, SIZES.heads * SIZES.v, dtype=DTYPE)
+    prefill = MLACommonPrefillMetadata(table, torch.tensor([0, length], dtype=torch.int32), length)
+    metadata: Any = SimpleNamespace(prefill=prefill)
+    return lambda: impl.forward_mha(q, latent, k_rope[:, None], cache, metadata, None, output)  # type: ignore[arg-type]
+
+
+@torch.inference_mode()
+def compare(source: Callable[[], Any], ours: Callable[[], Any], repeats: int) -> dict[str, float]:
+    """Least milliseconds of each, alternating, and how many times faster ours is."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(repeats + 1):
+        for run, taken in zip((source, ours), times, strict=True):
+            started = time.perf_counter()
+            for _ in range(LAYERS):
+                run()
+            taken.append((time.perf_counter() - started) / LAYERS * 1e3)
+    source_ms, our_ms = (min(taken[1:]) for taken in times)
+    return {"source_ms": round(source_ms, 3), "mla_ms": round(our_ms, 3), "ratio": round(source_ms / our_ms, 2)}
+
+
+def main() -> None:
+    """Measure, print, and write the result file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=15)
+    arguments = parser.parse_args()
+    current_platform.import_kernels()
+    rows: list[dict[str, Any]] = []
+    for sequences, length in ((1, 2048), (1, 6144), (16, 2048), (16, 6144)):
+        run = compare(source_attention(sequences, length, 1), our_decode(sequences, length), arguments.repeats)
+        rows.append({"what": "decode", "sequences": sequences, "length": length, **run})
+        print(rows[-1], flush=True)
+    for length in (512, 2048, 6144):
+        run = compare(source_attention(1, length, length), our_prefill(length), max(2, arguments.repeats // 3))
+        rows.append({"what": "prefill", "sequences": 1, "length": length, **run})
+        print(rows[-1], flush=True)
+    threads = torch.get_num_threads()
+    write_result("cpu_kernels", "python benchmarks/cpu_kernels.py", {"threads": threads, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,244 @@
+"""Does the server stand up under load? More requests than it can serve, some of them broken, some abandoned.
+
+    python benchmarks/soak.py MODEL [--minutes 5] [--overload 1.5]
+
+Starts `vllm serve` on MODEL, a converted checkpoint, in float32, where an answer does not depend on who else is in its
+batch. Asks each prompt of a fixed set alone, measures how many requests a second the server completes, and then sends
+`--overload` times as many: short and long ones, streams whose clients vanish in the middle, requests that are aborted,
+and invalid ones (context too long, broken JSON, impossible sampling parameters, a prompt of 10 MB). At the end, every
+answer that was completed must equal the one given alone, every invalid request must have been refused as the client's
+fault, the server must answer, and its memory must be where it was.
+"""
+
+import argparse
+import asyncio
+import collections
+import contextlib
+import json
+import random
+import re
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import psutil
+from common import write_result
+from rich.console import Console
+from rich.progress import track
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+
+import demo
+
+CONTEXT = 2048  # the demo's server has so much
+VOCABULARY = 40000  # token ids below it are ordinary words in the demo model's tokenizer
+SHORT, LONG = (range(16, 200), range(16, 96)), (range(800, 1800), range(16, 64))  # tokens of prompt and answer
+POOL = 16
+CALIBRATION_SECONDS = 20
+MEMORY_SLACK = 0.05
+KINDS = {"short": 55, "long": 15, "vanishing": 12, "aborted": 8, "invalid": 10}  # of 100 requests
+
+
+@dataclass
+class Soak:
+    """The state of a run.
+
+    Attributes:
+        session: to the server.
+        model: as the server calls it.
+        pool: requests, and the answers given alone.
+        counts: requests by what became of them.
+        problems: what must not happen, in words.
+    """
+
+    session: aiohttp.ClientSession
+    model: str
+    random: random.Random
+    pool: list[tuple[dict[str, Any], str]] = field(default_factory=list)
+    counts: collections.Counter[str] = field(default_factory=collections.Counter)
+    problems: list[str] = field(default_factory=list)
+
+    def request(self, prompt_tokens: range, answer_tokens: range) -> dict[str, Any]:
+        """A greedy request of random tokens."""
+        length = self.random.choice(prompt_tokens)
+        return {
+            "model": self.model,
+            "prompt": [self.random.randrange(300, VOCABULARY) for _ in range(length)],
+            "max_tokens": self.random.choice(answer_tokens),
+            "temperature": 0,
+            "ignore_eos": True,
+        }
+
+    async def complete(self, body: dict[str, Any]) -> str:
+        """The answer's text.
+
+        Raises:
+            aiohttp.ClientResponseError: the server refuses.
+        """
+        async with self.session.post("/v1/completions", json=body) as response:
+            response.raise_for_status()
+            return (await response.json())["choices"][0]["text"]
+
+    async def valid(self) -> None:
+        """One of the pool, whose answer is known."""
+        body, alone = self.random.choice(self.pool)
+        if await self.complete(body) == alone:
+            self.counts["completed"] += 1
+        else:
+            self.counts["wrong"] += 1
+
+    async def vanishing(self) -> None:
+        """A stream whose client closes the connection in the middle."""
+        body = self.request(*SHORT) | {"stream": True, "max_tokens": 1000}
+        async with self.session.post("/v1/completions", json=body) as response:
+            response.raise_for_status()
+            for _ in range(self.random.randrange(1, 12)):
+                await response.content.readline()
+            response.close()
+        self.counts["vanished"] += 1
+
+    async def aborted(self) -> None:
+        """A client that gives up before it gets any answer."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.random.uniform(0.05, 3)):
+                await self.complete(self.request(*LONG) | {"max_tokens": 200})
+        self.counts["aborted"] += 1
+
+    def invalid_bodies(self) -> list[str]:
+        """One of every kind that must be refused, the one of 10 MB last."""
+        body = self.request(*SHORT)
+        return [
+            json.dumps(body | {"prompt": [500] * (CONTEXT + 1)}),
+            json.dumps(body)[:-9],
+            json.dumps(body | {"temperature": -1}),
+            json.dumps(body | {"top_p": 7}),
+            json.dumps(body | {"max_tokens": -5}),
+            json.dumps(body | {"prompt": "word " * 2_000_000}),
+        ]
+
+    async def invalid(self) -> None:
+        """A request that must be refused as the client's fault."""
+        (data,) = self.random.choices(self.invalid_bodies(), weights=[3, 3, 3, 3, 3, 1])
+        await self.send_invalid(data)
+
+    async def send_invalid(self, data: str) -> None:
+        """As it is, for not all are JSON."""
+        headers = {"Content-Type": "application/json"}
+        async with self.session.post("/v1/completions", data=data, headers=headers) as response:
+            if 400 <= response.status < 500:
+                self.counts["refused"] += 1
+            else:
+                self.problems.append(f"status {response.status} for an invalid request: {data[-80:]}")
+
+    async def send(self, kind: str) -> None:
+        """One request of a kind; whatever goes wrong is a problem, not an end."""
+        self.counts["sent"] += 1
+        try:
+            await (self.valid() if kind in ("short", "long") else getattr(self, kind)())
+        except (aiohttp.ClientError, OSError) as error:
+            self.problems.append(f"{kind}: {type(error).__name__}: {error}")
+
+    async def ask_alone(self) -> None:
+        """Fill the pool."""
+        shares = {SHORT: KINDS["short"], LONG: KINDS["long"]}
+        sizes = self.random.choices(list(shares), weights=list(shares.values()), k=POOL)
+        for size in track(sizes, "Asking alone", console=Console(stderr=True)):
+            body = self.request(*size)
+            self.pool.append((body, await self.complete(body)))
+
+    async def warm_up(self) -> None:
+        """Take all the memory that the server takes once: every page of its cache, and what a huge prompt needs."""
+        async with self.session.get("/metrics") as response:
+            info = re.search(r"vllm:cache_config_info{(.*)}", await response.text())
+        assert info is not None
+        sizes = dict(re.findall(r'(\w+)="(\d+)"', info[1]))
+        prompts = int(sizes["num_gpu_blocks"]) * int(sizes["block_size"]) // (CONTEXT - 8) + 1
+        bodies = [self.request(range(CONTEXT - 8, CONTEXT - 7), range(1, 2)) for _ in range(prompts)]
+        await asyncio.gather(*map(self.complete, bodies))
+        for data in self.invalid_bodies():
+            await self.send_invalid(data)
+
+    async def capacity(self) -> float:
+        """Requests per second that the server completes when it always has enough to do."""
+        end, done = time.monotonic() + CALIBRATION_SECONDS, 0
+
+        async def client() -> None:
+            nonlocal done
+            while time.monotonic() < end:
+                await self.complete(self.random.choice(self.pool)[0])
+                done += 1
+
+        started = time.monotonic()
+        await asyncio.gather(*(client() for _ in range(32)))
+        return done / (time.monotonic() - started)
+
+    async def overload(self, rate: float, seconds: float) -> None:
+        """Send at a rate, whether or not answers come, and wait for the last answer."""
+        end, tasks = time.monotonic() + seconds, []
+        while time.monotonic() < end:
+            (kind,) = self.random.choices(list(KINDS), weights=list(KINDS.values()))
+            tasks.append(asyncio.create_task(self.send(kind)))
+            await asyncio.sleep(self.random.expovariate(rate))
+        await asyncio.gather(*tasks)
+
+
+def server_memory(url: str) -> int:
+    """Resident bytes of the server that listens at ``url`` and of its children."""
+    port = int(url.rsplit(":", 1)[1])
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if any(c.laddr.port == port and c.status == psutil.CONN_LISTEN for c in process.net_connections()):
+                return sum(p.memory_info().rss for p in [process, *process.children(recursive=True)])
+    raise SystemExit(f"No process listens on port {port}.")
+
+
+async def soak(model: Path, url: str, minutes: float, overload: float) -> dict[str, Any]:
+    """Run; the figures."""
+    limit = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(url, connector=limit, timeout=aiohttp.ClientTimeout(total=None)) as session:
+        run = Soak(session, str(model), random.Random(0))
+        await run.ask_alone()
+        await run.warm_up()
+        capacity = await run.capacity()
+        run.counts.clear()
+        before = server_memory(url)
+        started = time.monotonic()
+        await run.overload(overload * capacity, 60 * minutes)
+        drained = time.monotonic() - started
+        await run.send("short")
+    after = server_memory(url)
+    growth = after / before - 1
+    if growth > MEMORY_SLACK:
+        run.problems.append(f"memory grew by {growth:.1%}")
+    return {
+        "minutes": minutes,
+        "capacity_requests_per_second": round(capacity, 2),
+        "sent_per_second": round(overload * capacity, 2),
+        "seconds_until_last_answer": round(drained),
+        **{key: run.counts[key] for key in ("sent", "completed", "wrong", "refused", "vanished", "aborted")},
+        "memory_before_mb": round(before / 1e6),
+        "memory_after_mb": round(after / 1e6),
+        "problems": run.problems,
+    }
+
+
+def main() -> None:
+    """Measure, print, and write the result file; exit code 1 if anything went wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="converted checkpoint with the demo model's tokenizer")
+    parser.add_argument("--minutes", type=float, default=5)
+    parser.add_argument("--overload", type=float, default=1.5, help="times what the server completes")
+    arguments = parser.parse_args()
+    with demo.server(arguments.model, "float32") as (url, _):
+        figures = asyncio.run(soak(arguments.model, url, arguments.minutes, arguments.overload))
+    print(json.dumps(figures, indent=2))
+    figures["model"] = arguments.model.name
+    write_result("soak", f"python {' '.join(sys.argv)}", figures)
+    sys.exit(1 if figures["wrong"] or figures["problems"] else 0)
+
+
+if __name__ == "__main__":
+    main()

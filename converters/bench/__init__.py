@@ -1,0 +1,1 @@
+"""Measuring how fast models serve: the same random requests, sent to several engines in turn."""

@@ -1,0 +1,89 @@
+"""Converted models in vLLM on a GPU: every feature once. Skipped without a GPU; not run yet."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU", allow_module_level=True)
+
+from conftest import SPLIT, RandomModel, convert, load, run_engine
+
+# Sizes of heads that FlashAttention has kernels for; deep enough that an error would grow.
+MODEL = RandomModel(heads=8, kv_heads=4, head_dim=64, hidden=256, layers=4, dtype=torch.bfloat16)
+PROMPTS = [[(7 * i + 3 * j) % 199 for j in range(n)] for i, n in enumerate((40, 1, 130, 77))]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """192 numbers per token and layer: a size of ours."""
+    folder = tmp_path_factory.mktemp("gpu")
+    return convert(MODEL.save(folder / "source"), folder / "mla", "--method", "transmla", *SPLIT)
+
+
+def run(model: Path, prompts: list[list[int]] = PROMPTS, **engine: Any) -> dict[str, Any]:
+    arguments = {"dtype": "bfloat16", "max_model_len": 256, "gpu_memory_utilization": 0.3} | engine
+    return run_engine(model, prompts, max_tokens=24, prompt_logprobs=True, no_tokenizer=True, engine=arguments)
+
+
+@torch.inference_mode()
+def assert_close_to_transformers(model: Path, result: dict[str, Any], tolerance: float = 0.15) -> None:
+    """Log-probabilities of prompts and answers, in 16 bits, on average."""
+    network = load(model)
+    for i, prompt in enumerate(PROMPTS):
+        ids = torch.tensor([prompt + result["tokens"][i]])
+        logits = network(ids).logits[0, :-1].log_softmax(-1)
+        expected = logits.gather(1, ids[0, 1:, None])[:, 0]
+        got = torch.tensor(result["prompt_logprobs"][i] + result["logprobs"][i])
+        assert (got - expected).abs().mean() < tolerance
+
+
+FEATURES: dict[str, dict[str, Any]] = {
+    "eager": {"enforce_eager": True},
+    "compiled": {"enforce_eager": False},
+    "full-cuda-graphs": {"enforce_eager": False, "compilation_config": {"cudagraph_mode": "FULL_DECODE_ONLY"}},
+    "chunked-prefill": {"enable_chunked_prefill": True, "max_num_batched_tokens": 64, "max_num_seqs": 16},
+    "n-gram-speculation": {
+        "speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
+    },
+    "fp8-cache": {"kv_cache_dtype": "fp8"},
+    "fp8-cache-chunked": {"kv_cache_dtype": "fp8", "max_num_batched_tokens": 64, "max_num_seqs": 16},
+}
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_feature(model: Path, feature: str) -> None:
+    """Each way of serving computes what transformers does."""
+    if feature.startswith("fp8") and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("fp8 needs compute capability 8.9")
+    result = run(model, **FEATURES[feature])
+    assert_close_to_transformers(model, result, tolerance=0.3 if feature.startswith("fp8") else 0.15)
+
+
+def test_prefix_caching(model: Path) -> None:
+    """The second time, most of a prompt comes from the cache, and the answer stays."""
+    arguments = {"dtype": "bfloat16", "max_model_len": 256, "gpu_memory_utilization": 0.3, "max_num_seqs": 1}
+    job = {"max_tokens": 8, "no_tokenizer": True, "engine": arguments}
+    result = run_engine(model, [PROMPTS[2], PROMPTS[2]], **job)
+    assert result["cached_tokens"][0] == 0 and result["cached_tokens"][1] >= 64
+    assert result["tokens"][0] == result["tokens"][1]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_tensor_parallel(model: Path) -> None:
+    assert_close_to_transformers(model, run(model, tensor_parallel_size=2))
+
+
+def test_deepseek_sizes_are_vllms(tmp_path: Path) -> None:
+    """512 + 64 takes vLLM's own backends."""
+    source = RandomModel(heads=8, kv_heads=4, head_dim=128, hidden=256, dtype=torch.bfloat16).save(tmp_path / "source")
+    split = ("--kv-lora-rank", 512, "--qk-rope-head-dim", 64)
+    out = convert(source, tmp_path / "mla", "--method", "transmla", *split)
+    assert_close_to_transformers(out, run(out))
+
+
+def test_float32_is_refused(model: Path) -> None:
+    with pytest.raises(AssertionError, match="give --dtype bfloat16"):
+        run(model, dtype="float32")

@@ -1,0 +1,110 @@
+"""Around the attention itself, a converted layer runs no operation that DeepSeek's layer in vLLM does not run."""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig
+from vllm.config import DeviceConfig, ModelConfig, VllmConfig, set_current_vllm_config
+from vllm.distributed import (
+    cleanup_dist_env_and_memory,
+    ensure_model_parallel_initialized,
+    init_distributed_environment,
+)
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.mla import MLAModules, MultiHeadLatentAttentionWrapper
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+
+from vllm_mla_plugin import register
+from vllm_mla_plugin.attention import MLASelfAttention
+from vllm_mla_plugin.rope import FrequencyRotaryEmbedding
+
+HEADS, LATENT, ROPE, NOPE = 8, 512, 64, 128  # DeepSeek's sizes, but for the number of heads
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is computed; views cost no kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view:
+            self.counts[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def layers(tmp_path: Any) -> Iterator[tuple[MLASelfAttention, MultiHeadLatentAttentionWrapper]]:
+    """Ours, and DeepSeek's around the same projections."""
+    register()
+    config = AutoConfig.for_model(
+        "llama_mla",
+        hidden_size=256,
+        num_hidden_layers=1,
+        num_attention_heads=HEADS,
+        kv_lora_rank=LATENT,
+        qk_rope_head_dim=ROPE,
+        qk_nope_head_dim=NOPE,
+        v_head_dim=NOPE,
+        max_position_embeddings=64,
+        architectures=["LlamaMLAForCausalLM"],
+        dtype=torch.float32,
+    )
+    config.save_pretrained(tmp_path / "model")
+    model_config = ModelConfig(str(tmp_path / "model"), dtype="float32", skip_tokenizer_init=True)
+    with set_current_vllm_config(VllmConfig(model_config=model_config, device_config=DeviceConfig("cpu"))):
+        init_distributed_environment(1, 0, f"file://{tmp_path}/rendezvous", backend="gloo")
+        ensure_model_parallel_initialized(1, 1)
+        ours = MLASelfAttention(config, 256, HEADS, HEADS, prefix="model.layers.0.self_attn")
+        for projection in (ours.q_proj, ours.kv_a_proj_with_mqa, ours.kv_b_proj, ours.o_proj):
+            projection.quant_method.process_weights_after_loading(projection)
+        modules = MLAModules(
+            kv_a_layernorm=RMSNorm(LATENT),
+            kv_b_proj=ours.kv_b_proj,
+            rotary_emb=ours.rotary_emb,
+            o_proj=ours.o_proj,
+            fused_qkv_a_proj=None,
+            kv_a_proj_with_mqa=ours.kv_a_proj_with_mqa,
+            q_a_layernorm=None,
+            q_b_proj=None,
+            q_proj=ours.q_proj,
+            indexer=None,
+            is_sparse=False,
+            topk_indices_buffer=None,
+        )
+        theirs = MultiHeadLatentAttentionWrapper(
+            256, HEADS, 1.0, NOPE, ROPE, NOPE, None, LATENT, modules, prefix="model.layers.1.self_attn"
+        )
+        yield ours, theirs
+        cleanup_dist_env_and_memory()
+
+
+@torch.inference_mode()
+def operations(layer: torch.nn.Module, attention: str, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """What a layer runs for 5 tokens, its attention left out."""
+    output = torch.zeros(5, HEADS * NOPE)
+    monkeypatch.setattr(getattr(layer, attention), "forward", lambda *args, **kwargs: output)
+    positions, hidden_states = torch.arange(5), torch.randn(5, 256)
+    with Operations() as counted:
+        layer(positions, hidden_states)
+    return counted.counts
+
+
+def test_nothing_that_deepseek_does_not_run(layers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = layers
+    own = operations(ours, "attn", monkeypatch)
+    deepseek = operations(theirs, "mla_attn", monkeypatch)
+    products = sum(count for name, count in own.items() if "mm" in name or "linear" in name)
+    assert products == 3, f"the projections are not counted: {own}"
+    assert not own - deepseek
+    assert deepseek - own, "DeepSeek's norm of the latent, at least, comes on top"
+
+
+def test_rotation_is_vllms() -> None:
+    """Only the table is ours; the kernel that rotates on a GPU is the one of every model."""
+    assert FrequencyRotaryEmbedding.forward_cuda is RotaryEmbedding.forward_cuda
