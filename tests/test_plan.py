@@ -279,8 +279,8 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "dynamic": ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "RoPE type 'dynamic'"),
     "uneven": ({"num_key_value_heads": 5}, "config.json is wrong"),
     "type": ({"hidden_size": "big"}, "not a valid configuration"),
-    "no-heads": ({"num_key_value_heads": 0}, "not a valid configuration"),
-    "no-layers": ({"num_hidden_layers": 0}, "not a valid configuration"),
+    "no-heads": ({"num_key_value_heads": 0}, "num_key_value_heads 0, where a number from 1"),
+    "no-layers": ({"num_hidden_layers": 0}, "num_hidden_layers 0, where a number from 1"),
     "dtype": ({"torch_dtype": "int8"}, "says dtype 'int8'"),
     "activation": ({"hidden_act": "nonsense"}, "not a valid configuration"),
 }
@@ -314,3 +314,15 @@ def test_memory(text: str, expected: int) -> None:
     from mla_converters.commands.plan import parse_memory
 
     assert parse_memory(text) == expected
+
+
+def test_refit_costs_time_and_memory(planned: Planner, tmp_path: Path) -> None:
+    folder = write_config(tmp_path / "model")
+    closed_form, refitted = (planned(folder, "--refit-steps", n) for n in (0, 96))
+    assert "--refit-steps 0" in closed_form["command"] and "--refit-steps" not in refitted["command"]
+    few, many = closed_form["conversion"], refitted["conversion"]
+    assert few["core_seconds"][Options.method] < many["core_seconds"][Options.method]
+    assert few["core_seconds"]["transmla"] == many["core_seconds"]["transmla"]
+    assert few["peak_memory_bytes"]["file"] < many["peak_memory_bytes"]["file"]
+    # The source's hidden states are on disk too: 4,096 float32 numbers a token, twice while a new copy is written.
+    assert many["peak_disk_bytes"] - few["peak_disk_bytes"] == 2 * 16384 * 4096 * 4

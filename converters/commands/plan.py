@@ -38,6 +38,7 @@ def plan(
         str, typer.Option(help="Memory for the KV cache, to say how many tokens fit: 16GiB, 80GB …")
     ] = "16GiB",
     calibration_tokens: Annotated[int, typer.Option(help="As `convert` will be given.")] = 16384,
+    refit_steps: Annotated[int, typer.Option(help="As `convert` will be given.")] = 96,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     dtype: Annotated[
         str | None,
@@ -53,7 +54,12 @@ def plan(
 
     quiet_transformers()
     result = run(
-        source, revision=revision, dtype=dtype, memory_bytes=memory_bytes, calibration_tokens=calibration_tokens
+        source,
+        revision=revision,
+        dtype=dtype,
+        memory_bytes=memory_bytes,
+        calibration_tokens=calibration_tokens,
+        refit_steps=refit_steps,
     )
     write_report(json_file, result)
     _print_plan(result, memory)
@@ -146,7 +152,8 @@ def _cost_table(cost: dict[str, Any], chosen: dict[str, Any]) -> Table:
     table.add_row(f"Sampling {tokens} tokens, --calibration self", _duration(cost["sampling_core_seconds"]))
     for calibration, peak in cost["peak_memory_bytes"].items():
         table.add_row(f"Peak memory, --calibration {calibration.replace('file', 'FILE')}", f"{peak / 1e9:,.1f} GB")
-    table.add_row("Disk", f"{cost['weights_bytes'] / 1e9:,.2f} GB")
+    table.add_row("Disk", f"{cost['peak_disk_bytes'] / 1e9:,.2f} GB")
+    table.add_row("Weights", f"{cost['weights_bytes'] / 1e9:,.2f} GB")
     return table
 
 

@@ -5,8 +5,11 @@ Every constant here was measured on one core of an AMD EPYC with AVX512-BF16 (to
 
 from dataclasses import dataclass
 
+from mla_converters.attention_aware_run import WINDOW
 from mla_converters.budget import CacheBudget
+from mla_converters.options import Options
 from mla_converters.planning.source import PlannedSource
+from mla_converters.refit import BATCH, QUERIES
 
 
 @dataclass(frozen=True)
@@ -18,49 +21,51 @@ class MethodCost:
         search_tokens: tokens' worth of searching on a few windows, however many calibrate.
         decompositions: eigendecompositions of each layer's second moments.
         refit: per token that refits a layer and parameter of its attention; the keys that it reads included.
-        refit_tokens: how many these are.
     """
 
     calibration: float
     search_tokens: int
     decompositions: int
     refit: float = 0.0
-    refit_tokens: int = 0
 
 
 METHOD_COSTS = {
     "transmla": MethodCost(calibration=3.8e-11, search_tokens=4096, decompositions=8),
-    "attention-aware": MethodCost(
-        calibration=3.8e-11, search_tokens=12288, decompositions=8, refit=6.9e-10, refit_tokens=96 * 4 * 128
-    ),
+    "attention-aware": MethodCost(calibration=3.8e-11, search_tokens=12288, decompositions=8, refit=6.9e-10),
 }
+REFIT_STEP_TOKENS = BATCH * QUERIES  # that a step compares
+REFIT_BATCH_TOKENS = BATCH * WINDOW  # that a step may read
 SAMPLING = 9e-11  # core-seconds per sampled token and parameter of the model
 DECOMPOSITION = 2.5e-10  # core-seconds per cubed width of the matrix, the products around it included
 READ_AND_WRITE = 3e-9  # core-seconds per byte of weights
-RUNTIME_BYTES = 750 * 10**6  # Python with torch, transformers and a tokenizer
-MOMENT_MATRICES = 16  # float64 matrices as large as a layer's second moments that are alive at the peak
-STREAMS = 2  # float32 copies of the hidden states of all calibration tokens: the source's and the converted model's
+RUNTIME_BYTES = 550 * 10**6  # Python with torch, transformers and a tokenizer
+MOMENT_MATRICES = 8  # float64 matrices as large as a layer's second moments that are alive at the peak
+CONVERTED_BYTES = 16  # of each number in a converted attention
 
 
-def conversion_core_seconds(source: PlannedSource, method: str, calibration_tokens: int, weights_bytes: int) -> float:
+def conversion_core_seconds(
+    source: PlannedSource, method: str, calibration_tokens: int, weights_bytes: int, refit_steps: int
+) -> float:
     """Core-seconds from the calibration text to the written checkpoint.
 
     For each layer ``calibration * (tokens + search_tokens) * parameters``, where its second moments of ``2 * g * d``
     keys and values count as ``2 * (2 * g * d) ** 2`` parameters, ``decompositions * (2 * g * d) ** 3 *
-    DECOMPOSITION`` and ``refit * refit_tokens * attention parameters``; and the time to read and write the weights.
+    DECOMPOSITION`` and ``refit * refit_steps * REFIT_STEP_TOKENS * attention parameters``; and the time to read and
+    write the weights.
 
     Args:
         source: the model.
         method: a key of :data:`METHOD_COSTS`.
         calibration_tokens: how many tokens calibrate.
         weights_bytes: of the written checkpoint.
+        refit_steps: of each layer, where the method has them.
     """
     cost = METHOD_COSTS[method]
     parameters = source.layer_parameters + 2 * source.cached**2
     per_layer = (
         cost.calibration * (calibration_tokens + cost.search_tokens) * parameters
         + DECOMPOSITION * cost.decompositions * source.cached**3
-        + cost.refit * cost.refit_tokens * source.attention_parameters
+        + cost.refit * refit_steps * REFIT_STEP_TOKENS * source.attention_parameters
     )
     return source.layers * per_layer + READ_AND_WRITE * weights_bytes
 
@@ -70,25 +75,46 @@ def sampling_core_seconds(source: PlannedSource, calibration_tokens: int) -> flo
     return SAMPLING * calibration_tokens * source.parameters
 
 
-def conversion_memory(source: PlannedSource, calibration_tokens: int, weights_bytes: int) -> int:
-    """Peak bytes of memory of a conversion calibrated on a file.
+def conversion_memory(
+    source: PlannedSource, layout: CacheBudget, calibration_tokens: int, refit_steps: int = Options.refit_steps
+) -> int:
+    """Peak bytes of memory of a conversion by the default method, calibrated on a file, where bfloat16 is native.
 
-    The sum of Python and its packages, the embedding as stored, one layer in float32, two streams of hidden states
-    ``[calibration_tokens, D]`` in float32, the second moments of ``2 * g * d`` keys and values in float64, and the
-    written weights that wait for their shard to fill.
+    Python and its packages, and the larger of the embedding and what one layer takes: its weights as stored, those of
+    its attention again in float32; the hidden states ``[calibration_tokens, D]`` in float32, of the converted model
+    and, for a refit, of the source; the second moments of ``2 * g * d`` keys and values in float64; its converted
+    attention, in float64 while it is computed or in float32 with gradients and Adam's two moments while it is refitted;
+    and a refit's activations.
 
     Args:
         source: the model.
+        layout: of the cache.
         calibration_tokens: how many tokens calibrate.
-        weights_bytes: of the written checkpoint.
+        refit_steps: of each layer; 0 for the closed form alone.
     """
-    return (
-        RUNTIME_BYTES
-        + source.weight_bytes * source.embedding_parameters
-        + 4 * source.layer_parameters
-        + STREAMS * 4 * calibration_tokens * source.hidden
-        + MOMENT_MATRICES * 8 * source.cached**2
+    rope, latent, heads, head_dim = layout.qk_rope_head_dim, layout.kv_lora_rank, source.query_heads, source.head_dim
+    converted = (
+        heads * (2 * head_dim + rope) + latent + rope
+    ) * source.hidden + heads * 2 * head_dim * latent  # queries, outputs and what is cached; kv_b_proj
+    streams = 2 if refit_steps else 1
+    layer = (
+        source.weight_bytes * source.layer_parameters
+        + 4 * source.attention_parameters
+        + 4 * streams * calibration_tokens * source.hidden
+        + 8 * MOMENT_MATRICES * source.cached**2
+        + CONVERTED_BYTES * converted
     )
+    if refit_steps:
+        per_token = 8 * source.hidden + 16 * heads * (head_dim + rope)
+        layer += per_token * min(calibration_tokens, REFIT_BATCH_TOKENS)
+    return RUNTIME_BYTES + max(layer, source.weight_bytes * source.embedding_parameters)
+
+
+def conversion_disk(source: PlannedSource, calibration_tokens: int, weights_bytes: int, refit_steps: int) -> int:
+    """Peak bytes on disk: the weights, and the hidden states that a resumed run goes on from, twice while a new copy
+    replaces the old one."""
+    streams = 2 if refit_steps else 1
+    return weights_bytes + 2 * 4 * streams * calibration_tokens * source.hidden
 
 
 def sampling_memory(source: PlannedSource, calibration_tokens: int) -> int:

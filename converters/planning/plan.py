@@ -12,6 +12,7 @@ from mla_converters.options import Options
 from mla_converters.planning.cost import (
     METHOD_COSTS,
     conversion_core_seconds,
+    conversion_disk,
     conversion_memory,
     sampling_core_seconds,
     sampling_memory,
@@ -29,6 +30,7 @@ def plan(
     dtype: str | None = None,
     memory_bytes: int,
     calibration_tokens: int = Options.calibration_tokens,
+    refit_steps: int = Options.refit_steps,
 ) -> dict[str, Any]:
     """What converting a model would give and cost.
 
@@ -38,6 +40,7 @@ def plan(
         dtype: to serve in; None is what ``vllm serve`` takes: the source's, but bfloat16 for float32.
         memory_bytes: memory for the KV cache, to say how many tokens fit.
         calibration_tokens: how many tokens calibrate.
+        refit_steps: of each layer.
 
     Returns:
         The plan, as ``--json`` writes it. Sizes are in bytes, times in seconds on one core.
@@ -49,6 +52,8 @@ def plan(
         raise ConversionError(
             f"--calibration-tokens is {calibration_tokens}, but must be at least {WINDOW} (one window)."
         )
+    if refit_steps < 0:
+        raise ConversionError(f"--refit-steps is {refit_steps}, but must be 0 or more.")
     source = read_source(name, revision, dtype)
     chosen, reason = recommend(source.kv_heads, source.head_dim, source.cache_dtype)
     return {
@@ -58,10 +63,10 @@ def plan(
             _describe_layout(source, candidate, memory_bytes)
             for candidate in candidates(source.kv_heads, source.head_dim)
         ],
-        "conversion": _describe_conversion(source, chosen, calibration_tokens),
+        "conversion": _describe_conversion(source, chosen, calibration_tokens, refit_steps),
         "recommended": {**asdict(chosen.layout), "reason": reason},
         "warnings": _warnings(source),
-        "command": _command(source, chosen, calibration_tokens),
+        "command": _command(source, chosen, calibration_tokens, refit_steps),
     }
 
 
@@ -105,19 +110,23 @@ def _describe_layout(source: PlannedSource, candidate: Candidate, memory_bytes: 
     }
 
 
-def _describe_conversion(source: PlannedSource, chosen: Candidate, calibration_tokens: int) -> dict[str, Any]:
+def _describe_conversion(
+    source: PlannedSource, chosen: Candidate, calibration_tokens: int, refit_steps: int
+) -> dict[str, Any]:
     """Cost of the recommended conversion by each method, calibrated on a file or on text that the model writes."""
     weights_bytes = written_bytes(source, chosen.layout)
-    memory = conversion_memory(source, calibration_tokens, weights_bytes)
+    memory = conversion_memory(source, chosen.layout, calibration_tokens, refit_steps)
     return {
         "calibration_tokens": calibration_tokens,
+        "refit_steps": refit_steps,
         "weights_bytes": weights_bytes,
+        "peak_disk_bytes": conversion_disk(source, calibration_tokens, weights_bytes, refit_steps),
         "peak_memory_bytes": {
             "file": memory,
             "self": max(memory, sampling_memory(source, calibration_tokens)),
         },
         "core_seconds": {
-            method: round(conversion_core_seconds(source, method, calibration_tokens, weights_bytes), 1)
+            method: round(conversion_core_seconds(source, method, calibration_tokens, weights_bytes, refit_steps), 1)
             for method in METHOD_COSTS
         },
         "sampling_core_seconds": round(sampling_core_seconds(source, calibration_tokens), 1),
@@ -128,7 +137,7 @@ def _warnings(source: PlannedSource) -> list[str]:
     return [] if source.window is None else [window_refusal(source.window)]
 
 
-def _command(source: PlannedSource, chosen: Candidate, calibration_tokens: int) -> str:
+def _command(source: PlannedSource, chosen: Candidate, calibration_tokens: int, refit_steps: int) -> str:
     out = f"./{Path(source.name).resolve().name}-mla"
     words = ["vllm-mla", "convert", source.name, out, *chosen.options]
     if source.revision:
@@ -137,4 +146,6 @@ def _command(source: PlannedSource, chosen: Candidate, calibration_tokens: int) 
         words += ["--max-context", str(source.window)]
     if calibration_tokens != Options.calibration_tokens:
         words += ["--calibration-tokens", str(calibration_tokens)]
+    if refit_steps != Options.refit_steps:
+        words += ["--refit-steps", str(refit_steps)]
     return shlex.join(words)
