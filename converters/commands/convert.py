@@ -116,7 +116,9 @@ def convert(
         str | None,
         typer.Option(help="float32, bfloat16 or float16. [default: the source's; float32 for GGUF]"),
     ] = None,
-    device: Annotated[str, typer.Option(help="Where layers run: cpu, cuda, cuda:1 …")] = "cpu",
+    device: Annotated[
+        str | None, typer.Option(help="Where layers run: cpu, cuda, cuda:1 … [default: the GPU, if there is one]")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report here, for machines.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
     push_to_hub: Annotated[
@@ -133,6 +135,8 @@ def convert(
     if push_to_hub:
         check_push(push_to_hub)
     # Imported here, not above: `--help` should not wait for torch.
+    from torch import cuda
+
     from mla_converters.attention_aware_run import Ingredient
     from mla_converters.card import update_card
     from mla_converters.convert import convert as run
@@ -170,7 +174,7 @@ def convert(
         calibration_tokens=calibration_tokens,
         seed=seed,
         dtype=dtype,
-        device=device,
+        device=device or ("cuda" if cuda.is_available() else "cpu"),
         max_context=max_context,
     )
     report = run(source, out, options, revision=revision, force=force, quiet=not Console(stderr=True).is_terminal)
