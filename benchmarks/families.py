@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from common import convert, cost, evaluate, plain_text, write_result
+from common import convert, evaluate, plain_text, write_result
 from rich.progress import track
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -153,7 +153,6 @@ def main() -> None:
                         "source_perplexity": round(original, 3),
                         "perplexity": round(perplexity, 3),
                         "growth": round(perplexity / original, 4),
-                        **cost(report),
                     }
                 )
                 print(rows[-1], flush=True)
