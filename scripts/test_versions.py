@@ -36,8 +36,12 @@ def test(version: str) -> dict[str, Any]:
         (suite,) = ET.parse(report.name).getroot().iter("testsuite")
     counts = {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}
     failed = [case.get("name") for case in suite.iter("testcase") if case.find("failure") is not None]
+    revision = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     return {
         "date": datetime.date.today().isoformat(),
+        "revision": revision.stdout.strip(),
         "packages": dict(zip(PACKAGES, installed, strict=True)),
         **counts,
         "failed": failed,
