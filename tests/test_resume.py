@@ -35,11 +35,18 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def hear_interrupts() -> None:
+    """A shell makes its background jobs, which these tests may be, deaf to Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @contextmanager
 def running(source: Path, out: Path, *options: object) -> Iterator[subprocess.Popen[str]]:
     """A conversion in a process of its own."""
     command = [str(BIN / "vllm-mla"), "convert", str(source), str(out), *map(str, options)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hear_interrupts
+    ) as process:
         try:
             yield process
         finally:
