@@ -20,8 +20,8 @@ import tempfile
 from pathlib import Path
 
 from common import RESULTS, convert, cost, evaluate, plain_text, write_result
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+
+from mla_converters.drawing import png
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 from demo_model import demo_folder
@@ -77,20 +77,19 @@ def scores(model: Path, test: Path, main_text_only: bool = False) -> dict[str, f
 
 def draw(rows: dict[str, dict], path: Path) -> None:
     """Perplexity against cache size, a line for each method."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot(*zip(*TRANSMLA_OWN_CODE.items(), strict=True), "x--", color="gray", label="TransMLA's own code")
-    for kind, label in LABELS.items():
-        points = [(width, rows[name]["perplexity"]) for width in SPLITS if (name := f"{kind} {width}") in rows]
-        if points:
-            axes.plot(*zip(*points, strict=True), "o-", label=label)
-    axes.axhline(rows["source"]["perplexity"], color="black", linewidth=1, label="source (384)")
-    axes.set_yscale("log")
-    axes.set_xlabel("numbers cached per token and layer")
-    axes.set_ylabel("WikiText-2 perplexity")
-    axes.legend(fontsize="small")
-    axes.grid(alpha=0.3, which="both")
-    FigureCanvasAgg(figure).print_png(path)
+    with png(path) as figure:
+        axes = figure.add_subplot()
+        axes.plot(*zip(*TRANSMLA_OWN_CODE.items(), strict=True), "x--", color="gray", label="TransMLA's own code")
+        for kind, label in LABELS.items():
+            points = [(width, rows[name]["perplexity"]) for width in SPLITS if (name := f"{kind} {width}") in rows]
+            if points:
+                axes.plot(*zip(*points, strict=True), "o-", label=label)
+        axes.axhline(rows["source"]["perplexity"], color="black", linewidth=1, label="source (384)")
+        axes.set_yscale("log")
+        axes.set_xlabel("numbers cached per token and layer")
+        axes.set_ylabel("WikiText-2 perplexity")
+        axes.legend(fontsize="small")
+        axes.grid(alpha=0.3, which="both")
 
 
 def main() -> None:

@@ -138,12 +138,11 @@ def attention_aware(
             generator.set_state(streams["generator"])
             refit_layer(attention, layer, converted, hidden, options.refit, generator)
             streams["generator"] = generator.get_state()
-        weights = attention.weights()
-        measured = measure(layer, converted, maps, model.key_value, weights)
+        measured = measure(layer, converted, maps, model.key_value, attention)
         layer.advance(converted, attention)
         if hidden is not None:
             layer.add_mlp(hidden)
-        return ConvertedLayer(weights, measured)
+        return ConvertedLayer(attention.weights(), measured)
 
     return LayerConversion(start, convert)
 

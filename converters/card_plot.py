@@ -3,6 +3,8 @@
 from importlib.util import find_spec
 from pathlib import Path
 
+from mla_converters.drawing import png
+
 
 def can_plot() -> bool:
     """Whether matplotlib is installed."""
@@ -16,19 +18,15 @@ def plot_layers(layers: list[dict[str, float]], path: Path) -> None:
         layers: ``energy_kept`` (a share) and ``output_error`` (relative squared) of each.
         path: PNG file to write.
     """
-    # No pyplot: it keeps global state and may look for a display.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    kept, lost = figure.subplots(2, sharex=True)
-    kept.plot([layer["energy_kept"] for layer in layers], "o-")
-    kept.set_ylabel("energy kept")
-    lost.plot([layer["output_error"] for layer in layers], "o-", color="tab:red")
-    lost.set_ylabel("output error")
-    lost.set_xlabel("layer")
-    lost.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for axes in (kept, lost):
-        axes.grid(alpha=0.3)
-    FigureCanvasAgg(figure).print_png(path, metadata={"Software": None})  # else matplotlib's version is in it
+    with png(path) as figure:
+        kept, lost = figure.subplots(2, sharex=True)
+        kept.plot([layer["energy_kept"] for layer in layers], "o-")
+        kept.set_ylabel("energy kept")
+        lost.plot([layer["output_error"] for layer in layers], "o-", color="tab:red")
+        lost.set_ylabel("output error")
+        lost.set_xlabel("layer")
+        lost.xaxis.set_major_locator(MaxNLocator(integer=True))
+        for axes in (kept, lost):
+            axes.grid(alpha=0.3)

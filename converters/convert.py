@@ -21,11 +21,12 @@ from mla_converters.locate import local_path
 from mla_converters.manifest import write_manifest
 from mla_converters.method_run import Prepared, asked_budget, prepare
 from mla_converters.options import DTYPES, Method, Options, check_options, command_line
+from mla_converters.record import record_bytes
 from mla_converters.shards import Shards
 from mla_converters.source import Source, open_source
 from mla_converters.work import Work, work_folder
 
-STREAM_COPIES = 4  # two streams, each on disk twice while a new copy replaces the old one
+STREAMS = 2  # of hidden states, at most, that pass through the layers
 
 
 def convert(
@@ -116,11 +117,10 @@ def _dtype(source: Source, options: Options) -> torch.dtype:
 
 
 def _disk_bytes(source: Source, budget: CacheBudget, options: Options) -> int:
-    """What a conversion takes on disk: the weights; and twice, while one copy replaces another, what passes through
-    the layers: two streams of hidden states in float32."""
+    """What a conversion takes on disk: the weights, and the records of what passes through the layers."""
     planned = _planned(source, [budget] * source.config.num_hidden_layers, options)
     weights = sum(tensor.numel() * tensor.element_size() for tensor in planned.values())
-    return weights + STREAM_COPIES * 4 * options.calibration_tokens * source.config.hidden_size
+    return weights + record_bytes(STREAMS, options.calibration_tokens, source.config.hidden_size)
 
 
 def _nope_dim(source: Source, options: Options) -> int:

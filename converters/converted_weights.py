@@ -32,11 +32,7 @@ def planned_tensors(
     """
     tensors = {name: source.meta(name).to(dtype) for name in source.names() if not name.startswith(LAYERS)}
     for index, budget in enumerate(budgets):
-        attention = {
-            name.removeprefix("self_attn."): source.meta(f"{LAYERS}{index}.{name}")
-            for name in source.layer_names(index)
-            if name.startswith("self_attn.")
-        }
+        attention = {name: source.meta(f"{LAYERS}{index}.self_attn.{name}") for name in source.attention_names(index)}
         maps = _meta_map(source.config.num_key_value_heads, source.head_dim, nope_dim, budget)
         converted = mla_weights(attention, maps)
         for name, tensor in converted.items():

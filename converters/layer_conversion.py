@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from mla_converters.latent_map import LatentMap
-from mla_converters.layers import SourceLayer
+from mla_converters.layers import Attention, SourceLayer
 from mla_converters.record import Streams
 
 ERROR_WINDOWS = 1  # on how many a converted layer's error is measured
@@ -52,7 +52,7 @@ class LayerConversion:
 
 
 def measure(
-    layer: SourceLayer, hidden: torch.Tensor, maps: LatentMap, moments: torch.Tensor, weights: dict[str, torch.Tensor]
+    layer: SourceLayer, hidden: torch.Tensor, maps: LatentMap, moments: torch.Tensor, attention: Attention
 ) -> Measured:
     """Measure a converted layer.
 
@@ -61,9 +61,9 @@ def measure(
         hidden: ``[windows, tokens, D]``, its inputs.
         maps: the layer's map.
         moments: ``[2 * g * d, 2 * g * d]``, second moments of ``[k; v]`` on these.
-        weights: the converted projections.
+        attention: the converted one.
     """
-    (error,) = layer.errors(hidden[:ERROR_WINDOWS], [layer.converted(weights)])
+    (error,) = layer.errors(hidden[:ERROR_WINDOWS], [attention])
     return Measured(energy_kept(maps, moments), error)
 
 

@@ -155,9 +155,12 @@ class Source:
 
     def attention_weights(self, index: int) -> dict[str, torch.Tensor]:
         """The tensors of a layer's attention, named as below ``self_attn.``."""
+        return {name: self.layer_tensor(index, f"self_attn.{name}") for name in self.attention_names(index)}
+
+    def attention_names(self, index: int) -> list[str]:
+        """Names of the tensors of a layer's attention, as below ``self_attn.``."""
         prefix = "self_attn."
-        names = (name for name in self.layer_names(index) if name.startswith(prefix))
-        return {name.removeprefix(prefix): self.layer_tensor(index, name) for name in names}
+        return [name.removeprefix(prefix) for name in self.layer_names(index) if name.startswith(prefix)]
 
     def tokenizer(self):
         """The source's tokenizer."""

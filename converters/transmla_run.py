@@ -58,7 +58,7 @@ def transmla(source: Source, windows: torch.Tensor, budget: CacheBudget, freqfol
         moments = layer.moments(partial)
         maps = joint_map(moments, layer.freqs, rotation, budget.kv_lora_rank)
         weights = mla_weights(layer.attention_weights, maps)
-        measured = measure(layer, partial, maps, moments.kv, weights)
+        measured = measure(layer, partial, maps, moments.kv, layer.converted(weights))
         partial_rope = joint_map(moments, layer.freqs, rotation, kv_lora_rank=None)
         layer.advance(partial, layer.converted(mla_weights(layer.attention_weights, partial_rope)))
         return ConvertedLayer(weights, measured)

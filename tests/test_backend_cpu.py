@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -56,17 +57,16 @@ class Projection(torch.nn.Linear):
         return super().forward(x), None
 
 
-def make_impl(sizes: Sizes, dtype: torch.dtype) -> AnySizeCPUMLAImpl:
-    kv_b_proj = Projection(sizes.latent, sizes.heads * (sizes.nope + sizes.v), bias=False, dtype=dtype)
-    kv_b_proj.weight.data.normal_(std=sizes.latent**-0.5)
-    impl = AnySizeCPUMLAImpl(
+def impl_arguments(sizes: Sizes, kv_b_proj: torch.nn.Module, cache_dtype: str = "auto") -> dict[str, Any]:
+    """What vLLM's MLA layer makes its backend's implementation with."""
+    return dict(
         num_heads=sizes.heads,
         head_size=sizes.latent + sizes.rope,
         scale=sizes.v**-0.5,
         num_kv_heads=1,
         alibi_slopes=None,
         sliding_window=None,
-        kv_cache_dtype="auto",
+        kv_cache_dtype=cache_dtype,
         logits_soft_cap=None,
         attn_type="decoder",
         kv_sharing_target_layer_name=None,
@@ -78,6 +78,12 @@ def make_impl(sizes: Sizes, dtype: torch.dtype) -> AnySizeCPUMLAImpl:
         v_head_dim=sizes.v,
         kv_b_proj=kv_b_proj,
     )
+
+
+def make_impl(sizes: Sizes, dtype: torch.dtype) -> AnySizeCPUMLAImpl:
+    kv_b_proj = Projection(sizes.latent, sizes.heads * (sizes.nope + sizes.v), bias=False, dtype=dtype)
+    kv_b_proj.weight.data.normal_(std=sizes.latent**-0.5)
+    impl = AnySizeCPUMLAImpl(**impl_arguments(sizes, kv_b_proj))
     impl.process_weights_after_loading(dtype)
     return impl
 

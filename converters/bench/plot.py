@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from mla_converters.drawing import png
 from mla_converters.evaluation.labels import short_names
 
 
@@ -13,26 +14,21 @@ def plot_report(report: dict[str, Any], path: Path) -> None:
         report: of :func:`mla_converters.bench.run.bench`.
         path: PNG file to write.
     """
-    # No pyplot: it keeps global state and may look for a display.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    rows = report["models"]
-    full = list(dict.fromkeys(row["name"] for row in rows))
-    for name, short in zip(full, short_names(full), strict=True):
-        for requests in dict.fromkeys(row["requests"] for row in rows):
-            points = [
-                (row["input_len"] + row["output_len"], row["output_tokens_per_second"])
-                for row in rows
-                if (row["name"], row["requests"]) == (name, requests)
-            ]
-            axes.plot(*zip(*sorted(points), strict=True), "o-", label=f"{short}, {requests} requests")
-    axes.set_xscale("log", base=2)
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("input + output tokens of a request")
-    axes.set_ylabel("output tokens per second")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    FigureCanvasAgg(figure).print_png(path)
+    with png(path) as figure:
+        axes = figure.add_subplot()
+        rows = report["models"]
+        full = list(dict.fromkeys(row["name"] for row in rows))
+        for name, short in zip(full, short_names(full), strict=True):
+            for requests in dict.fromkeys(row["requests"] for row in rows):
+                points = [
+                    (row["input_len"] + row["output_len"], row["output_tokens_per_second"])
+                    for row in rows
+                    if (row["name"], row["requests"]) == (name, requests)
+                ]
+                axes.plot(*zip(*sorted(points), strict=True), "o-", label=f"{short}, {requests} requests")
+        axes.set_xscale("log", base=2)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("input + output tokens of a request")
+        axes.set_ylabel("output tokens per second")
+        axes.grid(alpha=0.3)
+        axes.legend()

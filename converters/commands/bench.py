@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mla_converters.commands.common import check_choice, check_output, quiet_transformers, write_report
+from mla_converters.commands.common import check_choice, check_output, check_plot, quiet_transformers, write_report
 from mla_converters.commands.plan import parse_memory
 from mla_converters.errors import ConversionError
 from mla_converters.evaluation.labels import short_names
@@ -94,12 +94,8 @@ def bench(
     check_choice("--dtype", dtype, ("auto", "float32", "bfloat16", "float16"))
     check_choice("--load-format", load_format, ("auto", "dummy"))
     check_output("--json", json_file)
-    check_output("--plot", plot)
+    check_plot(plot)
     require("vllm", "bench", "run pip install 'vllm-mla-plugin[cuda]' or '[cpu]'")
-    if plot is not None:
-        if plot.suffix != ".png":
-            raise ConversionError(f"--plot is {plot}, but must end in .png.")
-        require("matplotlib", "--plot", "run pip install matplotlib, or leave it out")
     options = BenchOptions(
         lengths=None if lengths is None else _parse_lengths(lengths),
         requests=_parse_numbers("--requests", requests),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mla_converters.errors import ConversionError
+from mla_converters.evaluation.optional import require
 
 
 def check_choice(option: str, value: str, choices: Iterable[str]) -> None:
@@ -19,6 +20,15 @@ def check_output(option: str, path: Path | None) -> None:
     """Refuse, before any work, a file that could not be written after it."""
     if path is not None and (path.is_dir() or not path.parent.is_dir()):
         raise ConversionError(f"{option} is {path}, which is not a file in an existing folder.")
+
+
+def check_plot(path: Path | None) -> None:
+    """Refuse, before any work, a ``--plot`` that could not be drawn after it."""
+    check_output("--plot", path)
+    if path is not None:
+        if path.suffix != ".png":
+            raise ConversionError(f"--plot is {path}, but must end in .png.")
+        require("matplotlib", "--plot", "run pip install matplotlib, or leave it out")
 
 
 def write_report(path: Path | None, report: dict[str, Any]) -> None:

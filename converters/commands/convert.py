@@ -9,7 +9,6 @@ from rich.table import Table
 
 from mla_converters.commands.common import check_choice, check_output, quiet_transformers, write_report
 from mla_converters.errors import ConversionError
-from mla_converters.hub import check_push, push
 
 EPILOG = """
 **Examples**
@@ -132,9 +131,11 @@ def convert(
     check_output("--json", json_file)
     if public and not push_to_hub:
         raise ConversionError("--public is about --push-to-hub: give both.")
+    # Imported here, not above: `--help` should not wait for torch, nor every command for the hub's client.
+    from mla_converters.hub import check_push, push
+
     if push_to_hub:
         check_push(push_to_hub)
-    # Imported here, not above: `--help` should not wait for torch.
     from torch import cuda
 
     from mla_converters.attention_aware_run import Ingredient

@@ -9,8 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mla_converters.commands.common import check_choice, check_output, quiet_transformers, write_report
-from mla_converters.errors import ConversionError
+from mla_converters.commands.common import check_choice, check_output, check_plot, quiet_transformers, write_report
 from mla_converters.evaluation.labels import short_names
 
 EPILOG = """
@@ -92,7 +91,6 @@ def evaluate(
 ) -> None:
     """Measure models on the same text: perplexity, and what they lost against --reference."""
     # Imported here, not above: `--help` should not wait for torch.
-    from mla_converters.evaluation.optional import require
     from mla_converters.evaluation.plot import plot_report
     from mla_converters.evaluation.run import Engine, EvalOptions
     from mla_converters.evaluation.run import evaluate as run
@@ -102,11 +100,7 @@ def evaluate(
     check_choice("--protocol", protocol, TextProtocol)
     check_choice("--engine", engine, Engine)
     check_output("--json", json_file)
-    check_output("--plot", plot)
-    if plot is not None:
-        if plot.suffix != ".png":
-            raise ConversionError(f"--plot is {plot}, but must end in .png.")
-        require("matplotlib", "--plot", "run pip install matplotlib, or leave it out")
+    check_plot(plot)
     options = EvalOptions(
         text=text,
         dataset=dataset,

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from mla_converters.drawing import png
 from mla_converters.evaluation.labels import short_names
 
 
@@ -13,25 +14,20 @@ def plot_report(report: dict[str, Any], path: Path) -> None:
         report: of :func:`mla_converters.evaluation.run.evaluate`.
         path: PNG file to write.
     """
-    # No pyplot: it keeps global state and may look for a display.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    names = short_names([model["name"] for model in report["models"]])
-    for name, model in zip(names, report["models"], strict=True):
-        if model["cached_per_token_and_layer"] is not None:
-            point = (model["cached_per_token_and_layer"], model["perplexity"])
-            axes.plot(*point, "o")
-            axes.annotate(name, point, xytext=(6, 6), textcoords="offset points")
-    if reference := report["reference"]:
-        (name,) = short_names([reference["name"]])
-        label = f"{name} (reference): {reference['perplexity']:.2f}"
-        axes.axhline(reference["perplexity"], linestyle="--", color="gray", label=label)
-        axes.legend()
-    axes.margins(x=0.2, y=0.15)
-    axes.set_xlabel("numbers cached per token and layer")
-    axes.set_ylabel(f"perplexity on {report['text']['name']}")
-    axes.grid(alpha=0.3)
-    FigureCanvasAgg(figure).print_png(path)
+    with png(path) as figure:
+        axes = figure.add_subplot()
+        names = short_names([model["name"] for model in report["models"]])
+        for name, model in zip(names, report["models"], strict=True):
+            if model["cached_per_token_and_layer"] is not None:
+                point = (model["cached_per_token_and_layer"], model["perplexity"])
+                axes.plot(*point, "o")
+                axes.annotate(name, point, xytext=(6, 6), textcoords="offset points")
+        if reference := report["reference"]:
+            (name,) = short_names([reference["name"]])
+            label = f"{name} (reference): {reference['perplexity']:.2f}"
+            axes.axhline(reference["perplexity"], linestyle="--", color="gray", label=label)
+            axes.legend()
+        axes.margins(x=0.2, y=0.15)
+        axes.set_xlabel("numbers cached per token and layer")
+        axes.set_ylabel(f"perplexity on {report['text']['name']}")
+        axes.grid(alpha=0.3)

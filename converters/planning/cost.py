@@ -9,6 +9,7 @@ from mla_converters.attention_aware_run import WINDOW
 from mla_converters.budget import CacheBudget
 from mla_converters.options import Options
 from mla_converters.planning.source import PlannedSource
+from mla_converters.record import record_bytes
 from mla_converters.refit import BATCH, QUERIES
 
 
@@ -111,10 +112,8 @@ def conversion_memory(
 
 
 def conversion_disk(source: PlannedSource, calibration_tokens: int, weights_bytes: int, refit_steps: int) -> int:
-    """Peak bytes on disk: the weights, and the hidden states that a resumed run goes on from, twice while a new copy
-    replaces the old one."""
-    streams = 2 if refit_steps else 1
-    return weights_bytes + 2 * 4 * streams * calibration_tokens * source.hidden
+    """Peak bytes on disk: the weights, and the hidden states that a resumed run goes on from."""
+    return weights_bytes + record_bytes(2 if refit_steps else 1, calibration_tokens, source.hidden)
 
 
 def sampling_memory(source: PlannedSource, calibration_tokens: int) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from test_backend_cpu import Projection, Sizes
+from test_backend_cpu import Projection, Sizes, impl_arguments
 from transformers import AutoConfig
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
@@ -113,25 +113,7 @@ def impl_for(case: Case, dtype: torch.dtype, cache_dtype: str) -> Decoder:
             case.latent + case.rope, dtype, cache_dtype, use_mla=True, num_heads=case.heads
         )
         kv_b_proj = Projection(case.latent, case.heads * (case.nope + case.v), bias=False, dtype=dtype)
-        impl = backend.get_impl_cls()(
-            num_heads=case.heads,
-            head_size=case.latent + case.rope,
-            scale=case.scale,
-            num_kv_heads=1,
-            alibi_slopes=None,
-            sliding_window=None,
-            kv_cache_dtype=cache_dtype,
-            logits_soft_cap=None,
-            attn_type="decoder",
-            kv_sharing_target_layer_name=None,
-            q_lora_rank=None,
-            kv_lora_rank=case.latent,
-            qk_nope_head_dim=case.nope,
-            qk_rope_head_dim=case.rope,
-            qk_head_dim=case.nope + case.rope,
-            v_head_dim=case.v,
-            kv_b_proj=kv_b_proj.cuda(),
-        )
+        impl = backend.get_impl_cls()(**impl_arguments(case.sizes, kv_b_proj.cuda(), cache_dtype))
         one = torch.ones((), device="cuda")
         layer = SimpleNamespace(
             attn_backend=backend,
