@@ -1,6 +1,6 @@
 """What converting a large model takes: time of each layer, peak memory and disk, beside what ``vllm-mla plan`` says.
 
-    python benchmarks/large.py --folder /scratch [--layers 32] [OPTION...]
+    python benchmarks/large.py --folder /scratch [--layers 32] [--refit-steps 0] [OPTION...]
 
 Writes a checkpoint of Llama-3-8B's shape (bfloat16, random weights, shards of 5 GB) into the folder, converts it to
 512 + 64 with 4,096 calibration tokens in a process of its own, and watches that process and the disk: for 32 layers
@@ -66,10 +66,11 @@ def write_source(folder: Path, config: LlamaConfig) -> None:
         shutil.copyfile(path, folder / path.name)
 
 
-def plan(source: Path) -> dict[str, Any]:
+def plan(source: Path, refit_steps: str) -> dict[str, Any]:
     """What ``vllm-mla plan`` says of a conversion."""
     report = source.with_suffix(".plan.json")
-    command = [VLLM_MLA, "plan", source, "--calibration-tokens", str(TOKENS), "--json", report]
+    command = [VLLM_MLA, "plan", source, "--calibration-tokens", str(TOKENS), "--refit-steps", refit_steps]
+    command += ["--json", report]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     planned = json.loads(report.read_text())
     assert (planned["recommended"]["kv_lora_rank"], planned["recommended"]["qk_rope_head_dim"]) == (512, 64)
@@ -152,10 +153,11 @@ def watched_conversion(source: Path, out: Path, layers: int, options: list[str])
 
 
 def planned_figures(planned: dict[str, Any], measured: dict[str, Any]) -> dict[str, float]:
-    """What ``plan`` says of the figures that were measured; its time is that of all refit steps."""
+    """What ``plan`` says of the figures that were measured."""
     return {
         "core_seconds": planned["core_seconds"][measured["method"]],
         "peak_rss_gb": round(planned["peak_memory_bytes"]["file"] / 1e9, 2),
+        "peak_disk_gb": round(planned["peak_disk_bytes"] / 1e9, 2),
         "output_gb": round(planned["weights_bytes"] / 1e9, 2),
     }
 
@@ -165,14 +167,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="scratch; what this leaves there is removed")
     parser.add_argument("--layers", type=int, default=SMALL["num_hidden_layers"], help="fewer, for a try")
+    parser.add_argument("--refit-steps", default="96", help="of each layer")
     arguments, options = parser.parse_known_args()
+    options += ["--refit-steps", arguments.refit_steps]
     source, out, large = (arguments.folder / f"large-{name}" for name in ("source", "mla", "70b"))
     try:
         config = LlamaConfig(**COMMON, **SMALL | {"num_hidden_layers": arguments.layers})
         write_source(source, config)
         LlamaConfig(**COMMON, **LARGE).save_pretrained(large)
         measured = watched_conversion(source, out, arguments.layers, options)
-        planned, planned_large = (planned_figures(plan(folder), measured) for folder in (source, large))
+        planned, planned_large = (
+            planned_figures(plan(folder, arguments.refit_steps), measured) for folder in (source, large)
+        )
     finally:
         for path in arguments.folder.glob("large-*"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -184,8 +190,10 @@ def main() -> None:
         "planned": planned,
         "projected_70b": {
             "core_hours": round(planned_large["core_seconds"] * core_seconds / planned["core_seconds"] / 3600, 1),
-            "peak_rss_gb": round(planned_large["peak_rss_gb"] * measured["peak_rss_gb"] / planned["peak_rss_gb"], 1),
-            "output_gb": round(planned_large["output_gb"] * measured["output_gb"] / planned["output_gb"], 1),
+            **{
+                figure: round(planned_large[figure] * measured[figure] / planned[figure], 1)
+                for figure in ("peak_rss_gb", "peak_disk_gb")
+            },
             "derived": "plan for Llama-3-70B's shape x measured / plan of the shape measured",
         },
     }

@@ -32,7 +32,7 @@ CODE = Path(sysconfig.get_paths()["stdlib"]) / "argparse.py"
 SPLITS = {192: (128, 64), 128: (96, 32), 96: (64, 32), 48: (32, 16)}
 # Perplexity of checkpoints that TransMLA's own code wrote, with the same calibration text and scoring.
 TRANSMLA_OWN_CODE = {192: 55.72, 128: 96.4, 96: 155.2, 48: 436.5}
-INGREDIENTS = ("mean-phase", "attention-weights", "metric", "joint-choice", "search", "converted-inputs")
+INGREDIENTS = ("mean-phase", "attention-weights", "metric", "joint-choice", "search")
 LABELS = {
     "transmla": "TransMLA (ours)",
     "mha2mla": "MHA2MLA (ours)",
@@ -60,6 +60,7 @@ def jobs(text: Path) -> dict[str, tuple[int, list[str]]]:
     closed_form = ["--kv-lora-rank", "128", "--qk-rope-head-dim", "64", *plain, "--refit-steps", "0"]
     rows["without none"] = 192, closed_form
     rows |= {f"without {ingredient}": (192, [*closed_form, "--without", ingredient]) for ingredient in INGREDIENTS}
+    rows["without converted-inputs"] = 192, ["--cache-ratio", "0.5", *more, "--without", "converted-inputs"]
     return rows
 
 

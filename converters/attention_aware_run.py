@@ -22,7 +22,7 @@ WINDOW = 2048  # tokens in a window: what loses RoPE must be right at long dista
 ATTENTION_WINDOWS = 4  # whose attention is measured
 ERROR_WINDOWS = 1  # of these, on how many the candidates of a search are compared
 VALUE_WEIGHTS = (0.1, 0.3, 1.0)
-ENERGY_WEIGHTS = (0.1, 0.3, 1.0)
+ENERGY_WEIGHTS = (0.0, 0.1, 0.3, 1.0)
 
 
 class Ingredient(StrEnum):
@@ -106,9 +106,10 @@ def attention_aware(
 ) -> LayerConversion:
     """The method, ready to convert layers.
 
-    Two streams of hidden states pass through each layer: the converted model's and, if it is needed, the source's. A
-    layer is computed from the inputs it will really get, and refitted so that what comes out is what the source has
-    there: it repairs what earlier layers lost.
+    The source's hidden states pass through each layer, which is converted on them; and with a refit, the converted
+    model's too. The layer is then refitted on the inputs it will really get, so that what comes out is what the source
+    has there: it repairs what earlier layers lost. The closed form by itself cannot repair, and adapts to errors of
+    earlier layers if it is computed on their results.
 
     Args:
         source: the model.
@@ -117,31 +118,33 @@ def attention_aware(
         options: ingredients.
     """
 
-    needs_source = options.refit.steps > 0 or Ingredient.CONVERTED_INPUTS in options.without
-
     def start() -> Streams:
         hidden = embed(source, windows)
+        if not options.refit.steps:
+            return {"source": hidden}
         generator = torch.Generator().manual_seed(options.seed).get_state()
-        return {"converted": hidden, "generator": generator} | ({"source": hidden.clone()} if needs_source else {})
+        return {"source": hidden, "converted": hidden.clone(), "generator": generator}
 
     def convert(layer: SourceLayer, streams: Streams) -> ConvertedLayer:
-        hidden, converted = streams.get("source"), streams["converted"]
-        if hidden is not None and Ingredient.CONVERTED_INPUTS in options.without:
-            converted.copy_(hidden)
-        model = layer_model(layer, converted, options.without)
-        maps = best_map(layer, converted, model, budgets[layer.index], options.without)
+        hidden = streams["source"]
+        model = layer_model(layer, hidden, options.without)
+        maps = best_map(layer, hidden, model, budgets[layer.index], options.without)
         attention = layer.converted(mla_weights(layer.attention_weights, maps))
-        if hidden is not None:
-            layer.add_attention(hidden, layer.attend)
-        if hidden is not None and options.refit.steps:
-            generator = torch.Generator()
-            generator.set_state(streams["generator"])
-            refit_layer(attention, layer, converted, hidden, options.refit, generator)
-            streams["generator"] = generator.get_state()
+        if "converted" not in streams:
+            measured = measure(layer, hidden, maps, model.key_value, attention)
+            layer.advance(hidden, layer.attend)
+            return ConvertedLayer(attention.weights(), measured)
+        converted = streams["converted"]
+        if Ingredient.CONVERTED_INPUTS in options.without:
+            converted.copy_(hidden)
+        layer.add_attention(hidden, layer.attend)
+        generator = torch.Generator()
+        generator.set_state(streams["generator"])
+        refit_layer(attention, layer, converted, hidden, options.refit, generator)
+        streams["generator"] = generator.get_state()
         measured = measure(layer, converted, maps, model.key_value, attention)
         layer.advance(converted, attention)
-        if hidden is not None:
-            layer.add_mlp(hidden)
+        layer.add_mlp(hidden)
         return ConvertedLayer(attention.weights(), measured)
 
     return LayerConversion(start, convert)

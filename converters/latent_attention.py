@@ -58,10 +58,10 @@ class LatentAttention(nn.Module):
             self.q_rope_proj = nn.Parameter(weights["q_rope_proj"].detach().to(device, dtype, copy=True))
         self.register_buffer("rope_freqs", weights["rope_freqs"].to(device, torch.float32, copy=True))
 
-    def forward(self, x: torch.Tensor, queries: int | None = None) -> torch.Tensor:
-        """From normed inputs ``[windows, tokens, D]`` to the attention's output for the last ``queries`` of them
+    def forward(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+        """From normed inputs ``[windows, tokens, D]`` to the attention's output at ``positions`` ``[queries]`` of them
         (None: all), ``[windows, queries, D]``."""
-        q = self.q_proj(x if queries is None else x[:, -queries:]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        q = self.q_proj(x if positions is None else x[:, positions]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         if self.qk_norm:
             # In float32, as transformers computes norms.
             k = self.k_norm(self.k_proj(x).float().unflatten(-1, (-1, self.value_dim))).flatten(-2)
@@ -72,7 +72,7 @@ class LatentAttention(nn.Module):
         latent, k_rope = self.kv_a_proj_with_mqa(x).split([self.latent_dim, self.rope_dim], dim=-1)
         kv = self.kv_b_proj(latent).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k_nope, v = kv.split([kv.shape[-1] - self.value_dim, self.value_dim], dim=-1)
-        output = latent_attention(q, k_nope, k_rope, v, self.rope_freqs, self.scale)
+        output = latent_attention(q, k_nope, k_rope, v, self.rope_freqs, self.scale, positions)
         return self.o_proj(output.transpose(1, 2).flatten(2))
 
     def weights(self) -> dict[str, torch.Tensor]:

@@ -60,7 +60,7 @@ def mla_weights(source: dict[str, torch.Tensor], maps: LatentMap) -> dict[str, t
     for kind in ("weight", "bias"):
         if f"q_proj.{kind}" not in source:
             continue
-        q, k, v = (source[f"{p}_proj.{kind}"].double().reshape(source[f"{p}_proj.{kind}"].shape[0], -1) for p in "qkv")
+        q, k, v = (x.to(query_map).reshape(len(x), -1) for x in (source[f"{p}_proj.{kind}"] for p in "qkv"))
         q = query_map @ q.view(-1, head_dim, q.shape[-1])  # [H, n + r, D], D = 1 for a bias
         parts = {
             "q_proj": q.flatten(0, 1),
@@ -133,6 +133,5 @@ def balanced(maps: LatentMap, key_value: torch.Tensor) -> LatentMap:
 def _rms(rows: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
     """Root mean square of ``rows @ x``, for ``E x xᵀ = moments``; never so small that dividing by it blows up."""
     squares = ((rows @ moments) * rows).sum(-1).clamp(min=0)
-    if not squares.any():  # all inputs are zero
-        return torch.ones_like(squares)
-    return squares.clamp(min=1e-12 * squares.max()).sqrt()
+    squares = squares.clamp(min=1e-12 * squares.max())
+    return torch.where(squares.any(), squares, 1.0).sqrt()  # all inputs may be zero

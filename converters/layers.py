@@ -1,8 +1,9 @@
 """Running calibration text through a model layer by layer, one layer's weights in memory at a time."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -13,10 +14,19 @@ from mla_converters.latent_attention import LatentAttention
 from mla_converters.source import Source
 from mla_converters.statistics import LayerMoments
 
-BATCH = 4  # windows that pass through a layer at once
+ERROR_QUERIES = 256  # of each window, on which attentions are compared
 
-Attention = Callable[[torch.Tensor], torch.Tensor]
-"""From normed inputs ``[windows, tokens, D]`` to the attention's output, same shape."""
+
+class Attention(Protocol):
+    """From normed inputs ``[windows, tokens, D]`` to the attention's output at ``positions`` ``[queries]`` (None: at
+    all), ``[windows, queries, D]``."""
+
+    def __call__(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor: ...
+
+
+def sampled_positions(tokens: int, count: int) -> torch.Tensor:
+    """At most ``count`` positions evenly spread over a window, ascending, the last one always."""
+    return torch.arange(tokens - 1, -1, -tokens // count).flip(0)
 
 
 def native_bfloat16(device: str) -> bool:
@@ -81,17 +91,17 @@ class SourceLayer:
         """What the attention reads of the layer's input ``[windows, tokens, D]``."""
         return self._module.input_layernorm(hidden.to(self.device))
 
-    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries ``[windows, H, tokens, d]``, keys and values ``[windows, g, tokens, d]``, before RoPE,
-        of normed inputs; QK-norm included."""
+    def queries(self, x: torch.Tensor) -> torch.Tensor:
+        """``[windows, H, tokens, d]`` before RoPE, of normed inputs; QK-norm included."""
         attention = self._module.self_attn
-        q, k, v = (
-            projection(x).unflatten(-1, (-1, self.head_dim))
-            for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
-        if self.qk_norm_eps is not None:
-            q, k = attention.q_norm(q), attention.k_norm(k)
-        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        q = attention.q_proj(x).unflatten(-1, (-1, self.head_dim))
+        return (q if self.qk_norm_eps is None else attention.q_norm(q)).transpose(1, 2)
+
+    def keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each ``[windows, g, tokens, d]`` before RoPE, of normed inputs; QK-norm included."""
+        attention = self._module.self_attn
+        k, v = (projection(x).unflatten(-1, (-1, self.head_dim)) for projection in (attention.k_proj, attention.v_proj))
+        return (k if self.qk_norm_eps is None else attention.k_norm(k)).transpose(1, 2), v.transpose(1, 2)
 
     @property
     def qk_norm_eps(self) -> float | None:
@@ -99,39 +109,41 @@ class SourceLayer:
         norm = getattr(self._module.self_attn, "k_norm", None)
         return None if norm is None else norm.variance_epsilon
 
-    def attend(self, x: torch.Tensor) -> torch.Tensor:
-        """The source's attention, an :data:`Attention`."""
-        output = gqa_attention(*self.project(x), self.freqs, self.scale)
+    def attend(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+        """The source's attention, an :class:`Attention`."""
+        q = self.queries(x if positions is None else x[:, positions])
+        output = gqa_attention(q, *self.keys_values(x), self.freqs, self.scale, positions)
         return self._module.self_attn.o_proj(output.transpose(1, 2).flatten(2))
 
     def converted(self, weights: dict[str, torch.Tensor]) -> LatentAttention:
-        """The attention that converted projections give, an :data:`Attention`."""
+        """The attention that converted projections give, an :class:`Attention`."""
         return LatentAttention(weights, self.heads, self.scale, self.device, qk_norm_eps=self.qk_norm_eps)
 
     @torch.inference_mode()
     def moments(self, hidden: torch.Tensor) -> LayerMoments:
         """Second moments over all windows ``[windows, tokens, D]``."""
-        moments = LayerMoments(self.kv_heads, self.head_dim)
-        for batch in hidden.split(BATCH):
+        moments = LayerMoments(self.kv_heads, self.head_dim, self.device)
+        for batch in hidden.split(1):
             with calibration_autocast(self.device):
-                _, k, v = self.project(self.normed(batch))
+                k, v = self.keys_values(self.normed(batch))
             moments.add(*(x.transpose(1, 2).flatten(2).float() for x in (k, v)))
         return moments
 
     @torch.inference_mode()
     def errors(self, hidden: torch.Tensor, attentions: Iterable[Attention]) -> list[float]:
-        """Relative squared errors of attentions' outputs against the source's, on ``[windows, tokens, D]``."""
+        """Relative squared errors of attentions' outputs against the source's, at some of ``[windows, tokens, D]``."""
         x = self.normed(hidden)
+        positions = sampled_positions(x.shape[1], ERROR_QUERIES).to(self.device)
         with calibration_autocast(self.device):
-            expected = self.attend(x).float()
-            outputs = (attention(x).float() for attention in attentions)
+            expected = self.attend(x, positions).float()
+            outputs = (attention(x, positions).float() for attention in attentions)
             size = expected.square().sum().clamp(min=torch.finfo(torch.float32).tiny)
             return [((output - expected).square().sum() / size).item() for output in outputs]
 
     @torch.inference_mode()
     def add_attention(self, hidden: torch.Tensor, attention: Attention) -> None:
         """First half of the layer: add the attention's output to ``hidden`` ``[windows, tokens, D]``, in place."""
-        for batch in hidden.split(BATCH):
+        for batch in hidden.split(1):
             with calibration_autocast(self.device):
                 output = attention(self.normed(batch))
             batch += output.to(batch)
@@ -139,7 +151,7 @@ class SourceLayer:
     @torch.inference_mode()
     def add_mlp(self, hidden: torch.Tensor) -> None:
         """Second half of the layer: add the MLP's output to ``hidden`` ``[windows, tokens, D]``, in place."""
-        # One window at a time bounds memory; but experts, which are read as often as they are called, see all at once.
+        # Experts, which are read as often as they are called, see all at once.
         for batch in hidden.split(len(hidden) if self._has_experts else 1):
             x = self._module.post_attention_layernorm(batch.to(self.device))
             with calibration_autocast(self.device):

@@ -7,7 +7,7 @@ import torch
 from mla_converters.budget import CacheBudget
 from mla_converters.latent_map import LatentMap, mla_weights
 from mla_converters.layer_conversion import ConvertedLayer, LayerConversion, measure
-from mla_converters.layers import BATCH, SourceLayer, calibration_autocast, embed
+from mla_converters.layers import SourceLayer, calibration_autocast, embed
 from mla_converters.methods.mha2mla import Keep, PairNorms, Svd, kept_pairs, latent_bias, mha2mla_map
 from mla_converters.record import Streams
 from mla_converters.source import Source
@@ -35,9 +35,10 @@ class Mha2mlaOptions:
 def pair_contributions(layer: SourceLayer, hidden: torch.Tensor) -> torch.Tensor:
     """``[g, d / 2]`` contributions of a layer's pairs on its inputs ``[windows, tokens, D]``."""
     norms = PairNorms(layer.heads, layer.kv_heads, layer.head_dim)
-    for batch in hidden.split(BATCH):
+    for batch in hidden.split(1):
         with calibration_autocast(layer.device):
-            q, k, _ = layer.project(layer.normed(batch))
+            x = layer.normed(batch)
+            q, (k, _) = layer.queries(x), layer.keys_values(x)
         norms.add(q, k)
     return norms.contributions()
 
@@ -80,7 +81,7 @@ def mha2mla(
         converted = layer_weights(weights, maps)
         if hidden is None:
             return ConvertedLayer(converted)
-        measured = measure(layer, hidden, maps, layer.moments(hidden).kv, layer.converted(converted))
+        measured = measure(layer, hidden, maps, layer.moments(hidden).kv.cpu(), layer.converted(converted))
         layer.advance(hidden, layer.attend)
         return ConvertedLayer(converted, measured)
 

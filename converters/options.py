@@ -96,6 +96,10 @@ def check_options(options: Options) -> None:
     for name, (given, method) in of_one_method.items():
         if given and options.method != method:
             raise ConversionError(f"{name} is an option of --method {method}, not of {options.method}: leave it out.")
+    if Ingredient.CONVERTED_INPUTS in options.without and not options.refit_steps:
+        raise ConversionError(
+            "--without converted-inputs changes only the refit, and --refit-steps 0 leaves that out: drop one of them."
+        )
 
 
 def _check_device(device: str) -> None:

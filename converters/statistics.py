@@ -13,12 +13,12 @@ class LayerMoments:
         tokens: how many tokens went in.
     """
 
-    def __init__(self, kv_heads: int, head_dim: int) -> None:
+    def __init__(self, kv_heads: int, head_dim: int, device: str = "cpu") -> None:
         width = 2 * kv_heads * head_dim
         self.kv_heads = kv_heads
         self.head_dim = head_dim
         self.tokens = 0
-        self._kv = torch.zeros(width, width, dtype=torch.float64)
+        self._kv = torch.zeros(width, width, dtype=torch.float64, device=device)
 
     def add(self, k: torch.Tensor, v: torch.Tensor) -> None:
         """Take in some tokens.
@@ -27,7 +27,7 @@ class LayerMoments:
             k, v: ``[..., g * d]``, any float dtype.
         """
         kv = torch.cat((k, v), dim=-1).flatten(0, -2)
-        self._kv += (kv.mT @ kv).to("cpu", torch.float64)
+        self._kv += (kv.mT @ kv).double()
         self.tokens += kv.shape[0]
 
     @property

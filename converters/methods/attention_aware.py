@@ -6,6 +6,7 @@ components of the same frequency.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -91,7 +92,7 @@ def _trace(matrices: torch.Tensor) -> torch.Tensor:
 
 def _isotropic(metric: torch.Tensor) -> torch.Tensor:
     """Multiples of the identity with the same trace, ``[g, d, d]``."""
-    eye = torch.eye(metric.shape[-1], dtype=metric.dtype)
+    eye = torch.eye(metric.shape[-1], dtype=metric.dtype, device=metric.device)
     return eye.expand_as(metric) * _trace(metric) / _trace(eye.expand_as(metric))
 
 
@@ -144,8 +145,7 @@ def choose_rotary(model: ScoreModel, rope_dim: int, weighing: Weighing) -> Rotar
     keys = keys.permute(2, 0, 1)  # [pairs, g, g], E k kᴴ
     energy = model.query.diagonal(dim1=1, dim2=2).unflatten(1, (2, pairs)).sum(1)  # [H, pairs]
     by_kv_head = energy.unflatten(0, (kv_heads, -1)).sum(1)  # [g, pairs]
-    if not by_kv_head.any():  # all queries are zero
-        by_kv_head = torch.ones_like(by_kv_head)
+    by_kv_head = torch.where(by_kv_head.any(), by_kv_head, 1.0)  # all queries may be zero
     loss = (energy * model.loss).unflatten(0, (kv_heads, -1)).sum(1) / by_kv_head.clamp(min=1e-300)
     amplitude = by_kv_head.clamp(min=DAMPING**2 * by_kv_head.max()).sqrt().mT  # [pairs, g]
     found, mixing = torch.linalg.eigh(amplitude[:, :, None] * keys * amplitude[:, None, :])
@@ -176,22 +176,23 @@ def attention_aware_map(
     back = rotary.back.conj().mT.repeat_interleave(heads // kv_heads, dim=0)  # [H, r / 2]
     query_to_rope = real_map((back[..., None] * place)[:, None, :, None])  # [H, r, d]
 
-    rest = torch.eye(kv_heads, dtype=torch.complex128).repeat(pairs, 1, 1)
+    eye = partial(torch.eye, dtype=torch.float64, device=freqs.device)
+    rest = eye(kv_heads).to(torch.complex128).repeat(pairs, 1, 1)
     rest.index_add_(0, rotary.frequency, rotary.back[:, :, None] * rotary.read[:, None, :], alpha=-1)
-    lifted = torch.zeros(kv_heads, pairs, kv_heads, pairs, dtype=torch.complex128)
+    lifted = rest.new_zeros(kv_heads, pairs, kv_heads, pairs)
     lifted[:, range(pairs), :, range(pairs)] = rest
-    remaining = torch.block_diag(real_map(lifted), torch.eye(width, dtype=torch.float64))  # [2gd, 2gd]
+    remaining = torch.block_diag(real_map(lifted), eye(width))  # [2gd, 2gd]
 
     blocks = [*model.key_metric, *(weighing.values * model.value_metric)]
     roots, inverses = zip(*map(_square_root, blocks), strict=True)
     root, inverse = torch.block_diag(*roots), torch.block_diag(*inverses)
-    ridge = RIDGE * model.key_value.diagonal().mean() * torch.eye(2 * width, dtype=torch.float64)
+    ridge = RIDGE * model.key_value.diagonal().mean() * eye(2 * width)
     weighed = root @ remaining
     basis = torch.linalg.eigh(weighed @ (model.key_value + ridge) @ weighed.mT).eigenvectors.flip(-1)
     basis = basis[:, :kv_lora_rank]
     up = inverse @ basis  # [2gd, R]
     return LatentMap(
-        rope_freqs=freqs.float().cpu()[rotary.frequency],
+        rope_freqs=freqs.float()[rotary.frequency],
         key_to_rope=key_to_rope,
         query_to_rope=query_to_rope,
         query_to_nope=phase_map(model.phase),
@@ -203,6 +204,6 @@ def attention_aware_map(
 
 def _square_root(metric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Damped ``metric ** 0.5`` and its inverse; of zero, where nothing reads a head, the identity's."""
-    values, vectors = torch.linalg.eigh(metric if metric.any() else torch.eye(len(metric), dtype=metric.dtype))
+    values, vectors = torch.linalg.eigh(torch.where(metric.any(), metric, torch.eye(len(metric)).to(metric)))
     root = values.clamp(min=DAMPING * values.max()).sqrt()
     return (vectors * root) @ vectors.mT, (vectors / root) @ vectors.mT

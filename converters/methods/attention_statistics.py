@@ -1,22 +1,24 @@
 """What a layer's attention reads: second moments weighted by attention, and how far back it looks.
 
-Only moments are kept. Scores of some queries of one window and KV head at a time are materialised, ``[G, queries,
-tokens]``.
+Only moments are kept. Scores of a block of queries of one window and KV head at a time are materialised, ``[G, block,
+tokens]``, and only of tokens that the block sees.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from mla_converters.attention import rotate
-from mla_converters.layers import SourceLayer
+from mla_converters.layers import SourceLayer, sampled_positions
 
-QUERIES = 512  # evenly spread over a window
+QUERIES = 256
+BLOCK = 64
 
 
 @dataclass(frozen=True)
 class AttentionStatistics:
-    """Of one layer over some windows; float64 and complex128 on CPU.
+    """Of one layer over some windows; float64 and complex128 on its device.
 
     A query ``t`` of head ``i`` reads key ``j`` with attention ``a``. To first order an error ``e`` of
     that score moves the layer's output by ``a e W_o (v_j - o_t)``, and an error of ``v_j`` by ``a`` times
@@ -54,53 +56,60 @@ def attention_statistics(layer: SourceLayer, hidden: torch.Tensor) -> AttentionS
     tokens = hidden.shape[1]
     angles = torch.outer(torch.arange(tokens, device=layer.device), layer.freqs)
     turn = torch.polar(torch.ones_like(angles), angles)  # [tokens, d / 2], exp(i freq position)
-    stride = -(-tokens // QUERIES)
-    sampled = torch.arange(tokens - 1, -1, -stride, device=layer.device).flip(0)
-    future = torch.arange(tokens, device=layer.device) > sampled[:, None]  # [queries, tokens]
-    key_value = torch.zeros(width, width, dtype=torch.float64)
-    query, plain_query = (torch.zeros(heads, layer.head_dim, layer.head_dim, dtype=torch.float64) for _ in "qp")
-    turned = torch.zeros(heads, half, dtype=torch.complex128)
-    energy = torch.zeros(heads, half, dtype=torch.float64)
-    values_read = torch.zeros(heads, dtype=torch.float64)
+    sampled = sampled_positions(tokens, QUERIES)
+    zeros = partial(torch.zeros, dtype=torch.float64, device=layer.device)
+    key_value = zeros(width, width)
+    query, plain_query = (zeros(heads, layer.head_dim, layer.head_dim) for _ in "qp")
+    turned = zeros(heads, half).to(torch.complex128)
+    energy = zeros(heads, half)
+    values_read = zeros(heads)
     groups = heads // layer.kv_heads
     for window in hidden:
-        q, k, v = (x.float()[0] for x in layer.project(layer.normed(window[None])))
+        x = layer.normed(window[None])
+        q = layer.queries(x[:, sampled])[0].float()  # [H, queries, d]
+        k, v = (part[0].float() for part in layer.keys_values(x))
         read = torch.zeros(tokens, device=layer.device)
         for kv_head in range(layer.kv_heads):
             mine = slice(kv_head * groups, (kv_head + 1) * groups)
             keys, values = k[kv_head], v[kv_head]  # [tokens, d]
-            turned_q, plain_q = rotate(q[mine], layer.freqs)[:, sampled], q[mine][:, sampled]
-            scores = turned_q @ rotate(keys, layer.freqs).mT * layer.scale
-            attention = scores.masked_fill_(future, float("-inf")).softmax(-1)  # [G, queries, tokens]
-            pairs = _score_weights(attention, values, gram[mine]) * layer.scale**2
-            query[mine] += (plain_q * pairs.sum(2, keepdim=True)).mT.matmul(plain_q).cpu().double()
-            plain_query[mine] += (plain_q.mT @ plain_q).cpu().double()
+            turned_keys, values_out = rotate(keys, layer.freqs), values @ gram[mine]  # values_out [G, tokens, d]
+            k_energy = keys[:, :half].square() + keys[:, half:].square()  # [tokens, d / 2]
+            turned_energy = torch.cat((turn.real * k_energy, turn.imag * k_energy, k_energy), dim=1)
+            plain_query[mine] += (q[mine].mT @ q[mine]).double()
+            for block, plain_q in zip(sampled.split(BLOCK), q[mine].split(BLOCK, dim=1), strict=True):
+                seen, positions = slice(int(block[-1]) + 1), block.to(layer.device)
+                scores = rotate(plain_q, layer.freqs, positions) @ turned_keys[seen].mT * layer.scale
+                future = torch.arange(seen.stop, device=layer.device) > positions[:, None]
+                attention = scores.masked_fill_(future, float("-inf")).softmax(-1)  # [G, block, seen]
+                pairs = _score_weights(attention, values[seen], gram[mine], values_out[:, seen]) * layer.scale**2
+                query[mine] += (plain_q * pairs.sum(2, keepdim=True)).mT.matmul(plain_q).double()
 
-            read_by_head = attention.square_().sum(1)  # [G, tokens]
-            values_read[mine] += read_by_head.sum(1).cpu().double()
-            read += read_by_head.sum(0)
+                read_by_head = attention.square_().sum(1)  # [G, seen]
+                values_read[mine] += read_by_head.sum(1).double()
+                read[seen] += read_by_head.sum(0)
 
-            q_energy, k_energy = (x[..., :half].square() + x[..., half:].square() for x in (plain_q, keys))
-            seen = turn * k_energy  # [tokens, d / 2]
-            seen = torch.complex(pairs @ seen.real, pairs @ seen.imag)  # [G, queries, d / 2]
-            turned[mine] += (q_energy * turn[sampled].conj() * seen).sum(1).cpu()
-            energy[mine] += (q_energy * (pairs @ k_energy)).sum(1).cpu()
+                q_energy = plain_q[..., :half].square() + plain_q[..., half:].square()
+                real, imaginary, plain = (pairs @ turned_energy[seen]).split(half, dim=-1)  # [G, block, d / 2]
+                turned[mine] += (q_energy * turn[positions].conj() * torch.complex(real, imaginary)).sum(1)
+                energy[mine] += (q_energy * plain).sum(1)
         kv = torch.cat([x.transpose(0, 1).flatten(1) for x in (k, v)], dim=-1)  # [tokens, 2 * g * d]
-        key_value += (kv.mT @ (kv * (read / read.sum())[:, None])).cpu().double()
+        key_value += (kv.mT @ (kv * (read / read.sum())[:, None])).double()
     count = len(hidden) * len(sampled)
     return AttentionStatistics(
         key_value=key_value / len(hidden),
         query=query / count,
         phase=turned / energy.clamp(min=torch.finfo(torch.float64).tiny),
         plain_query=plain_query / count,
-        output=gram.cpu().double() * (values_read / count)[:, None, None],
+        output=gram.double() * (values_read / count)[:, None, None],
     )
 
 
-def _score_weights(attention: torch.Tensor, values: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
-    """``(a |W_o (v_j - o_t)|)²``, ``[G, queries, tokens]``, for a KV head's values ``[tokens, d]``."""
+def _score_weights(
+    attention: torch.Tensor, values: torch.Tensor, gram: torch.Tensor, values_out: torch.Tensor
+) -> torch.Tensor:
+    """``(a |W_o (v_j - o_t)|)²``, ``[G, queries, tokens]``, for a KV head's values ``[tokens, d]`` and these times
+    ``gram``, ``values_out`` ``[G, tokens, d]``."""
     outputs = attention @ values
-    values_out = values @ gram  # [G, tokens, d]
     distance = -2 * (outputs @ values_out.mT)
     distance += (values_out * values).sum(-1)[:, None, :]
     distance += (outputs @ gram * outputs).sum(-1)[..., None]

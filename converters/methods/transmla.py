@@ -77,7 +77,7 @@ def rotate_keys(moments: LayerMoments, rope_dim: int, freqfold: int) -> KeyRotat
     keep = rope_dim * freqfold // head_dim  # components that each group keeps
     # Dimension of (half of pair, group, KV head and place in group).
     dims = torch.arange(width).view(kv_heads, 2, groups, freqfold).permute(1, 2, 0, 3).flatten(2)
-    rotation = torch.zeros(width, 2, groups, kv_heads * freqfold, dtype=torch.float64)
+    rotation = keys.new_zeros(width, 2, groups, kv_heads * freqfold)
     for group in range(groups):
         real, imaginary = dims[0, group], dims[1, group]
         axes = principal_axes(keys[real][:, real] + keys[imaginary][:, imaginary])
@@ -112,7 +112,7 @@ def joint_map(
     kv_heads, head_dim = moments.kv_heads, moments.head_dim
     width, rope_dim = kv_heads * head_dim, 2 * len(rotation.frequency)
     rope, nope = rotation.matrix[:rope_dim], rotation.matrix[rope_dim:]
-    remaining = torch.block_diag(nope, torch.eye(width, dtype=torch.float64))  # [2gd - r, 2gd]
+    remaining = torch.block_diag(nope, torch.eye(width).to(nope))  # [2gd - r, 2gd]
     joint = remaining @ moments.kv @ remaining.mT
     rms = joint.diagonal().clamp(min=0).sqrt()  # rounding can leave a zero below zero
     keys = width - rope_dim
@@ -122,10 +122,10 @@ def joint_map(
     shrink = torch.cat((joint.new_full((keys,), 1.0) / scale, joint.new_ones(width)))
     basis = principal_axes(shrink[:, None] * joint * shrink)[:, :kv_lora_rank]  # [2gd - r, R]
     return LatentMap(
-        rope_freqs=freqs.float().cpu()[rotation.frequency],
+        rope_freqs=freqs.float()[rotation.frequency.to(freqs.device)],
         key_to_rope=rope,
         query_to_rope=rope.view(rope_dim, kv_heads, head_dim).transpose(0, 1).contiguous(),
-        query_to_nope=torch.eye(head_dim, dtype=torch.float64).expand(kv_heads, -1, -1),
+        query_to_nope=torch.eye(head_dim).to(nope).expand(kv_heads, -1, -1),
         kv_to_latent=basis.mT @ (shrink[:, None] * remaining),
         latent_to_key=(nope.mT @ (scale * basis[:keys])).view(kv_heads, head_dim, -1),
         latent_to_value=basis[keys:].view(kv_heads, head_dim, -1),

@@ -18,8 +18,8 @@ class MethodCost:
     """Core-seconds of a method.
 
     Attributes:
-        calibration: per token that passes through the layers and parameter of these.
-        search_tokens: tokens' worth of searching on a few windows, however many calibrate.
+        calibration: per token of each stream that passes through the layers and parameter of these.
+        search_tokens: tokens' worth of statistics and searching on a few windows, however many calibrate.
         decompositions: eigendecompositions of each layer's second moments.
         refit: per token that refits a layer and parameter of its attention; the keys that it reads included.
     """
@@ -31,8 +31,8 @@ class MethodCost:
 
 
 METHOD_COSTS = {
-    "transmla": MethodCost(calibration=3.8e-11, search_tokens=4096, decompositions=8),
-    "attention-aware": MethodCost(calibration=3.8e-11, search_tokens=12288, decompositions=8, refit=6.9e-10),
+    "transmla": MethodCost(calibration=1.9e-11, search_tokens=8192, decompositions=8),
+    "attention-aware": MethodCost(calibration=1.9e-11, search_tokens=8192, decompositions=10, refit=6.9e-10),
 }
 REFIT_STEP_TOKENS = BATCH * QUERIES  # that a step compares
 REFIT_BATCH_TOKENS = BATCH * WINDOW  # that a step may read
@@ -49,8 +49,8 @@ def conversion_core_seconds(
 ) -> float:
     """Core-seconds from the calibration text to the written checkpoint.
 
-    For each layer ``calibration * (tokens + search_tokens) * parameters``, where its second moments of ``2 * g * d``
-    keys and values count as ``2 * (2 * g * d) ** 2`` parameters, ``decompositions * (2 * g * d) ** 3 *
+    For each layer ``calibration * (streams * tokens + search_tokens) * parameters``, where its second moments of
+    ``2 * g * d`` keys and values count as ``2 * (2 * g * d) ** 2`` parameters, ``decompositions * (2 * g * d) ** 3 *
     DECOMPOSITION`` and ``refit * refit_steps * REFIT_STEP_TOKENS * attention parameters``; and the time to read and
     write the weights.
 
@@ -63,8 +63,9 @@ def conversion_core_seconds(
     """
     cost = METHOD_COSTS[method]
     parameters = source.layer_parameters + 2 * source.cached**2
+    streams = 2 if method == "transmla" or refit_steps else 1
     per_layer = (
-        cost.calibration * (calibration_tokens + cost.search_tokens) * parameters
+        cost.calibration * (streams * calibration_tokens + cost.search_tokens) * parameters
         + DECOMPOSITION * cost.decompositions * source.cached**3
         + cost.refit * refit_steps * REFIT_STEP_TOKENS * source.attention_parameters
     )

@@ -1,0 +1,31 @@
+"""Converting with layers and algebra on the GPU. Skipped without a GPU; not run yet."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU", allow_module_level=True)
+
+from conftest import CALIBRATION, SPLIT, convert
+
+METHODS = {
+    "attention-aware": ("--refit-steps", 8),
+    "closed-form": ("--refit-steps", 0),
+    "transmla": ("--method", "transmla"),
+    "mha2mla": ("--method", "mha2mla"),
+}
+
+
+@pytest.mark.parametrize("options", METHODS.values(), ids=METHODS)
+def test_same_quality_as_on_cpu(smollm2: Path, tmp_path: Path, options: tuple[object, ...]) -> None:
+    """Rounding differs, and with it what little the layers' errors may differ."""
+    errors = {}
+    for device in ("cpu", "cuda"):
+        report = tmp_path / f"{device}.json"
+        calibration = ("--calibration", CALIBRATION, "--calibration-tokens", 2048)
+        convert(smollm2, tmp_path / device, *options, *SPLIT, *calibration, "--device", device, "--json", report)
+        errors[device] = sum(layer["output_error"] for layer in json.loads(report.read_text())["per_layer"])
+    assert errors["cuda"] == pytest.approx(errors["cpu"], rel=0.02)
