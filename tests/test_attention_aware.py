@@ -184,7 +184,7 @@ def test_refit_lowers_the_error(layer: SourceLayer) -> None:
 
 
 def test_every_ingredient_does_something(tmp_path: Path) -> None:
-    source = RandomModel(heads=HEADS, kv_heads=KV_HEADS, hidden=96).save(tmp_path / "source")
+    source = RandomModel(heads=HEADS, kv_heads=KV_HEADS, head_dim=32, hidden=96).save(tmp_path / "source")
     ids = torch.randint(0, 128, (1, 64), generator=torch.Generator().manual_seed(1))
 
     @functools.cache
