@@ -4,18 +4,24 @@
 
 No weights make a Qwen3 compute what a Llama computes, for its queries and keys are normalised. So SmolLM2's weights
 are put into a Qwen3, each layer's attention is trained to give what SmolLM2's gives, and then the whole model to
-predict what SmolLM2 predicts: minutes, on the validation text. Both models are then converted by the default method's
-closed form at half and a quarter of their cache, and compared by how much perplexity grows. (Mistral, Qwen2 and Mixtral
-hold SmolLM2's weights unchanged, and ``tests/test_families.py`` shows that their conversions are the same.)
+predict what SmolLM2 predicts: minutes, on the validation text. Both models are then converted by the default method
+at half and a quarter of their cache, with its refit and by its closed form alone, and compared by how much perplexity
+grows. (Mistral, Qwen2 and Mixtral hold SmolLM2's weights unchanged, and ``tests/test_families.py`` shows that their
+conversions are the same.)
+
+Rows already in the result file are kept: remove it to measure again, or choose rows with ``--only``.
 """
 
 import argparse
+import itertools
+import json
+import re
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
-from common import convert, evaluate, plain_text, write_result
+from common import RESULTS, convert, evaluate, plain_text, write_result
 from rich.progress import track
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -28,6 +34,7 @@ LENGTH, BATCH = 512, 4
 LAYER_WINDOWS, LAYER_STEPS, LAYER_RATE = 16, 64, 0.01
 STEPS, RATE = 32, 1e-4
 RATIOS = (0.5, 0.25)
+RUNS = {"refit": ("--calibration-tokens", "32768"), "closed form": ("--refit-steps", "0")}
 SHARED = (
     "vocab_size",
     "hidden_size",
@@ -133,30 +140,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--valid", type=Path, required=True, help="wiki.valid.tokens")
     parser.add_argument("--test", type=Path, required=True, help="wiki.test.raw")
+    parser.add_argument("--only", default="", help="regular expression of row names")
     arguments = parser.parse_args()
-    rows = []
+    result = RESULTS / "families.json"
+    rows: dict[str, dict] = json.loads(result.read_text())["rows"] if result.exists() else {}
     with tempfile.TemporaryDirectory() as scratch:
         text, folder, out = (Path(scratch) / name for name in ("text.txt", "qwen3", "mla"))
         text.write_text(plain_text(arguments.valid))
         make_qwen3(text, folder)
         for family, source in (("llama", demo_folder()), ("qwen3", folder)):
             original = evaluate(source, arguments.test)["perplexity"]
-            for ratio in RATIOS:
-                options = ["--cache-ratio", str(ratio), "--calibration", str(text), "--refit-steps", "0"]
-                report = convert(source, out, *options)
+            for (run, options), ratio in itertools.product(RUNS.items(), RATIOS):
+                name = f"{family}, {run}, {ratio}"
+                if name in rows or not re.search(arguments.only, name):
+                    continue
+                report = convert(source, out, "--cache-ratio", str(ratio), "--calibration", str(text), *options)
                 perplexity = evaluate(out, arguments.test)["perplexity"]
-                rows.append(
-                    {
-                        "family": family,
-                        "cache_ratio": ratio,
-                        "split": f"{report['kv_lora_rank']}+{report['qk_rope_head_dim']}",
-                        "source_perplexity": round(original, 3),
-                        "perplexity": round(perplexity, 3),
-                        "growth": round(perplexity / original, 4),
-                    }
-                )
-                print(rows[-1], flush=True)
-    write_result("families", COMMAND, {"rows": rows})
+                rows[name] = {
+                    "split": f"{report['kv_lora_rank']}+{report['qk_rope_head_dim']}",
+                    "source_perplexity": round(original, 3),
+                    "perplexity": round(perplexity, 3),
+                    "growth": round(perplexity / original, 4),
+                }
+                print(name, rows[name], flush=True)
+                write_result("families", COMMAND, {"rows": rows})
 
 
 if __name__ == "__main__":
