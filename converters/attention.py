@@ -1,7 +1,11 @@
 """Causal attention of the source, and of a converted layer, on what their projections give."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
+
+BLOCK = 128  # of queries at some positions, together: they read no key after the last of them
 
 
 def rotate(x: torch.Tensor, freqs: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
@@ -29,7 +33,7 @@ def gqa_attention(
         q: ``[windows, H, queries, d]``, before RoPE; k, v: ``[windows, g, tokens, d]``.
         freqs: ``[d / 2]`` radians per position.
         scale: factor on the scores.
-        positions: ``[queries]`` of the queries among the tokens; None: every token's.
+        positions: ``[queries]`` of the queries among the tokens, ascending, on CPU; None: every token's.
 
     Returns:
         ``[windows, H, queries, d]``.
@@ -41,10 +45,15 @@ def _causal(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, positions: torch.Tensor | None
 ) -> torch.Tensor:
     """Attention of queries at ``positions`` (None: all) to what is not after them; KV heads are shared."""
-    mask = None if positions is None else torch.arange(k.shape[2], device=k.device) <= positions[:, None]
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-    )
+    attend = partial(F.scaled_dot_product_attention, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    if positions is None:
+        return attend(q, k, v, is_causal=True)
+    outputs = []
+    for block, some in zip(positions.split(BLOCK), q.split(BLOCK, dim=2), strict=True):
+        seen = int(block[-1]) + 1
+        mask = (torch.arange(seen) <= block[:, None]).to(q.device)
+        outputs.append(attend(some, k[:, :, :seen], v[:, :, :seen], attn_mask=mask))
+    return torch.cat(outputs, dim=2)
 
 
 def latent_attention(
@@ -64,7 +73,7 @@ def latent_attention(
         k_rope: ``[windows, tokens, r]``, before RoPE, shared by all heads.
         freqs: ``[r / 2]`` radians per position.
         scale: factor on the scores.
-        positions: ``[queries]`` of the queries among the tokens; None: every token's.
+        positions: ``[queries]`` of the queries among the tokens, ascending, on CPU; None: every token's.
 
     Returns:
         ``[windows, H, queries, d]``.

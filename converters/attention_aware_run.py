@@ -9,7 +9,7 @@ from rich.progress import Progress
 
 from mla_converters.budget import CacheBudget
 from mla_converters.latent_map import LatentMap, balanced, mla_weights
-from mla_converters.layer_conversion import ConvertedLayer, LayerConversion, measure
+from mla_converters.layer_conversion import ConvertedLayer, LayerConversion, Measured, energy_kept, measure
 from mla_converters.layers import SourceLayer, embed
 from mla_converters.methods.attention_aware import ScoreModel, Weighing, attention_aware_map, score_model
 from mla_converters.methods.attention_statistics import attention_statistics
@@ -82,11 +82,10 @@ def first_weighing(without: frozenset[Ingredient]) -> Weighing:
 
 def best_map(
     layer: SourceLayer, hidden: torch.Tensor, model: ScoreModel, budget: CacheBudget, without: frozenset[Ingredient]
-) -> LatentMap:
-    """The layer's map with the weighing whose attention output errs least; values' weight first, then energy's."""
+) -> tuple[float, LatentMap]:
+    """The layer's map with the weighing whose attention output errs least, and that error; values' weight is searched
+    first, then energy's."""
     start = first_weighing(without)
-    if Ingredient.SEARCH in without:
-        return layer_map(layer, model, budget, start)
     tried: dict[Weighing, tuple[float, LatentMap]] = {}
 
     def best_of(candidates: list[Weighing]) -> Weighing:
@@ -95,10 +94,11 @@ def best_map(
         tried.update(zip(new, zip(map_errors(layer, hidden, maps), maps, strict=True), strict=True))
         return min(tried, key=lambda candidate: tried[candidate][0])
 
-    best = best_of([start, *(replace(start, values=value) for value in VALUE_WEIGHTS)])
-    if Ingredient.JOINT_CHOICE not in without:
+    values = () if Ingredient.SEARCH in without else VALUE_WEIGHTS
+    best = best_of([start, *(replace(start, values=value) for value in values)])
+    if not {Ingredient.SEARCH, Ingredient.JOINT_CHOICE} & without:
         best = best_of([replace(best, energy=energy) for energy in ENERGY_WEIGHTS])
-    return tried[best][1]
+    return tried[best]
 
 
 def attention_aware(
@@ -128,12 +128,11 @@ def attention_aware(
     def convert(layer: SourceLayer, streams: Streams) -> ConvertedLayer:
         hidden = streams["source"]
         model = layer_model(layer, hidden, options.without)
-        maps = best_map(layer, hidden, model, budgets[layer.index], options.without)
+        error, maps = best_map(layer, hidden, model, budgets[layer.index], options.without)
         attention = layer.converted(mla_weights(layer.attention_weights, maps))
         if "converted" not in streams:
-            measured = measure(layer, hidden, maps, model.key_value, attention)
             layer.advance(hidden, layer.attend)
-            return ConvertedLayer(attention.weights(), measured)
+            return ConvertedLayer(attention.weights(), Measured(energy_kept(maps, model.key_value), error))
         converted = streams["converted"]
         if Ingredient.CONVERTED_INPUTS in options.without:
             converted.copy_(hidden)

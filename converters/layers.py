@@ -18,14 +18,14 @@ ERROR_QUERIES = 256  # of each window, on which attentions are compared
 
 
 class Attention(Protocol):
-    """From normed inputs ``[windows, tokens, D]`` to the attention's output at ``positions`` ``[queries]`` (None: at
-    all), ``[windows, queries, D]``."""
+    """From normed inputs ``[windows, tokens, D]`` to the attention's output at ``positions`` ``[queries]``, ascending,
+    on CPU (None: at all), ``[windows, queries, D]``."""
 
     def __call__(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor: ...
 
 
 def sampled_positions(tokens: int, count: int) -> torch.Tensor:
-    """At most ``count`` positions evenly spread over a window, ascending, the last one always."""
+    """At most ``count`` positions evenly spread over a window, ascending, the last one always; on CPU."""
     return torch.arange(tokens - 1, -1, -tokens // count).flip(0)
 
 
@@ -133,7 +133,7 @@ class SourceLayer:
     def errors(self, hidden: torch.Tensor, attentions: Iterable[Attention]) -> list[float]:
         """Relative squared errors of attentions' outputs against the source's, at some of ``[windows, tokens, D]``."""
         x = self.normed(hidden)
-        positions = sampled_positions(x.shape[1], ERROR_QUERIES).to(self.device)
+        positions = sampled_positions(x.shape[1], ERROR_QUERIES)
         with calibration_autocast(self.device):
             expected = self.attend(x, positions).float()
             outputs = (attention(x, positions).float() for attention in attentions)

@@ -72,7 +72,7 @@ def refit_layer(
         if not size.any():  # the layer's attention adds nothing: there is nothing to fit
             continue
         with calibration_autocast(layer.device):
-            output = attention(layer.normed(inputs), torch.arange(end - queries, end, device=layer.device))
+            output = attention(layer.normed(inputs), torch.arange(end - queries, end))
         loss = ((output - target).square().sum(-1) / size.clamp(min=FLOOR * size.mean())).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
