@@ -22,7 +22,7 @@ WINDOW = 2048  # tokens in a window: what loses RoPE must be right at long dista
 ATTENTION_WINDOWS = 4  # whose attention is measured
 ERROR_WINDOWS = 1  # of these, on how many the candidates of a search are compared
 VALUE_WEIGHTS = (0.1, 0.3, 1.0)
-ENERGY_WEIGHTS = (0.0, 0.1, 0.3, 1.0)
+ENERGY_WEIGHTS = (0.1, 0.3, 1.0)
 
 
 class Ingredient(StrEnum):
