@@ -12,7 +12,7 @@ import torch
 from mla_converters.attention import rotate
 from mla_converters.layers import SourceLayer, sampled_positions
 
-QUERIES = 256
+QUERIES = 512  # evenly spread over a window
 BLOCK = 64
 
 
