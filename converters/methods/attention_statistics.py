@@ -13,7 +13,7 @@ from mla_converters.attention import rotate
 from mla_converters.layers import SourceLayer, sampled_positions
 
 QUERIES = 512  # evenly spread over a window
-BLOCK = 64
+BLOCK = 64  # of these at a time: their scores fit the cache of the processor
 
 
 @dataclass(frozen=True)
