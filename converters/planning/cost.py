@@ -19,27 +19,28 @@ class MethodCost:
 
     Attributes:
         calibration: per token of each stream that passes through the layers and parameter of these.
-        search_tokens: tokens' worth of statistics and searching on a few windows, however many calibrate.
+        search: per layer and number of a token's queries, for statistics and searching on a few windows, however many
+            calibrate.
         decompositions: eigendecompositions of each layer's second moments.
         refit: per token that refits a layer and parameter of its attention; the keys that it reads included.
     """
 
     calibration: float
-    search_tokens: int
+    search: float
     decompositions: int
     refit: float = 0.0
 
 
 METHOD_COSTS = {
-    "transmla": MethodCost(calibration=1.9e-11, search_tokens=8192, decompositions=8),
-    "attention-aware": MethodCost(calibration=1.9e-11, search_tokens=8192, decompositions=10, refit=6.9e-10),
+    "transmla": MethodCost(calibration=1.6e-11, search=1e-3, decompositions=8),
+    "attention-aware": MethodCost(calibration=1.6e-11, search=1e-3, decompositions=10, refit=4.5e-10),
 }
 REFIT_STEP_TOKENS = BATCH * QUERIES  # that a step compares
 REFIT_BATCH_TOKENS = BATCH * WINDOW  # that a step may read
 SAMPLING = 9e-11  # core-seconds per sampled token and parameter of the model
 DECOMPOSITION = 2.5e-10  # core-seconds per cubed width of the matrix, the products around it included
 READ_AND_WRITE = 3e-9  # core-seconds per byte of weights
-RUNTIME_BYTES = 550 * 10**6  # Python with torch, transformers and a tokenizer
+RUNTIME_BYTES = 700 * 10**6  # Python with torch, transformers and a tokenizer, and free memory that the allocator keeps
 MOMENT_MATRICES = 8  # float64 matrices as large as a layer's second moments that are alive at the peak
 CONVERTED_BYTES = 16  # of each number in a converted attention
 
@@ -49,8 +50,8 @@ def conversion_core_seconds(
 ) -> float:
     """Core-seconds from the calibration text to the written checkpoint.
 
-    For each layer ``calibration * (streams * tokens + search_tokens) * parameters``, where its second moments of
-    ``2 * g * d`` keys and values count as ``2 * (2 * g * d) ** 2`` parameters, ``decompositions * (2 * g * d) ** 3 *
+    For each layer ``calibration * streams * tokens * parameters``, where its second moments of ``2 * g * d`` keys and
+    values count as ``2 * (2 * g * d) ** 2`` parameters, ``search * H * d``, ``decompositions * (2 * g * d) ** 3 *
     DECOMPOSITION`` and ``refit * refit_steps * REFIT_STEP_TOKENS * attention parameters``; and the time to read and
     write the weights.
 
@@ -65,7 +66,8 @@ def conversion_core_seconds(
     parameters = source.layer_parameters + 2 * source.cached**2
     streams = 2 if method == "transmla" or refit_steps else 1
     per_layer = (
-        cost.calibration * (streams * calibration_tokens + cost.search_tokens) * parameters
+        cost.calibration * streams * calibration_tokens * parameters
+        + cost.search * source.query_heads * source.head_dim
         + DECOMPOSITION * cost.decompositions * source.cached**3
         + cost.refit * refit_steps * REFIT_STEP_TOKENS * source.attention_parameters
     )
