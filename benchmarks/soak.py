@@ -39,6 +39,7 @@ SHORT, LONG = (range(16, 200), range(16, 96)), (range(800, 1800), range(16, 64))
 POOL = 16
 CALIBRATION_SECONDS = 20
 MEMORY_SLACK = 0.05
+TOGETHER = 4  # invalid requests of a kind, in the warm-up
 KINDS = {"short": 55, "long": 15, "vanishing": 12, "aborted": 8, "invalid": 10}  # of 100 requests
 
 
@@ -150,7 +151,8 @@ class Soak:
             self.pool.append((body, await self.complete(body)))
 
     async def warm_up(self) -> None:
-        """Take all the memory that the server takes once: every page of its cache, and what a huge prompt needs."""
+        """Take all the memory that the server takes once: every page of its cache, and what a few huge prompts need,
+        which under load come at the same time."""
         async with self.session.get("/metrics") as response:
             info = re.search(r"vllm:cache_config_info{(.*)}", await response.text())
         assert info is not None
@@ -159,7 +161,7 @@ class Soak:
         bodies = [self.request(range(CONTEXT - 8, CONTEXT - 7), range(1, 2)) for _ in range(prompts)]
         await asyncio.gather(*map(self.complete, bodies))
         for data in self.invalid_bodies():
-            await self.send_invalid(data)
+            await asyncio.gather(*(self.send_invalid(data) for _ in range(TOGETHER)))
 
     async def capacity(self) -> float:
         """Requests per second that the server completes when it always has enough to do."""
@@ -185,20 +187,25 @@ class Soak:
         await asyncio.gather(*tasks)
 
 
-def server_memory(url: str) -> int:
-    """Resident bytes of the server that listens at ``url`` and of its children."""
+def server_memory(url: str) -> dict[str, int]:
+    """Resident megabytes of the server that listens at ``url`` and of its children, by the names they give
+    themselves."""
     port = int(url.rsplit(":", 1)[1])
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             if any(c.laddr.port == port and c.status == psutil.CONN_LISTEN for c in process.net_connections()):
-                return sum(p.memory_info().rss for p in [process, *process.children(recursive=True)])
+                family = [process, *process.children(recursive=True)]
+                return {
+                    f"{Path(p.cmdline()[0]).name} {i}": round(p.memory_info().rss / 1e6) for i, p in enumerate(family)
+                }
     raise SystemExit(f"No process listens on port {port}.")
 
 
 async def soak(model: Path, url: str, minutes: float, overload: float) -> dict[str, Any]:
     """Run; the figures."""
-    limit = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(url, connector=limit, timeout=aiohttp.ClientTimeout(total=None)) as session:
+    # A connection for each request: the server closes idle ones while a client may just be using them again.
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)
+    async with aiohttp.ClientSession(url, connector=connector, timeout=aiohttp.ClientTimeout(total=None)) as session:
         run = Soak(session, str(model), random.Random(0))
         await run.ask_alone()
         await run.warm_up()
@@ -210,7 +217,7 @@ async def soak(model: Path, url: str, minutes: float, overload: float) -> dict[s
         drained = time.monotonic() - started
         await run.send("short")
     after = server_memory(url)
-    growth = after / before - 1
+    growth = sum(after.values()) / sum(before.values()) - 1
     if growth > MEMORY_SLACK:
         run.problems.append(f"memory grew by {growth:.1%}")
     return {
@@ -219,8 +226,9 @@ async def soak(model: Path, url: str, minutes: float, overload: float) -> dict[s
         "sent_per_second": round(overload * capacity, 2),
         "seconds_until_last_answer": round(drained),
         **{key: run.counts[key] for key in ("sent", "completed", "wrong", "refused", "vanished", "aborted")},
-        "memory_before_mb": round(before / 1e6),
-        "memory_after_mb": round(after / 1e6),
+        "memory_growth": round(growth, 4),
+        "memory_before_mb": before,
+        "memory_after_mb": after,
         "problems": run.problems,
     }
 
