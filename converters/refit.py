@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import nn
+from torch.nn.utils import parametrize
 
 from mla_converters.latent_attention import LatentAttention
 from mla_converters.layers import SourceLayer, calibration_autocast
@@ -12,6 +14,20 @@ BATCH = 4  # windows to a step
 QUERIES = 128  # consecutive tokens of each window whose outputs are compared in a step
 WARMUP = 5  # steps
 FLOOR = 1e-3  # of the mean square of the targets, below which a token's error is not magnified further
+
+
+class KeysAndValuesApart(nn.Module):
+    """A weight ``[R + r, 2 * g * d]`` of ``[k; v]`` as two parameters, so that each has a step size of its own: where
+    keys are normalised, they are hundreds of times larger than values, and their weights as much smaller."""
+
+    def forward(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Both, side by side."""
+        return torch.cat((keys, values), dim=1)
+
+    def right_inverse(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What :meth:`forward` is given for ``weight``."""
+        keys, values = weight.chunk(2, dim=1)
+        return keys.clone(), values.clone()
 
 
 @dataclass(frozen=True)
@@ -48,6 +64,8 @@ def refit_layer(
         refit: steps and rate.
         generator: for the order of the windows.
     """
+    if attention.qk_norm:
+        parametrize.register_parametrization(attention.kv_a_proj_with_mqa, "weight", KeysAndValuesApart())
     groups = [
         {"params": [weight], "lr": refit.rate * weight.detach().square().mean().sqrt().item()}
         for weight in attention.parameters()
@@ -78,3 +96,5 @@ def refit_layer(
         loss.backward()
         optimizer.step()
         schedule.step()
+    if attention.qk_norm:
+        parametrize.remove_parametrizations(attention.kv_a_proj_with_mqa, "weight")
