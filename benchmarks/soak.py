@@ -39,6 +39,7 @@ SHORT, LONG = (range(16, 200), range(16, 96)), (range(800, 1800), range(16, 64))
 POOL = 16
 CALIBRATION_SECONDS = 20
 MEMORY_SLACK = 0.05
+CROWD = 300  # requests at once, more than the server takes into a batch
 TOGETHER = 4  # invalid requests of a kind, in the warm-up
 KINDS = {"short": 55, "long": 15, "vanishing": 12, "aborted": 8, "invalid": 10}  # of 100 requests
 
@@ -151,8 +152,8 @@ class Soak:
             self.pool.append((body, await self.complete(body)))
 
     async def warm_up(self) -> None:
-        """Take all the memory that the server takes once: every page of its cache, and what a few huge prompts need,
-        which under load come at the same time."""
+        """Take all the memory that the server takes once: every page of its cache, the largest batch, and what a few
+        huge prompts need, which under load come at the same time."""
         async with self.session.get("/metrics") as response:
             info = re.search(r"vllm:cache_config_info{(.*)}", await response.text())
         assert info is not None
@@ -160,6 +161,7 @@ class Soak:
         prompts = int(sizes["num_gpu_blocks"]) * int(sizes["block_size"]) // (CONTEXT - 8) + 1
         bodies = [self.request(range(CONTEXT - 8, CONTEXT - 7), range(1, 2)) for _ in range(prompts)]
         await asyncio.gather(*map(self.complete, bodies))
+        await asyncio.gather(*(self.complete(self.request(*SHORT)) for _ in range(CROWD)))
         for data in self.invalid_bodies():
             await asyncio.gather(*(self.send_invalid(data) for _ in range(TOGETHER)))
 

@@ -173,14 +173,19 @@ def test_attention_at_some_positions(layer: SourceLayer) -> None:
             torch.testing.assert_close(attention(hidden, positions), attention(hidden)[:, positions])
 
 
-def test_refit_lowers_the_error(layer: SourceLayer) -> None:
+@pytest.mark.parametrize("scale", [1.0, 0.01])
+def test_refit_lowers_the_error(layer: SourceLayer, scale: float) -> None:
+    """Also where values are much smaller than keys, as with QK-norm they are."""
+    layer.attention_weights["v_proj.weight"] *= scale
     hidden = torch.randn(8, 32, 96, generator=torch.Generator().manual_seed(0))
     attention = converted(layer, hidden)
+    names = set(attention.weights())
     expected = hidden.clone()
     layer.add_attention(expected, layer.attend)
     (before,) = layer.errors(hidden, [attention])
     refit_layer(attention, layer, hidden, expected, Refit(steps=60), torch.Generator().manual_seed(0))
     assert layer.errors(hidden, [attention])[0] < 0.7 * before
+    assert set(attention.weights()) == names
 
 
 def test_every_ingredient_does_something(tmp_path: Path) -> None:
