@@ -176,7 +176,9 @@ def test_attention_at_some_positions(layer: SourceLayer) -> None:
 @pytest.mark.parametrize("scale", [1.0, 0.01])
 def test_refit_lowers_the_error(layer: SourceLayer, scale: float) -> None:
     """Also where values are much smaller than keys, as with QK-norm they are."""
-    layer.attention_weights["v_proj.weight"] *= scale
+    for name, factor in {"v_proj.weight": scale, "k_norm.weight": 1 / scale, "q_norm.weight": scale}.items():
+        if name in layer.attention_weights:
+            layer.attention_weights[name] *= factor
     hidden = torch.randn(8, 32, 96, generator=torch.Generator().manual_seed(0))
     attention = converted(layer, hidden)
     names = set(attention.weights())
