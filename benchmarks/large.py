@@ -25,6 +25,7 @@ from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from mla_converters.options import Options
 from mla_converters.shards import Shards
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
@@ -66,10 +67,10 @@ def write_source(folder: Path, config: LlamaConfig) -> None:
         shutil.copyfile(path, folder / path.name)
 
 
-def plan(source: Path, refit_steps: str) -> dict[str, Any]:
+def plan(source: Path, refit_steps: int) -> dict[str, Any]:
     """What ``vllm-mla plan`` says of a conversion."""
     report = source.with_suffix(".plan.json")
-    command = [VLLM_MLA, "plan", source, "--calibration-tokens", str(TOKENS), "--refit-steps", refit_steps]
+    command = [VLLM_MLA, "plan", source, "--calibration-tokens", str(TOKENS), "--refit-steps", str(refit_steps)]
     command += ["--json", report]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     planned = json.loads(report.read_text())
@@ -167,9 +168,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="scratch; what this leaves there is removed")
     parser.add_argument("--layers", type=int, default=SMALL["num_hidden_layers"], help="fewer, for a try")
-    parser.add_argument("--refit-steps", default="96", help="of each layer")
+    parser.add_argument("--refit-steps", type=int, default=Options.refit_steps, help="of each layer")
     arguments, options = parser.parse_known_args()
-    options += ["--refit-steps", arguments.refit_steps]
+    options += ["--refit-steps", str(arguments.refit_steps)]
     source, out, large = (arguments.folder / f"large-{name}" for name in ("source", "mla", "70b"))
     try:
         config = LlamaConfig(**COMMON, **SMALL | {"num_hidden_layers": arguments.layers})

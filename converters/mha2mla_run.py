@@ -81,7 +81,7 @@ def mha2mla(
         converted = layer_weights(weights, maps)
         if hidden is None:
             return ConvertedLayer(converted)
-        measured = measure(layer, hidden, maps, layer.moments(hidden).kv.cpu(), layer.converted(converted))
+        measured = measure(layer, hidden, maps, layer.moments(hidden).kv, layer.converted(converted))
         layer.advance(hidden, layer.attend)
         return ConvertedLayer(converted, measured)
 

@@ -165,7 +165,9 @@ def converted(layer: SourceLayer, hidden: torch.Tensor) -> LatentAttention:
     return layer.converted(mla_weights(layer.attention_weights, balanced(maps, plain)))
 
 
-def test_attention_at_some_positions(layer: SourceLayer) -> None:
+@pytest.mark.parametrize("block", [2, 128])
+def test_attention_at_some_positions(layer: SourceLayer, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mla_converters.attention.BLOCK", block)
     hidden = torch.randn(2, 32, 96, generator=torch.Generator().manual_seed(0))
     positions = torch.tensor([0, 7, 30, 31])
     for attention in (layer.attend, converted(layer, hidden)):

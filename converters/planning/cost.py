@@ -21,19 +21,21 @@ class MethodCost:
         calibration: per token of each stream that passes through the layers and parameter of these.
         search: per layer and number of a token's queries, for statistics and searching on a few windows, however many
             calibrate.
+        streams: of hidden states that pass through the layers, but for the one that a refit adds.
         decompositions: eigendecompositions of each layer's second moments.
         refit: per token that refits a layer and parameter of its attention; the keys that it reads included.
     """
 
     calibration: float
     search: float
+    streams: int
     decompositions: int
     refit: float = 0.0
 
 
 METHOD_COSTS = {
-    "transmla": MethodCost(calibration=1.6e-11, search=1e-3, decompositions=8),
-    "attention-aware": MethodCost(calibration=1.6e-11, search=1e-3, decompositions=10, refit=4.5e-10),
+    "transmla": MethodCost(calibration=1.6e-11, search=1e-3, streams=2, decompositions=8),
+    "attention-aware": MethodCost(calibration=1.6e-11, search=1e-3, streams=1, decompositions=10, refit=4.5e-10),
 }
 REFIT_STEP_TOKENS = BATCH * QUERIES  # that a step compares
 REFIT_BATCH_TOKENS = BATCH * WINDOW  # that a step may read
@@ -64,7 +66,7 @@ def conversion_core_seconds(
     """
     cost = METHOD_COSTS[method]
     parameters = source.layer_parameters + 2 * source.cached**2
-    streams = 2 if method == "transmla" or refit_steps else 1
+    streams = cost.streams + (1 if cost.refit and refit_steps else 0)
     per_layer = (
         cost.calibration * streams * calibration_tokens * parameters
         + cost.search * source.query_heads * source.head_dim
