@@ -32,7 +32,7 @@ CODE = Path(sysconfig.get_paths()["stdlib"]) / "argparse.py"
 SPLITS = {192: (128, 64), 128: (96, 32), 96: (64, 32), 48: (32, 16)}
 # Perplexity of checkpoints that TransMLA's own code wrote, with the same calibration text and scoring.
 TRANSMLA_OWN_CODE = {192: 55.72, 128: 96.4, 96: 155.2, 48: 436.5}
-INGREDIENTS = ("mean-phase", "attention-weights", "metric", "joint-choice", "search")
+INGREDIENTS = ("mean-phase", "attention-weights", "metric", "random-tokens", "joint-choice", "search")
 LABELS = {
     "transmla": "TransMLA (ours)",
     "mha2mla": "MHA2MLA (ours)",
@@ -64,15 +64,15 @@ def jobs(text: Path) -> dict[str, tuple[int, list[str]]]:
     return rows
 
 
-def scores(model: Path, test: Path, main_text_only: bool = False) -> dict[str, float]:
-    """Perplexities of a model on the test text, and, unless told otherwise, in longer windows and on the other text."""
+def scores(model: Path, test: Path, long_windows: bool = True) -> dict[str, float]:
+    """Perplexities of a model on the test text, on the other text and, unless told otherwise, in longer windows."""
     options = {
         "perplexity": (test,),
         "perplexity_at_4096": (test, "--length", "4096", "--windows", "2"),
         "perplexity_of_code": (CODE,),
     }
-    if main_text_only:
-        options = {"perplexity": (test,)}
+    if not long_windows:
+        del options["perplexity_at_4096"]
     return {name: round(evaluate(model, *how)["perplexity"], 3) for name, how in options.items()}
 
 
@@ -119,7 +119,7 @@ def main() -> None:
                 "split": f"{report['kv_lora_rank']}+{report['qk_rope_head_dim']}",
                 **({"freqfold": report["freqfold"]} if "freqfold" in report else {}),
                 "options": " ".join(options).replace(str(text), "FILE"),
-                **scores(out, arguments.test, main_text_only=name.startswith("without")),
+                **scores(out, arguments.test, long_windows=not name.startswith("without")),
                 **cost(report),
             }
             if name.startswith("attention-aware"):

@@ -39,6 +39,7 @@ SHORT, LONG = (range(16, 200), range(16, 96)), (range(800, 1800), range(16, 64))
 POOL = 16
 CALIBRATION_SECONDS = 20
 MEMORY_SLACK = 0.05
+MEMORY_SECONDS = 30  # from one look at the server's memory to the next
 CROWD = 300  # requests at once, more than the server takes into a batch
 TOGETHER = 4  # invalid requests of a kind, in the warm-up
 KINDS = {"short": 55, "long": 15, "vanishing": 12, "aborted": 8, "invalid": 10}  # of 100 requests
@@ -203,6 +204,13 @@ def server_memory(url: str) -> dict[str, int]:
     raise SystemExit(f"No process listens on port {port}.")
 
 
+async def watch_memory(url: str, trace: list[int]) -> None:
+    """Append the server's resident megabytes to ``trace`` every :data:`MEMORY_SECONDS`, until cancelled."""
+    while True:
+        trace.append(sum(server_memory(url).values()))
+        await asyncio.sleep(MEMORY_SECONDS)
+
+
 async def soak(model: Path, url: str, minutes: float, overload: float) -> dict[str, Any]:
     """Run; the figures."""
     # A connection for each request: the server closes idle ones while a client may just be using them again.
@@ -214,8 +222,11 @@ async def soak(model: Path, url: str, minutes: float, overload: float) -> dict[s
         capacity = await run.capacity()
         run.counts.clear()
         before = server_memory(url)
+        trace: list[int] = []
+        watch = asyncio.create_task(watch_memory(url, trace))
         started = time.monotonic()
         await run.overload(overload * capacity, 60 * minutes)
+        watch.cancel()
         drained = time.monotonic() - started
         await run.send("short")
     after = server_memory(url)
@@ -231,6 +242,7 @@ async def soak(model: Path, url: str, minutes: float, overload: float) -> dict[s
         "memory_growth": round(growth, 4),
         "memory_before_mb": before,
         "memory_after_mb": after,
+        f"memory_every_{MEMORY_SECONDS}_seconds_mb": trace,
         "problems": run.problems,
     }
 

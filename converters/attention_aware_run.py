@@ -20,7 +20,8 @@ from mla_converters.source import Source
 
 WINDOW = 2048  # tokens in a window: what loses RoPE must be right at long distances too
 ATTENTION_WINDOWS = 4  # whose attention is measured
-ERROR_WINDOWS = 1  # of these, on how many the candidates of a search are compared
+RANDOM_SHARE = 1 / 8  # of random tokens among those that count alike
+ERROR_WINDOWS = 1  # of the text's, on how many the candidates of a search are compared
 VALUE_WEIGHTS = (0.1, 0.3, 1.0)
 ENERGY_WEIGHTS = (0.1, 0.3, 1.0)
 
@@ -31,6 +32,7 @@ class Ingredient(StrEnum):
     MEAN_PHASE = "mean-phase"
     ATTENTION_WEIGHTS = "attention-weights"
     METRIC = "metric"
+    RANDOM_TOKENS = "random-tokens"
     JOINT_CHOICE = "joint-choice"
     SEARCH = "search"
     CONVERTED_INPUTS = "converted-inputs"
@@ -51,11 +53,20 @@ class AttentionAware:
     seed: int
 
 
+def some_windows(windows: torch.Tensor) -> torch.Tensor:
+    """As many windows of text as attention is measured on, and the one of random tokens, which is the last."""
+    return torch.cat((windows[:-1][:ATTENTION_WINDOWS], windows[-1:]))
+
+
 def layer_model(layer: SourceLayer, hidden: torch.Tensor, without: frozenset[Ingredient]) -> ScoreModel:
-    """Statistics of a layer on its inputs ``[windows, tokens, D]``."""
+    """Statistics of a layer on its inputs ``[windows, tokens, D]``, the last window's of random tokens."""
+    text, random = hidden[:-1], hidden[-1:]
+    plain = layer.moments(text).kv
+    if Ingredient.RANDOM_TOKENS not in without:
+        plain = plain.lerp(layer.moments(random).kv, RANDOM_SHARE)
     return score_model(
-        attention_statistics(layer, hidden[:ATTENTION_WINDOWS]),
-        layer.moments(hidden).kv,
+        attention_statistics(layer, text[:ATTENTION_WINDOWS]),
+        plain,
         layer.kv_heads,
         mean_phase=Ingredient.MEAN_PHASE not in without,
         attention_weights=Ingredient.ATTENTION_WEIGHTS not in without,
@@ -113,7 +124,7 @@ def attention_aware(
 
     Args:
         source: the model.
-        windows: ``[windows, tokens]`` token ids.
+        windows: ``[windows, tokens]`` token ids, the last window's random.
         budgets: sizes of each layer.
         options: ingredients.
     """
@@ -123,7 +134,7 @@ def attention_aware(
         if not options.refit.steps:
             return {"source": hidden}
         generator = torch.Generator().manual_seed(options.seed).get_state()
-        return {"source": hidden, "converted": hidden.clone(), "generator": generator}
+        return {"source": hidden, "converted": hidden[:-1].clone(), "generator": generator}
 
     def convert(layer: SourceLayer, streams: Streams) -> ConvertedLayer:
         hidden = streams["source"]
@@ -135,11 +146,14 @@ def attention_aware(
             return ConvertedLayer(attention.weights(), Measured(energy_kept(maps, model.key_value), error))
         converted = streams["converted"]
         if Ingredient.CONVERTED_INPUTS in options.without:
-            converted.copy_(hidden)
+            converted.copy_(hidden[:-1])
         layer.add_attention(hidden, layer.attend)
         generator = torch.Generator()
         generator.set_state(streams["generator"])
-        refit_layer(attention, layer, converted, hidden, options.refit, generator)
+        import os
+
+        n = None if os.environ.get("RREFIT") else -1
+        refit_layer(attention, layer, converted[:n], hidden[:n], options.refit, generator)
         streams["generator"] = generator.get_state()
         measured = measure(layer, converted, maps, model.key_value, attention)
         layer.advance(converted, attention)
@@ -165,4 +179,4 @@ def search_split(
         model = layer_model(layer, hidden, options.without)
         return map_errors(layer, hidden, (layer_map(layer, model, budget, weighing) for budget in budgets))
 
-    return search(source, windows[:ATTENTION_WINDOWS], budgets, errors, device, progress, "Searching the split", record)
+    return search(source, some_windows(windows), budgets, errors, device, progress, "Searching the split", record)

@@ -1,4 +1,4 @@
-"""Calibration tokens: cut from a text file, or sampled from the model itself."""
+"""Calibration tokens: cut from a text file, sampled from the model itself, or random."""
 
 from pathlib import Path
 
@@ -61,17 +61,27 @@ def _cut(source: Source, path: Path, tokens: int, length: int, generator: torch.
     return torch.stack([ids[start : start + length] for start in starts.tolist()])
 
 
+def random_tokens(source: Source, shape: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
+    """Ids ``shape`` drawn alike from all of the tokenizer's that are not special."""
+    allowed = torch.ones(source.config.vocab_size)
+    allowed[len(source.tokenizer()) :] = 0  # rows of the embedding that only pad it
+    allowed[_special_ids(source)] = 0
+    return torch.multinomial(allowed, shape[0] * shape[1], replacement=True, generator=generator).view(shape)
+
+
+def _special_ids(source: Source) -> torch.Tensor:
+    special = [i for i in source.tokenizer().all_special_ids if i < source.config.vocab_size]
+    return torch.tensor(special, dtype=torch.long)
+
+
 @torch.inference_mode()
 def _sample(source: Source, count: int, length: int, generator: torch.Generator, progress: Progress) -> torch.Tensor:
     """Text of the model's own: a random first token each, then sampled at temperature 1 (as LLM-QAT,
     arXiv 2305.17888, generates its training data)."""
     dtype = torch.bfloat16 if native_bfloat16("cpu") else source.dtype()  # for speed; text is text
     model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype)
-    special_ids = [i for i in source.tokenizer().all_special_ids if i < source.config.vocab_size]
-    special = torch.tensor(special_ids, dtype=torch.long)
-    allowed = torch.ones(source.config.vocab_size)
-    allowed[special] = 0
-    ids = torch.multinomial(allowed, count, replacement=True, generator=generator)[:, None]
+    special = _special_ids(source)
+    ids = random_tokens(source, (count, 1), generator)
     windows, cache = [ids], None
     for _ in progress.track(range(length - 1), description="Sampling calibration text"):
         output = model(ids, past_key_values=cache, use_cache=True)

@@ -7,13 +7,13 @@ import torch
 from rich.progress import Progress
 
 from mla_converters.attention_aware_run import (
-    ATTENTION_WINDOWS,
     ERROR_WINDOWS,
     AttentionAware,
     first_weighing,
     layer_map,
     layer_model,
     map_errors,
+    some_windows,
 )
 from mla_converters.budget import CacheBudget
 from mla_converters.latent_map import mla_weights
@@ -88,7 +88,7 @@ def measured_sizes(
 
     Args:
         source: the model.
-        windows: ``[windows, tokens]`` token ids.
+        windows: ``[windows, tokens]`` token ids, the last window's random.
         budget: what all layers would have alike.
         options: of the method.
         device: where layers run.
@@ -102,7 +102,7 @@ def measured_sizes(
     sizes = list(candidates)
 
     def start() -> Streams:
-        hidden = embed(source, windows[:ATTENTION_WINDOWS])
+        hidden = embed(source, some_windows(windows))
         alone = hidden[:ERROR_WINDOWS].expand(count, -1, -1, -1).clone()  # each with one layer converted
         return {"hidden": hidden, "alone": alone, "errors": torch.zeros(count, len(sizes), dtype=torch.float64)}
 

@@ -10,7 +10,7 @@ from rich.progress import Progress
 from mla_converters.attention_aware_run import WINDOW as ATTENTION_AWARE_WINDOW
 from mla_converters.attention_aware_run import AttentionAware, Ingredient, attention_aware, search_split
 from mla_converters.budget import CacheBudget, candidate_budgets, exact_budget, resolve_budget
-from mla_converters.calibration import WINDOW, calibration_windows
+from mla_converters.calibration import WINDOW, calibration_windows, random_tokens
 from mla_converters.errors import ConversionError
 from mla_converters.latent_map import mla_weights
 from mla_converters.layer_conversion import ConvertedLayer, LayerConversion
@@ -90,7 +90,8 @@ def prepare(source: Source, budget: CacheBudget, options: Options, work: Work, p
             details["freqfold_errors"] = {str(k): round(v, 6) for k, v in errors.items()}
         details["freqfold"] = fold
         return Prepared(budget, budgets, transmla(source, windows, budget, fold), details)
-    return _attention_aware(source, windows, budget, options, details, work, progress)
+    random = random_tokens(source, (1, windows.shape[1]), torch.Generator().manual_seed(options.seed))
+    return _attention_aware(source, torch.cat((windows, random)), budget, options, details, work, progress)
 
 
 def _calibrated(options: Options) -> bool:

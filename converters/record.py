@@ -20,9 +20,9 @@ Streams = dict[str, torch.Tensor]
 SAVING_SHARE = 0.05  # of the time; more often than that, nothing is saved
 
 
-def record_bytes(streams: int, tokens: int, hidden: int) -> int:
+def record_bytes(tokens: int, hidden: int) -> int:
     """Bytes on disk of a record of float32 hidden states ``[tokens, hidden]``: twice, while a new copy replaces it."""
-    return 2 * streams * 4 * tokens * hidden
+    return 2 * 4 * tokens * hidden
 
 
 class Record:

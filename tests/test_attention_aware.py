@@ -212,6 +212,24 @@ def test_every_ingredient_does_something(tmp_path: Path) -> None:
         assert not torch.equal(logits(others | {name}), logits(others)), name
 
 
+def test_random_tokens_help_where_the_text_says_nothing(tmp_path: Path) -> None:
+    """Of a model that calibrates on a text of few words."""
+    source = RandomModel(heads=HEADS, kv_heads=KV_HEADS, head_dim=32, hidden=96).save(tmp_path / "source")
+    (tmp_path / "text.txt").write_text("all the notices and all the terms " * 200)
+    ids = torch.randint(0, 128, (4, 64), generator=torch.Generator().manual_seed(1))
+
+    def error(name: str, without: frozenset[Ingredient]) -> float:
+        options = Options(
+            calibration=str(tmp_path / "text.txt"), calibration_tokens=512, refit_steps=0, without=without
+        )
+        convert(str(source), tmp_path / name, options, quiet=True)
+        with torch.inference_mode():
+            difference = load(tmp_path / name)(ids).logits - load(source)(ids).logits
+        return difference.square().mean().item()
+
+    assert error("with", frozenset()) < 0.7 * error("without", frozenset({Ingredient.RANDOM_TOKENS}))
+
+
 def test_splits_that_are_searched() -> None:
     """From a quarter to more than half of the cache keeps RoPE; sizes with fast GPU kernels stay as they are."""
     splits = candidate_budgets(kv_heads=3, head_dim=64, budget=CacheBudget(32, 16))

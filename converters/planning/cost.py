@@ -22,6 +22,7 @@ class MethodCost:
         search: per layer and number of a token's queries, for statistics and searching on a few windows, however many
             calibrate.
         streams: of hidden states that pass through the layers, but for the one that a refit adds.
+        random_tokens: that pass beside those that calibrate.
         decompositions: eigendecompositions of each layer's second moments.
         refit: per token that refits a layer and parameter of its attention; the keys that it reads included.
     """
@@ -30,12 +31,15 @@ class MethodCost:
     search: float
     streams: int
     decompositions: int
+    random_tokens: int = 0
     refit: float = 0.0
 
 
 METHOD_COSTS = {
     "transmla": MethodCost(calibration=1.6e-11, search=1e-3, streams=2, decompositions=8),
-    "attention-aware": MethodCost(calibration=1.6e-11, search=1e-3, streams=1, decompositions=10, refit=4.5e-10),
+    "attention-aware": MethodCost(
+        calibration=1.6e-11, search=1e-3, streams=1, decompositions=10, random_tokens=WINDOW, refit=4.5e-10
+    ),
 }
 REFIT_STEP_TOKENS = BATCH * QUERIES  # that a step compares
 REFIT_BATCH_TOKENS = BATCH * WINDOW  # that a step may read
@@ -52,10 +56,10 @@ def conversion_core_seconds(
 ) -> float:
     """Core-seconds from the calibration text to the written checkpoint.
 
-    For each layer ``calibration * streams * tokens * parameters``, where its second moments of ``2 * g * d`` keys and
-    values count as ``2 * (2 * g * d) ** 2`` parameters, ``search * H * d``, ``decompositions * (2 * g * d) ** 3 *
-    DECOMPOSITION`` and ``refit * refit_steps * REFIT_STEP_TOKENS * attention parameters``; and the time to read and
-    write the weights.
+    For each layer ``calibration * streams * tokens * parameters``, random tokens included, where its second moments of
+    ``2 * g * d`` keys and values count as ``2 * (2 * g * d) ** 2`` parameters, ``search * H * d``, ``decompositions *
+    (2 * g * d) ** 3 * DECOMPOSITION`` and ``refit * refit_steps * REFIT_STEP_TOKENS * attention parameters``; and the
+    time to read and write the weights.
 
     Args:
         source: the model.
@@ -68,7 +72,7 @@ def conversion_core_seconds(
     parameters = source.layer_parameters + 2 * source.cached**2
     streams = cost.streams + (1 if cost.refit and refit_steps else 0)
     per_layer = (
-        cost.calibration * streams * calibration_tokens * parameters
+        cost.calibration * (streams * calibration_tokens + cost.random_tokens) * parameters
         + cost.search * source.query_heads * source.head_dim
         + DECOMPOSITION * cost.decompositions * source.cached**3
         + cost.refit * refit_steps * REFIT_STEP_TOKENS * source.attention_parameters
@@ -87,10 +91,10 @@ def conversion_memory(
     """Peak bytes of memory of a conversion by the default method, calibrated on a file, where bfloat16 is native.
 
     Python and its packages, and the larger of the embedding and what one layer takes: its weights as stored, those of
-    its attention again in float32; the hidden states ``[calibration_tokens, D]`` in float32, of the converted model
-    and, for a refit, of the source; the second moments of ``2 * g * d`` keys and values in float64; its converted
-    attention, in float64 while it is computed or in float32 with gradients and Adam's two moments while it is refitted;
-    and a refit's activations.
+    its attention again in float32; the hidden states ``[tokens, D]`` in float32, of the source for the text and
+    :data:`WINDOW` random tokens, and for a refit of the converted model for the text; the second moments of ``2 * g *
+    d`` keys and values in float64; its converted attention, in float64 while it is computed or in float32 with
+    gradients and Adam's two moments while it is refitted; and a refit's activations.
 
     Args:
         source: the model.
@@ -102,11 +106,10 @@ def conversion_memory(
     converted = (
         heads * (2 * head_dim + rope) + latent + rope
     ) * source.hidden + heads * 2 * head_dim * latent  # queries, outputs and what is cached; kv_b_proj
-    streams = 2 if refit_steps else 1
     layer = (
         source.weight_bytes * source.layer_parameters
         + 4 * source.attention_parameters
-        + 4 * streams * calibration_tokens * source.hidden
+        + 4 * _state_tokens(calibration_tokens, refit_steps) * source.hidden
         + 8 * MOMENT_MATRICES * source.cached**2
         + CONVERTED_BYTES * converted
     )
@@ -116,9 +119,15 @@ def conversion_memory(
     return RUNTIME_BYTES + max(layer, source.weight_bytes * source.embedding_parameters)
 
 
+def _state_tokens(calibration_tokens: int, refit_steps: int) -> int:
+    """Tokens whose hidden states are kept by the default method: of the source, and for a refit of the converted
+    model."""
+    return (2 if refit_steps else 1) * calibration_tokens + WINDOW
+
+
 def conversion_disk(source: PlannedSource, calibration_tokens: int, weights_bytes: int, refit_steps: int) -> int:
     """Peak bytes on disk: the weights, and the hidden states that a resumed run goes on from."""
-    return weights_bytes + record_bytes(2 if refit_steps else 1, calibration_tokens, source.hidden)
+    return weights_bytes + record_bytes(_state_tokens(calibration_tokens, refit_steps), source.hidden)
 
 
 def sampling_memory(source: PlannedSource, calibration_tokens: int) -> int:
