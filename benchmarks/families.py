@@ -141,13 +141,16 @@ def main() -> None:
     parser.add_argument("--valid", type=Path, required=True, help="wiki.valid.tokens")
     parser.add_argument("--test", type=Path, required=True, help="wiki.test.raw")
     parser.add_argument("--only", default="", help="regular expression of row names")
+    parser.add_argument("--qwen3", type=Path, help="where the Qwen3 is kept; trained if there is none yet")
     arguments = parser.parse_args()
     result = RESULTS / "families.json"
     rows: dict[str, dict] = json.loads(result.read_text())["rows"] if result.exists() else {}
     with tempfile.TemporaryDirectory() as scratch:
         text, folder, out = (Path(scratch) / name for name in ("text.txt", "qwen3", "mla"))
+        folder = arguments.qwen3 or folder
         text.write_text(plain_text(arguments.valid))
-        make_qwen3(text, folder)
+        if not folder.exists():
+            make_qwen3(text, folder)
         for family, source in (("llama", demo_folder()), ("qwen3", folder)):
             original = evaluate(source, arguments.test)["perplexity"]
             for (run, options), ratio in itertools.product(RUNS.items(), RATIOS):
