@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -66,7 +66,9 @@ def convert(source: Path, out: Path, *options: str) -> None:
 
 
 @contextmanager
-def server(model: Path, dtype: str = "bfloat16") -> Iterator[tuple[str, Path]]:
+def server(
+    model: Path, dtype: str = "bfloat16", environment: Mapping[str, str] = ENVIRONMENT
+) -> Iterator[tuple[str, Path]]:
     """``vllm serve`` on a free port; ended, with its workers, whatever happens in the block."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -78,7 +80,7 @@ def server(model: Path, dtype: str = "bfloat16") -> Iterator[tuple[str, Path]]:
     console.print("$", " ".join(["vllm", *command[1:]]), highlight=False, soft_wrap=True)
     with log.open("w") as sink:
         process = subprocess.Popen(
-            command, env=ENVIRONMENT, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
+            command, env=environment, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
         )
     try:
         url = f"http://127.0.0.1:{port}"
