@@ -260,7 +260,8 @@ def main() -> None:
         figures = asyncio.run(soak(arguments.model, url, arguments.minutes, arguments.overload))
     print(json.dumps(figures, indent=2))
     figures["model"] = arguments.model.name
-    write_result("soak", f"python {' '.join(sys.argv)}", figures)
+    command = f"python benchmarks/soak.py {arguments.model.name} --minutes {arguments.minutes:g}"
+    write_result("soak", f"{command} --overload {arguments.overload:g}", figures)
     sys.exit(1 if figures["wrong"] or figures["problems"] else 0)
 
 
