@@ -9,7 +9,6 @@ up-projection takes back: the same model, with latents at a scale that nobody ch
 
 import argparse
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +81,8 @@ def main() -> None:
         row |= {f"cost_of_{name}": row[name] / row["float32"] - 1 for name in ("fp8_latents", "fp8")}
         rows.append({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()})
         print(rows[-1], flush=True)
-    write_result("fp8_cache", f"python {' '.join(sys.argv)}", {"rows": rows})
+    names = " ".join(model.name for model in arguments.models)
+    write_result("fp8_cache", f"python benchmarks/fp8_cache.py --test wiki.test.raw {names}", {"rows": rows})
 
 
 if __name__ == "__main__":
