@@ -150,10 +150,7 @@ def attention_aware(
         layer.add_attention(hidden, layer.attend)
         generator = torch.Generator()
         generator.set_state(streams["generator"])
-        import os
-
-        n = None if os.environ.get("RREFIT") else -1
-        refit_layer(attention, layer, converted[:n], hidden[:n], options.refit, generator)
+        refit_layer(attention, layer, converted, hidden[:-1], options.refit, generator)
         streams["generator"] = generator.get_state()
         measured = measure(layer, converted, maps, model.key_value, attention)
         layer.advance(converted, attention)

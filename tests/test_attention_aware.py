@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CALIBRATION, RandomModel, load
+from safetensors.torch import load_file
 from test_exact import attend
 
 from mla_converters.attention import gqa_attention, rotate
@@ -190,6 +191,17 @@ def test_refit_lowers_the_error(layer: SourceLayer, scale: float) -> None:
     refit_layer(attention, layer, hidden, expected, Refit(steps=60), torch.Generator().manual_seed(0))
     assert layer.errors(hidden, [attention])[0] < 0.7 * before
     assert set(attention.weights()) == names
+
+
+def test_refit_of_a_single_window(tmp_path: Path) -> None:
+    """The last window of text is refitted on too, so one is enough."""
+    source = RandomModel(heads=HEADS, kv_heads=KV_HEADS, head_dim=32, hidden=96).save(tmp_path / "source")
+    for steps in (0, 3):
+        options = Options(calibration=str(CALIBRATION), calibration_tokens=512, refit_steps=steps)
+        convert(str(source), tmp_path / f"{steps}", options, quiet=True)
+    closed_form, refitted = (load_file(tmp_path / f"{steps}" / "model.safetensors") for steps in (0, 3))
+    name = "model.layers.0.self_attn.kv_b_proj.weight"
+    assert not torch.equal(closed_form[name], refitted[name])
 
 
 def test_every_ingredient_does_something(tmp_path: Path) -> None:
