@@ -62,10 +62,16 @@ def _cut(source: Source, path: Path, tokens: int, length: int, generator: torch.
 
 
 def random_tokens(source: Source, shape: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
-    """Ids ``shape`` drawn alike from all of the tokenizer's that are not special."""
+    """Ids ``shape`` drawn alike from all of the tokenizer's that are not special.
+
+    Raises:
+        ConversionError: all are special.
+    """
     allowed = torch.ones(source.config.vocab_size)
     allowed[len(source.tokenizer()) :] = 0  # rows of the embedding that only pad it
     allowed[_special_ids(source)] = 0
+    if not allowed.any():
+        raise ConversionError(f"The tokenizer in {source.folder} has no tokens but special ones: it is broken.")
     return torch.multinomial(allowed, shape[0] * shape[1], replacement=True, generator=generator).view(shape)
 
 

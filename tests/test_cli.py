@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import CALIBRATION, ROOT, SPLIT, RandomModel, Refused, convert, convert_alone, vllm_mla
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +182,16 @@ OPTIONS = {
 def test_refused_options(refused: Refused, case: str, source: Path, tmp_path: Path) -> None:
     options, reason = OPTIONS[case]
     assert reason in refused(source, *options)
+
+
+def test_refused_tokenizer_of_special_tokens(refused: Refused, tmp_path: Path) -> None:
+    folder = RandomModel().save(tmp_path / "special")
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.add_special_tokens(["<unk>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"unk_token": "<unk>"}))
+    assert "no tokens but special ones" in refused(folder, "--calibration", CALIBRATION)
 
 
 def test_refused_calibration_text(refused: Refused, source: Path, tmp_path: Path) -> None:
