@@ -4,10 +4,11 @@
 
 No weights make a Qwen3 compute what a Llama computes, for its queries and keys are normalised. So SmolLM2's weights
 are put into a Qwen3, each layer's attention is trained to give what SmolLM2's gives, and then the whole model to
-predict what SmolLM2 predicts: minutes, on the validation text. Both models are then converted by the default method
-at half and a quarter of their cache, with its refit and by its closed form alone, and compared by how much perplexity
-grows. (Mistral, Qwen2 and Mixtral hold SmolLM2's weights unchanged, and ``tests/test_families.py`` shows that their
-conversions are the same.)
+predict what SmolLM2 predicts: minutes, on the validation text. Such training leaves its mark on queries and keys; to
+tell it from that of the norm, the Qwen3 is carried back into a Llama by the same steps. All three are then converted by
+the default method at half and a quarter of their cache, with its refit and by its closed form alone, and compared by
+how much perplexity grows. (Mistral, Qwen2 and Mixtral hold SmolLM2's weights unchanged, and ``tests/test_families.py``
+shows that their conversions are the same.)
 
 Rows already in the result file are kept: remove it to measure again, or choose rows with ``--only``.
 """
@@ -53,27 +54,27 @@ SHARED = (
 )
 
 
-def as_qwen3(llama: PreTrainedModel) -> PreTrainedModel:
-    """A Qwen3 with a Llama's weights; norms of queries and keys still at one."""
-    config = AutoConfig.for_model("qwen3", **{name: getattr(llama.config, name) for name in SHARED})
-    qwen3 = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    missing = qwen3.load_state_dict(llama.state_dict(), strict=False)
-    assert not missing.unexpected_keys and all("_norm.weight" in name for name in missing.missing_keys)
-    return qwen3
+def carried(teacher: PreTrainedModel, family: str) -> PreTrainedModel:
+    """A model of ``family`` with the teacher's weights, but for the norms of queries and keys."""
+    config = AutoConfig.for_model(family, **{name: getattr(teacher.config, name) for name in SHARED})
+    student = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    differ = student.load_state_dict(teacher.state_dict(), strict=False)
+    assert all("_norm.weight" in name for name in (*differ.missing_keys, *differ.unexpected_keys))
+    return student
 
 
-def fit_layers(llama: PreTrainedModel, qwen3: PreTrainedModel, windows: torch.Tensor) -> None:
-    """Train each attention of ``qwen3`` to give, for the inputs it has in ``llama``, what it gives there."""
+def fit_layers(model: PreTrainedModel, copy: PreTrainedModel, windows: torch.Tensor) -> None:
+    """Train each attention of ``copy`` to give, for the inputs it has in ``model``, what it gives there."""
     positions = torch.arange(LENGTH)[None]
     with torch.no_grad():
-        hidden = llama.model.embed_tokens(windows)
-        turns = llama.model.rotary_emb(hidden, positions)
-    layers = list(zip(llama.model.layers, qwen3.model.layers, strict=True))
+        hidden = model.model.embed_tokens(windows)
+        turns = model.model.rotary_emb(hidden, positions)
+    layers = list(zip(model.model.layers, copy.model.layers, strict=True))
     for teacher, student in track(layers, description="Fitting layers"):
         with torch.no_grad():
             inputs = teacher.input_layernorm(hidden)
             expected = torch.cat([teacher.self_attn(x, turns, None)[0] for x in inputs.split(BATCH)])
-            start_norms(student.self_attn, inputs[:BATCH])
+            start(teacher.self_attn, student.self_attn, inputs[:BATCH])
         groups = [
             {"params": [weight], "lr": LAYER_RATE * weight.detach().square().mean().sqrt().item()}
             for weight in student.self_attn.parameters()
@@ -95,43 +96,49 @@ def fit_layers(llama: PreTrainedModel, qwen3: PreTrainedModel, windows: torch.Te
             hidden = torch.cat([teacher(x, position_embeddings=turns) for x in hidden.split(BATCH)])
 
 
-def start_norms(attention: torch.nn.Module, inputs: torch.Tensor) -> None:
-    """Set the norms' weights to the root mean square that each dimension has over tokens."""
-    for projection, norm in ((attention.q_proj, attention.q_norm), (attention.k_proj, attention.k_norm)):
-        heads = projection(inputs).unflatten(-1, (-1, attention.head_dim))
-        norm.weight.copy_(torch.full_like(norm.weight, heads.square().mean().sqrt().item()))
+def start(teacher: torch.nn.Module, student: torch.nn.Module, inputs: torch.Tensor) -> None:
+    """Give queries and keys the size they have without a norm to the norm's weights, or the other way round."""
+    for name in "qk":
+        projection = getattr(student, f"{name}_proj")
+        heads = projection(inputs).unflatten(-1, (-1, student.head_dim))
+        size = heads.square().mean().sqrt()
+        if hasattr(student, f"{name}_norm"):
+            getattr(student, f"{name}_norm").weight.fill_(size)
+        else:
+            weight = getattr(teacher, f"{name}_norm").weight / size
+            projection.weight.mul_(weight.repeat(heads.shape[-2])[:, None])
 
 
-def distil(llama: PreTrainedModel, qwen3: PreTrainedModel, windows: torch.Tensor) -> None:
-    """Train ``qwen3`` to predict what ``llama`` predicts."""
-    optimizer = torch.optim.AdamW(qwen3.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.0)
+def distil(model: PreTrainedModel, copy: PreTrainedModel, windows: torch.Tensor) -> None:
+    """Train ``copy`` to predict what ``model`` predicts."""
+    optimizer = torch.optim.AdamW(copy.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS, pct_start=0.1)
     for step in track(range(STEPS), description="Distilling"):
         batch = windows[torch.arange(step * BATCH, (step + 1) * BATCH) % len(windows)]
         with torch.autocast("cpu", dtype=torch.bfloat16):
             with torch.no_grad():
-                expected = llama(batch).logits.float().log_softmax(-1)
-            got = qwen3(batch).logits.float().log_softmax(-1)
+                expected = model(batch).logits.float().log_softmax(-1)
+            got = copy(batch).logits.float().log_softmax(-1)
         loss = F.kl_div(got.flatten(0, 1), expected.flatten(0, 1), log_target=True, reduction="batchmean")
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(qwen3.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(copy.parameters(), 1.0)
         optimizer.step()
         schedule.step()
 
 
-def make_qwen3(text: Path, folder: Path) -> None:
-    """Write SmolLM2 as a Qwen3."""
+def make_copy(source: Path, family: str, text: Path, folder: Path) -> None:
+    """Write the ``source`` as a model of another family."""
     torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(demo_folder())
+    tokenizer = AutoTokenizer.from_pretrained(source)
     ids = tokenizer(text.read_text(), return_tensors="pt", verbose=False).input_ids[0]
     windows = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
     windows = windows[torch.randperm(len(windows))]
-    llama = AutoModelForCausalLM.from_pretrained(demo_folder(), dtype=torch.float32).eval()
-    qwen3 = as_qwen3(llama)
-    fit_layers(llama, qwen3, windows[:LAYER_WINDOWS])
-    distil(llama, qwen3, windows)
-    qwen3.save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    copy = carried(model, family)
+    fit_layers(model, copy, windows[:LAYER_WINDOWS])
+    distil(model, copy, windows)
+    copy.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -141,20 +148,23 @@ def main() -> None:
     parser.add_argument("--valid", type=Path, required=True, help="wiki.valid.tokens")
     parser.add_argument("--test", type=Path, required=True, help="wiki.test.raw")
     parser.add_argument("--only", default="", help="regular expression of row names")
-    parser.add_argument("--qwen3", type=Path, help="where the Qwen3 is kept; trained if there is none yet")
+    parser.add_argument("--models", type=Path, help="folder where trained models are kept, and taken from")
     arguments = parser.parse_args()
     result = RESULTS / "families.json"
     rows: dict[str, dict] = json.loads(result.read_text())["rows"] if result.exists() else {}
     with tempfile.TemporaryDirectory() as scratch:
-        text, folder, out = (Path(scratch) / name for name in ("text.txt", "qwen3", "mla"))
-        folder = arguments.qwen3 or folder
+        text, out = (Path(scratch) / name for name in ("text.txt", "mla"))
+        models = arguments.models or Path(scratch)
         text.write_text(plain_text(arguments.valid))
-        if not folder.exists():
-            make_qwen3(text, folder)
-        for family, source in (("llama", demo_folder()), ("qwen3", folder)):
+        qwen3, llama = models / "qwen3", models / "llama-from-qwen3"
+        if not qwen3.exists():
+            make_copy(demo_folder(), "qwen3", text, qwen3)
+        if not llama.exists():
+            make_copy(qwen3, "llama", text, llama)
+        for source_name, source in (("llama", demo_folder()), ("qwen3", qwen3), ("llama from qwen3", llama)):
             original = evaluate(source, arguments.test)["perplexity"]
             for (run, options), ratio in itertools.product(RUNS.items(), RATIOS):
-                name = f"{family}, {run}, {ratio}"
+                name = f"{source_name}, {run}, {ratio}"
                 if name in rows or not re.search(arguments.only, name):
                     continue
                 report = convert(source, out, "--cache-ratio", str(ratio), "--calibration", str(text), *options)
