@@ -48,7 +48,7 @@ def _cut(source: Source, path: Path, tokens: int, length: int, generator: torch.
         raise ConversionError(f"Calibration text {path} cannot be read: {error}") from error
     if not text.strip():
         raise ConversionError(f"Calibration text {path} is empty.")
-    ids = source.tokenizer()(text, return_tensors="pt", verbose=False).input_ids[0]
+    ids = source.tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
     if len(ids) <= WINDOW:
         raise ConversionError(
             f"Calibration text {path} is too short: {len(ids)} tokens, where more than {WINDOW} are needed."
@@ -68,7 +68,7 @@ def random_tokens(source: Source, shape: tuple[int, int], generator: torch.Gener
         ConversionError: all are special.
     """
     allowed = torch.ones(source.config.vocab_size)
-    allowed[len(source.tokenizer()) :] = 0  # rows of the embedding that only pad it
+    allowed[len(source.tokenizer) :] = 0  # rows of the embedding that only pad it
     allowed[_special_ids(source)] = 0
     if not allowed.any():
         raise ConversionError(f"The tokenizer in {source.folder} has no tokens but special ones: it is broken.")
@@ -76,7 +76,7 @@ def random_tokens(source: Source, shape: tuple[int, int], generator: torch.Gener
 
 
 def _special_ids(source: Source) -> torch.Tensor:
-    special = [i for i in source.tokenizer().all_special_ids if i < source.config.vocab_size]
+    special = [i for i in source.tokenizer.all_special_ids if i < source.config.vocab_size]
     return torch.tensor(special, dtype=torch.long)
 
 

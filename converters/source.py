@@ -17,6 +17,7 @@ from transformers import (
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 
 from mla_converters.checkpoint import INDEX, Checkpoint
@@ -92,7 +93,7 @@ class Source:
     def _check_side_files(self) -> None:
         """Load what is carried over unread, for what cannot be loaded here would fail when it is served."""
         if any(self.folder.glob("tokenizer*")):
-            self.tokenizer()
+            _ = self.tokenizer
         if (self.folder / "generation_config.json").exists():
             try:
                 GenerationConfig.from_pretrained(self.folder)
@@ -162,7 +163,8 @@ class Source:
         prefix = "self_attn."
         return [name.removeprefix(prefix) for name in self.layer_names(index) if name.startswith(prefix)]
 
-    def tokenizer(self):
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         """The source's tokenizer."""
         try:
             return AutoTokenizer.from_pretrained(self.folder)
