@@ -2,13 +2,14 @@
 
     python benchmarks/gpu.py [--only NAME] [--requests 64] [--rounds 2]
 
-Runs `vllm-mla bench --load-format dummy` on pairs of configurations and writes benchmarks/results/gpu.json with the
-ratios and whether they reach their targets. `--try` runs one layer on short prompts, to see that everything works.
-Not run on a GPU yet.
+Runs `vllm-mla bench --load-format dummy` on pairs of configurations and writes benchmarks/results/gpu.json after each,
+with the ratios and whether they reach their targets; pairs already in it stay unless they are measured again. `--try`
+runs one layer on short prompts, to see that everything works. Not run on a GPU yet.
 """
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common import VLLM_MLA, write_result
+from common import RESULTS, VLLM_MLA, write_result
 from transformers import LlamaConfig
 
 from vllm_mla_plugin.config import LlamaMLAConfig
@@ -50,13 +51,19 @@ class Case:
 
 CASES = (
     Case("llama-2-7b-8k", LLAMA_2_7B, "8192", targets={"output_tokens_per_second": 10.6}),
-    Case("llama-3-8b-8k", LLAMA_3_8B, "8192:1024", targets={"output_tokens_per_second": 2.5, "kv_capacity": 3.55}),
+    Case(
+        "llama-3-8b-8k",
+        LLAMA_3_8B,
+        "8192:1024",
+        requests=256,
+        targets={"output_tokens_per_second": 2.5, "kv_capacity": 3.55},
+    ),
     Case("llama-3-8b-32k", LLAMA_3_8B, "32768:1024", targets={"output_tokens_per_second": 2.5, "kv_capacity": 3.55}),
     # Little to gain: it must not cost anything either.
     Case("llama-3-8b-one", LLAMA_3_8B, "1024,8192", requests=1, targets={"output_tokens_per_second": 0.95}),
     Case("llama-3-8b-short", LLAMA_3_8B, "128:256", targets={"output_tokens_per_second": 0.95}),
     # Half the cache, which vLLM's Triton kernel decodes through this plugin.
-    Case("llama-3-8b-half", LLAMA_3_8B, "8192:1024", latent=960, targets={"kv_capacity": 1.99}),
+    Case("llama-3-8b-half", LLAMA_3_8B, "8192:1024", latent=960, requests=256, targets={"kv_capacity": 1.99}),
 )
 
 
@@ -101,11 +108,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--try", dest="trial", action="store_true", help="one layer, short prompts, no result file")
     arguments = parser.parse_args()
-    cases = [case for case in CASES if arguments.only in (None, case.name)]
-    rows = [row for case in cases for row in run(case, arguments.requests, arguments.rounds, arguments.trial)]
-    if not arguments.trial:
-        hardware = rows[0]["hardware"]
-        write_result("gpu", f"python {' '.join(sys.argv)}", {"hardware": hardware, "rows": rows})
+    result = RESULTS / "gpu.json"
+    rows: list[dict[str, Any]] = json.loads(result.read_text())["rows"] if result.exists() else []
+    for case in CASES:
+        if arguments.only not in (None, case.name):
+            continue
+        new = run(case, arguments.requests, arguments.rounds, arguments.trial)
+        if arguments.trial:
+            continue
+        command = f"python {shlex.join(sys.argv)}"
+        rows = [row for row in rows if row["case"] != case.name] + [row | {"command": command} for row in new]
+        write_result("gpu", command, {"hardware": new[0]["hardware"], "rows": rows})
 
 
 if __name__ == "__main__":

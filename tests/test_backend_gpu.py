@@ -15,7 +15,7 @@ import torch
 from test_backend_cpu import PREFILLS, Projection, Sizes, check_prefill
 from vllm.v1.attention.backends.mla.prefill.cpu_sdpa import CPUSDPAMLAPrefillBackend
 
-from vllm_mla_plugin.backends.gpu import AnySizeTritonMLAImpl, decode_width
+from vllm_mla_plugin.backends.gpu import AnySizeTritonMLAImpl, decode_width, split_units
 
 pytest.importorskip("triton", reason="without Triton, vLLM has no such kernel")
 
@@ -54,6 +54,22 @@ def test_tiles_are_wide_enough() -> None:
 def test_layouts_that_no_tile_fits(layout: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="cannot split"):
         decode_width(*layout)
+
+
+def test_a_latent_too_wide_for_any_gpu() -> None:
+    with pytest.raises(ValueError, match="smaller --kv-lora-rank"):
+        decode_width(4032, 64)
+
+
+@pytest.mark.parametrize("heads", [1, 9, 32, 40])
+def test_contexts_are_split_no_more_than_keeps_the_gpu_busy(heads: int) -> None:
+    """However many queries: enough programs for every SM, and scratch that stays small."""
+    units = 132
+    for queries in range(1, 1025):
+        parts = 2 * split_units(queries, heads, units)
+        assert parts & (parts - 1) == 0, "another number would compile another kernel"
+        assert queries * -(-heads // 16) * parts >= units, "SMs stand idle"
+        assert queries * heads * parts * 1025 * 4 <= 400e6, "bytes of scratch at 960 + 64"
 
 
 @pytest.mark.parametrize("case", ["context", "few-new-tokens"])

@@ -77,6 +77,11 @@ class Decoder:
     layer: object
     vllm_config: VllmConfig
 
+    def as_read(self, q: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
+        """Queries in the dtype that the layer would hand over: some kernels want them like an fp8 cache."""
+        rounds = cache.dtype == torch.float8_e4m3fn and self.impl.supports_quant_query_input
+        return q.to(cache.dtype) if rounds else q
+
     def decode(
         self, q: torch.Tensor, cache: torch.Tensor, table: torch.Tensor, lengths: list[int]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -9,6 +9,8 @@ from vllm.v1.attention.backends.mla.prefill.selector import get_mla_prefill_back
 
 VLLM_LAYOUTS = ((512, 64), (256, 64))
 """Latent and rope that vLLM's own GPU backends decode; it chooses the fastest for the GPU."""
+VLLM_FP8_LAYOUTS = ((512, 64),)
+"""Likewise from a cache of 8-bit floats: on Hopper, vLLM would choose FlashMLA for 256 + 64, which then refuses it."""
 
 
 def select_backend(latent: int, rope: int) -> type[AttentionBackend] | None:
@@ -21,20 +23,41 @@ def select_backend(latent: int, rope: int) -> type[AttentionBackend] | None:
         rope: its ``qk_rope_head_dim``.
 
     Raises:
-        ValueError: no GPU kernel takes the sizes or the dtype.
+        ValueError: no GPU kernel takes the sizes, the dtype or the cache's dtype.
     """
     if current_platform.is_cpu():
         from vllm_mla_plugin.backends.cpu import AnySizeCPUMLABackend
 
         return AnySizeCPUMLABackend
-    if (latent, rope) in VLLM_LAYOUTS or not current_platform.is_cuda_alike():
+    if not current_platform.is_cuda_alike():
         return None
-    if (dtype := get_current_vllm_config().model_config.dtype) == torch.float32:
+    config = get_current_vllm_config()
+    _refuse_mixed_sizes(config)
+    cache_dtype = config.cache_config.cache_dtype
+    if (latent, rope) in (VLLM_FP8_LAYOUTS if cache_dtype.startswith("fp8") else VLLM_LAYOUTS):
+        return None
+    if (dtype := config.model_config.dtype) == torch.float32:
         raise ValueError(f"vLLM's GPU kernels for MLA take 16-bit numbers, not {dtype}: give --dtype bfloat16.")
     from vllm_mla_plugin.backends.gpu import AnySizeTritonMLABackend, decode_width
 
+    # A backend that is given to a layer is not asked by vLLM whether it serves what it is asked for.
+    if cache_dtype not in (served := AnySizeTritonMLABackend.supported_kv_cache_dtypes):
+        raise ValueError(
+            f"A cache of {latent} + {rope} numbers per token is kept on GPUs as {', '.join(served)}, not as "
+            f"{cache_dtype}: give another --kv-cache-dtype."
+        )
     decode_width(latent, rope)  # refuses sizes before weights are loaded
     return AnySizeTritonMLABackend
+
+
+def _refuse_mixed_sizes(config: VllmConfig) -> None:
+    """vLLM's GPU code takes one model-wide size in places (metadata checks, choice of prefill, shared workspaces)."""
+    fields = config.model_config.hf_text_config
+    if fields.kv_lora_ranks is not None or fields.qk_rope_head_dims is not None:
+        raise ValueError(
+            "This checkpoint's layers cache different sizes (--layer-sizes measured), which only CPUs serve so far: "
+            "convert with --layer-sizes same for GPUs."
+        )
 
 
 def select_prefill_backend(dims: MLADimensions) -> type[MLAPrefillBackend] | None:

@@ -4,25 +4,36 @@ Not run on a GPU yet: written from vLLM 0.32's sources. ``tests/gpu`` says what 
 """
 
 from copy import copy
-from dataclasses import replace
 from typing import Any
 
 import torch
+from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention.mla_attention import (
     MLACommonMetadata,
-    MLADims,
     accumulate_mla_context_chunk,
     init_mla_context_partial,
 )
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionLayer
-from vllm.v1.attention.backends.mla.triton_mla import TritonMLABackend, TritonMLAImpl, TritonMLAMetadataBuilder
+from vllm.v1.attention.backends.mla.triton_mla import (
+    TritonMLABackend,
+    TritonMLAImpl,
+    TritonMLAMetadataBuilder,
+    _compute_num_kv_splits,
+)
+from vllm.v1.worker.workspace import current_workspace_manager, is_workspace_manager_initialized
 
 from vllm_mla_plugin.backends.metadata import AnySizeMLAMetadata
 
 MIN_TILE = 16
 """Triton multiplies tiles of no fewer columns."""
+MAX_TILE = 2048
+"""A wider one, of 32 tokens, does not fit the shared memory of any GPU."""
 FIXED_TILES = {576: 512, 288: 256}
 """Row widths for which vLLM's kernel takes a fixed tile for the latent, whatever the latent's width."""
+PROGRAMS_PER_SM = 8
+"""Of the kernel: enough for a GPU to stay busy when sequences differ in length."""
+HEADS_PER_PROGRAM = 16
 
 
 def decode_width(latent: int, rope: int) -> int:
@@ -43,22 +54,57 @@ def decode_width(latent: int, rope: int) -> int:
             )
         return latent if 2 * latent > tile else tile
     # A second tile that would be too narrow: one tile for everything.
-    return latent if rope == 0 or (rope > MIN_TILE // 2 and latent > MIN_TILE // 2) else width
+    values = latent if rope == 0 or (rope > MIN_TILE // 2 and latent > MIN_TILE // 2) else width
+    if values > MAX_TILE:
+        raise ValueError(
+            f"On a GPU, a token's cache in a layer has at most {MAX_TILE} numbers besides its rotary key, but this "
+            f"checkpoint's has {latent} + {rope}: convert with a smaller --kv-lora-rank."
+        )
+    return values
+
+
+def split_units(queries: int, heads: int, units: int) -> int:
+    """How many of the GPU's ``units`` (SMs) vLLM shall believe in when it splits contexts.
+
+    It splits each into at most twice as many parts, however many queries there are; results of all parts, in float32,
+    are then written and read again. On an H200, 1,024 queries of 40 heads at 960 + 64 and 64K of context would need 19
+    GiB for them. So few parts as keep the GPU busy are enough; a power of 2, for each number is a kernel to compile.
+
+    Args:
+        queries: of the batch.
+        heads: of each.
+        units: that there are.
+    """
+    programs = queries * -(-heads // HEADS_PER_PROGRAM)
+    parts = max(2, min(2 * units, PROGRAMS_PER_SM * units // programs))
+    return (1 << parts.bit_length() - 1) // 2
 
 
 class AnySizeTritonMLAMetadataBuilder(TritonMLAMetadataBuilder):
     """Builds :class:`AnySizeMLAMetadata`."""
 
-    mla_dims: MLADims
-
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.metadata_cls = AnySizeMLAMetadata
-        dims = self.mla_dims
-        # The workspace must not grow once CUDA graphs are captured.
-        self.mla_dims = replace(dims, kv_lora_rank=decode_width(dims.kv_lora_rank, dims.qk_rope_head_dim))
-        self._reserve_attn_logits_workspace()
-        self.mla_dims = dims
+
+    def _reserve_attn_logits_workspace(self) -> None:
+        """As vLLM's, for :func:`split_units` and :func:`decode_width`: it must not grow once graphs are captured."""
+        if not is_workspace_manager_initialized():
+            return
+        heads, units = self.num_heads * self.dcp_world_size, current_platform.num_compute_units()
+        most = self.vllm_config.scheduler_config.max_num_seqs * self.reorder_batch_threshold
+        length = self.model_config.max_model_len
+        parts = max(
+            queries * _compute_num_kv_splits(length, split_units(queries, heads, units))
+            for queries in range(1, most + 1)
+        )
+        width = decode_width(self.mla_dims.kv_lora_rank, self.mla_dims.qk_rope_head_dim) + 1
+        current_workspace_manager().get_simultaneous(((parts, heads, width), torch.float32))
+
+    @staticmethod
+    def determine_prefill_query_data_type(vllm_config: VllmConfig, model_dtype: torch.dtype) -> torch.dtype:
+        """Never fp8: vLLM's looks for a prefill backend of its own, and may find none for these sizes."""
+        return model_dtype
 
 
 class AnySizeTritonMLABackend(TritonMLABackend):
@@ -105,6 +151,7 @@ class AnySizeTritonMLAImpl(TritonMLAImpl):
         # vLLM's decode, told another width of the values.
         self._decoder = copy(self)
         self._decoder.kv_lora_rank = decode_width(self.kv_lora_rank, self.qk_rope_head_dim)
+        self._units = self._sm_count
 
     def forward_mqa(
         self,
@@ -114,8 +161,8 @@ class AnySizeTritonMLAImpl(TritonMLAImpl):
         layer: AttentionLayer,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Decode; shapes as in :meth:`vllm_mla_plugin.backends.cpu.AnySizeCPUMLAImpl.forward_mqa`, and log-sum-exp."""
-        if self._decoder.kv_lora_rank == self.kv_lora_rank:
-            return super().forward_mqa(q, kv_c_and_k_pe_cache, attn_metadata, layer)
+        queries, heads, _ = (q[0] if isinstance(q, tuple) else q).shape
+        self._decoder._sm_count = split_units(queries, heads, self._units)
         output, lse = self._decoder._decode(q, kv_c_and_k_pe_cache, attn_metadata, layer)
         return output[..., : self.kv_lora_rank].contiguous(), lse
 

@@ -30,13 +30,16 @@ class AnySizeFlashAttnPrefillBackend(FlashAttnPrefillBackend):
         super().__init__(*args, **kwargs)
         self._size = max(self.qk_nope_head_dim + self.qk_rope_head_dim, self.v_head_dim)
         self._size += -self._size % MULTIPLE
-        # FlashAttention 3 has kernels of two sizes for this pair; all others are of one.
+        # FlashAttention 3 has kernels of two sizes for this pair; all others are of one. Values come as they are then,
+        # a slice that begins after the keys.
         two_sizes = 128 < self._size <= 192 and 96 < self.v_head_dim <= 128
-        self.requires_v_padding = self.requires_v_padding or not two_sizes
+        aligned = not (self.v_head_dim % MULTIPLE or self.qk_nope_head_dim % MULTIPLE)
+        self.requires_v_padding = self.requires_v_padding or not (two_sizes and aligned)
 
     def _flash_attn_varlen_diff_headdims(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any, **kwargs: Any
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """As vLLM's, which pads the values to the queries' size, and ``forward_mha`` drops what was padded."""
-        q, k = (F.pad(x, (0, self._size - x.shape[-1])) for x in (q, k))
+        if self._size != q.shape[-1]:  # padding by nothing would copy
+            q, k = (F.pad(x, (0, self._size - x.shape[-1])) for x in (q, k))
         return super()._flash_attn_varlen_diff_headdims(q, k, v, *args, **kwargs)
