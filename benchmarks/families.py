@@ -27,6 +27,8 @@ from rich.progress import track
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from mla_converters.layers import calibration_autocast
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 from demo_model import demo_folder
 
@@ -83,7 +85,7 @@ def fit_layers(model: PreTrainedModel, copy: PreTrainedModel, windows: torch.Ten
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, LAYER_STEPS)
         for step in range(LAYER_STEPS):
             batch = slice(step * BATCH % len(windows), step * BATCH % len(windows) + BATCH)
-            with torch.autocast("cpu", dtype=torch.bfloat16):
+            with calibration_autocast("cpu"):
                 output = student.self_attn(inputs[batch], turns, None)[0]
             size = expected[batch].square().sum(-1)
             error = (output - expected[batch]).square().sum(-1)
@@ -115,7 +117,7 @@ def distil(model: PreTrainedModel, copy: PreTrainedModel, windows: torch.Tensor)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS, pct_start=0.1)
     for step in track(range(STEPS), description="Distilling"):
         batch = windows[torch.arange(step * BATCH, (step + 1) * BATCH) % len(windows)]
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with calibration_autocast("cpu"):
             with torch.no_grad():
                 expected = model(batch).logits.float().log_softmax(-1)
             got = copy(batch).logits.float().log_softmax(-1)

@@ -5,7 +5,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-BLOCK = 128  # of queries at some positions, together: they read no key after the last of them
+BLOCK = 64  # of queries at some positions, together: they read no key after the last of them
 
 
 def rotate(x: torch.Tensor, freqs: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:

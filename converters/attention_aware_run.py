@@ -9,7 +9,7 @@ from rich.progress import Progress
 
 from mla_converters.budget import CacheBudget
 from mla_converters.latent_map import LatentMap, balanced, mla_weights
-from mla_converters.layer_conversion import ConvertedLayer, LayerConversion, Measured, energy_kept, measure
+from mla_converters.layer_conversion import ConvertedLayer, LayerConversion, Measured, energy_kept, map_error, measure
 from mla_converters.layers import SourceLayer, embed
 from mla_converters.methods.attention_aware import ScoreModel, Weighing, attention_aware_map, score_model
 from mla_converters.methods.attention_statistics import attention_statistics
@@ -21,6 +21,7 @@ from mla_converters.source import Source
 WINDOW = 2048  # tokens in a window: what loses RoPE must be right at long distances too
 ATTENTION_WINDOWS = 4  # whose attention is measured
 RANDOM_SHARE = 1 / 8  # of random tokens among those that count alike
+MIN_RANDOM = 512  # random tokens, where a window has as many
 ERROR_WINDOWS = 1  # of the text's, on how many the candidates of a search are compared
 VALUE_WEIGHTS = (0.1, 0.3, 1.0)
 ENERGY_WEIGHTS = (0.1, 0.3, 1.0)
@@ -58,9 +59,10 @@ def some_windows(windows: torch.Tensor) -> torch.Tensor:
     return torch.cat((windows[:-1][:ATTENTION_WINDOWS], windows[-1:]))
 
 
-def layer_model(layer: SourceLayer, hidden: torch.Tensor, without: frozenset[Ingredient]) -> ScoreModel:
-    """Statistics of a layer on its inputs ``[windows, tokens, D]``, the last window's of random tokens."""
-    text, random = hidden[:-1], hidden[-1:]
+def layer_model(
+    layer: SourceLayer, text: torch.Tensor, random: torch.Tensor, without: frozenset[Ingredient]
+) -> ScoreModel:
+    """Statistics of a layer on its inputs ``[windows, tokens, D]``, for text and for random tokens."""
     plain = layer.moments(text).kv
     if Ingredient.RANDOM_TOKENS not in without:
         plain = plain.lerp(layer.moments(random).kv, RANDOM_SHARE)
@@ -82,8 +84,8 @@ def layer_map(layer: SourceLayer, model: ScoreModel, budget: CacheBudget, weighi
 
 def map_errors(layer: SourceLayer, hidden: torch.Tensor, maps: Iterable[LatentMap]) -> list[float]:
     """Relative squared errors of the attention's output with each map, on a few of ``[windows, tokens, D]`` inputs."""
-    attentions = (layer.converted(mla_weights(layer.attention_weights, candidate)) for candidate in maps)
-    return layer.errors(hidden[:ERROR_WINDOWS], attentions)
+    error_of = layer.comparison(hidden[:ERROR_WINDOWS])
+    return [map_error(error_of, layer, candidate) for candidate in maps]
 
 
 def first_weighing(without: frozenset[Ingredient]) -> Weighing:
@@ -92,24 +94,32 @@ def first_weighing(without: frozenset[Ingredient]) -> Weighing:
 
 
 def best_map(
-    layer: SourceLayer, hidden: torch.Tensor, model: ScoreModel, budget: CacheBudget, without: frozenset[Ingredient]
+    layer: SourceLayer, text: torch.Tensor, model: ScoreModel, budget: CacheBudget, without: frozenset[Ingredient]
 ) -> tuple[float, LatentMap]:
     """The layer's map with the weighing whose attention output errs least, and that error; values' weight is searched
     first, then energy's."""
-    start = first_weighing(without)
+    error_of = layer.comparison(text[:ERROR_WINDOWS])
     tried: dict[Weighing, tuple[float, LatentMap]] = {}
 
-    def best_of(candidates: list[Weighing]) -> Weighing:
-        new = [candidate for candidate in candidates if candidate not in tried]
-        maps = [layer_map(layer, model, budget, candidate) for candidate in new]
-        tried.update(zip(new, zip(map_errors(layer, hidden, maps), maps, strict=True), strict=True))
+    def best_of(candidates: Iterable[Weighing]) -> Weighing:
+        for candidate in candidates:
+            if candidate not in tried:
+                maps = layer_map(layer, model, budget, candidate)
+                tried[candidate] = map_error(error_of, layer, maps), maps
         return min(tried, key=lambda candidate: tried[candidate][0])
 
-    values = () if Ingredient.SEARCH in without else VALUE_WEIGHTS
-    best = best_of([start, *(replace(start, values=value) for value in values)])
-    if not {Ingredient.SEARCH, Ingredient.JOINT_CHOICE} & without:
-        best = best_of([replace(best, energy=energy) for energy in ENERGY_WEIGHTS])
+    best = best_of([first_weighing(without)])
+    if Ingredient.SEARCH not in without:
+        best = best_of(replace(best, values=value) for value in VALUE_WEIGHTS)
+        if Ingredient.JOINT_CHOICE not in without:
+            best = best_of(replace(best, energy=energy) for energy in ENERGY_WEIGHTS)
     return tried[best]
+
+
+def random_count(tokens: int, window: int = WINDOW) -> int:
+    """How many random tokens pass through the layers with so many of text: their share, but enough to tell a layer's
+    directions apart, and no more than a window."""
+    return min(window, max(MIN_RANDOM, int(RANDOM_SHARE * tokens)))
 
 
 def attention_aware(
@@ -130,31 +140,34 @@ def attention_aware(
     """
 
     def start() -> Streams:
-        hidden = embed(source, windows)
+        count = random_count(windows[:-1].numel(), windows.shape[1])
+        text, random = embed(source, windows[:-1]), embed(source, windows[-1:, :count])
         if not options.refit.steps:
-            return {"source": hidden}
+            return {"text": text, "random": random}
         generator = torch.Generator().manual_seed(options.seed).get_state()
-        return {"source": hidden, "converted": hidden[:-1].clone(), "generator": generator}
+        return {"text": text, "random": random, "converted": text.clone(), "generator": generator}
 
     def convert(layer: SourceLayer, streams: Streams) -> ConvertedLayer:
-        hidden = streams["source"]
-        model = layer_model(layer, hidden, options.without)
-        error, maps = best_map(layer, hidden, model, budgets[layer.index], options.without)
-        attention = layer.converted(mla_weights(layer.attention_weights, maps))
+        text, random = streams["text"], streams["random"]
+        model = layer_model(layer, text, random, options.without)
+        error, maps = best_map(layer, text, model, budgets[layer.index], options.without)
+        layer.advance(random, layer.attend)
         if "converted" not in streams:
-            layer.advance(hidden, layer.attend)
-            return ConvertedLayer(attention.weights(), Measured(energy_kept(maps, model.key_value), error))
+            layer.advance(text, layer.attend)
+            weights = mla_weights(layer.attention_weights, maps)
+            return ConvertedLayer(weights, Measured(energy_kept(maps, model.key_value), error))
         converted = streams["converted"]
         if Ingredient.CONVERTED_INPUTS in options.without:
-            converted.copy_(hidden[:-1])
-        layer.add_attention(hidden, layer.attend)
+            converted.copy_(text)
+        layer.add_attention(text, layer.attend)
         generator = torch.Generator()
         generator.set_state(streams["generator"])
-        refit_layer(attention, layer, converted, hidden[:-1], options.refit, generator)
+        attention = layer.converted(mla_weights(layer.attention_weights, maps))
+        refit_layer(attention, layer, converted, text, options.refit, generator)
         streams["generator"] = generator.get_state()
         measured = measure(layer, converted, maps, model.key_value, attention)
         layer.advance(converted, attention)
-        layer.add_mlp(hidden)
+        layer.add_mlp(text)
         return ConvertedLayer(attention.weights(), measured)
 
     return LayerConversion(start, convert)
@@ -173,7 +186,7 @@ def search_split(
     weighing = first_weighing(options.without)
 
     def errors(layer: SourceLayer, hidden: torch.Tensor) -> list[float]:
-        model = layer_model(layer, hidden, options.without)
+        model = layer_model(layer, hidden[:-1], hidden[-1:], options.without)
         return map_errors(layer, hidden, (layer_map(layer, model, budget, weighing) for budget in budgets))
 
     return search(source, some_windows(windows), budgets, errors, device, progress, "Searching the split", record)

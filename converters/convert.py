@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from mla_converters.attention_aware_run import WINDOW
+from mla_converters.attention_aware_run import random_count
 from mla_converters.budget import CacheBudget
 from mla_converters.card import source_card, write_card
 from mla_converters.converted_weights import planned_tensors, write_weights
@@ -121,7 +121,8 @@ def _disk_bytes(source: Source, budget: CacheBudget, options: Options) -> int:
     """What a conversion takes on disk: the weights, and the records of what passes through the layers."""
     planned = _planned(source, [budget] * source.config.num_hidden_layers, options)
     weights = sum(tensor.numel() * tensor.element_size() for tensor in planned.values())
-    return weights + record_bytes(STREAMS * options.calibration_tokens + WINDOW, source.config.hidden_size)
+    tokens = STREAMS * options.calibration_tokens + random_count(options.calibration_tokens)
+    return weights + record_bytes(tokens, source.config.hidden_size)
 
 
 def _nope_dim(source: Source, options: Options) -> int:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mla_converters.latent_map import LatentMap
+from mla_converters.latent_map import LatentMap, mla_weights
 from mla_converters.layers import Attention, SourceLayer
 from mla_converters.record import Streams
 
@@ -51,6 +51,11 @@ class LayerConversion:
     convert: Callable[[SourceLayer, Streams], ConvertedLayer]
 
 
+def map_error(error_of: Callable[[Attention], float], layer: SourceLayer, maps: LatentMap) -> float:
+    """What ``error_of`` (:meth:`SourceLayer.comparison`) says of the layer's attention with ``maps``."""
+    return error_of(layer.converted(mla_weights(layer.attention_weights, maps)))
+
+
 def measure(
     layer: SourceLayer, hidden: torch.Tensor, maps: LatentMap, moments: torch.Tensor, attention: Attention
 ) -> Measured:
@@ -63,7 +68,7 @@ def measure(
         moments: ``[2 * g * d, 2 * g * d]``, second moments of ``[k; v]`` on these.
         attention: the converted one.
     """
-    (error,) = layer.errors(hidden[:ERROR_WINDOWS], [attention])
+    error = layer.comparison(hidden[:ERROR_WINDOWS])(attention)
     return Measured(energy_kept(maps, moments), error)
 
 

@@ -109,7 +109,7 @@ def measured_sizes(
     streams = record.begin(start)
     hidden, alone = streams["hidden"], streams["alone"]
     for layer in record.layers(source, device, progress, "Measuring layers"):
-        model = layer_model(layer, hidden, options.without)
+        model = layer_model(layer, hidden[:-1], hidden[-1:], options.without)
         maps = [layer_map(layer, model, candidates[size], weighing) for size in sizes]
         streams["errors"][layer.index] = torch.tensor(map_errors(layer, hidden, maps), dtype=torch.float64)
         for other in alone[: layer.index]:

@@ -1,6 +1,6 @@
 """Running calibration text through a model layer by layer, one layer's weights in memory at a time."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Protocol
@@ -130,15 +130,20 @@ class SourceLayer:
         return moments
 
     @torch.inference_mode()
-    def errors(self, hidden: torch.Tensor, attentions: Iterable[Attention]) -> list[float]:
-        """Relative squared errors of attentions' outputs against the source's, at some of ``[windows, tokens, D]``."""
+    def comparison(self, hidden: torch.Tensor) -> Callable[[Attention], float]:
+        """From an attention to the relative squared error of its output against the source's, at some of ``[windows,
+        tokens, D]``."""
         x = self.normed(hidden)
         positions = sampled_positions(x.shape[1], ERROR_QUERIES)
-        with calibration_autocast(self.device):
-            expected = self.attend(x, positions).float()
-            outputs = (attention(x, positions).float() for attention in attentions)
-            size = expected.square().sum().clamp(min=torch.finfo(torch.float32).tiny)
-            return [((output - expected).square().sum() / size).item() for output in outputs]
+
+        @torch.inference_mode()
+        def output(attention: Attention) -> torch.Tensor:
+            with calibration_autocast(self.device):
+                return attention(x, positions).float()
+
+        expected = output(self.attend)
+        size = expected.square().sum().clamp(min=torch.finfo(torch.float32).tiny)
+        return lambda attention: ((output(attention) - expected).square().sum() / size).item()
 
     @torch.inference_mode()
     def add_attention(self, hidden: torch.Tensor, attention: Attention) -> None:

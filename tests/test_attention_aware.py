@@ -187,9 +187,10 @@ def test_refit_lowers_the_error(layer: SourceLayer, scale: float) -> None:
     names = set(attention.weights())
     expected = hidden.clone()
     layer.add_attention(expected, layer.attend)
-    (before,) = layer.errors(hidden, [attention])
+    error = layer.comparison(hidden)
+    before = error(attention)
     refit_layer(attention, layer, hidden, expected, Refit(steps=60), torch.Generator().manual_seed(0))
-    assert layer.errors(hidden, [attention])[0] < 0.7 * before
+    assert error(attention) < 0.7 * before
     assert set(attention.weights()) == names
 
 

@@ -251,7 +251,7 @@ def test_two_norm_beats_low_on_a_real_model(smollm2: Path) -> None:
         hidden = embed(source, windows)
         for layer in islice(source_layers(source, "cpu"), 4):
             for keep, layers in runs.items():
-                errors[keep] += layer.errors(hidden, [layer.converted(next(layers))])[0]
+                errors[keep] += layer.comparison(hidden)(layer.converted(next(layers)))
             layer.advance(hidden, layer.attend)
     assert errors[Keep.TWO_NORM] < 0.6 * errors[Keep.LOW], errors
 

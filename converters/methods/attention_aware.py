@@ -6,7 +6,7 @@ components of the same frequency.
 """
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 
@@ -50,6 +50,11 @@ class ScoreModel:
     loss: torch.Tensor
     key_metric: torch.Tensor
     value_metric: torch.Tensor
+
+    @cached_property
+    def roots(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """``[d, d]`` roots of the ``2 * g`` metrics, first of keys, and their inverses; damped."""
+        return [_square_root(metric) for metric in (*self.key_metric, *self.value_metric)]
 
 
 def score_model(
@@ -183,9 +188,10 @@ def attention_aware_map(
     lifted[:, range(pairs), :, range(pairs)] = rest
     remaining = torch.block_diag(real_map(lifted), eye(width))  # [2gd, 2gd]
 
-    blocks = [*model.key_metric, *(weighing.values * model.value_metric)]
-    roots, inverses = zip(*map(_square_root, blocks), strict=True)
-    root, inverse = torch.block_diag(*roots), torch.block_diag(*inverses)
+    weights = torch.tensor([1.0, weighing.values], dtype=torch.float64, device=freqs.device)
+    weights = weights.sqrt().repeat_interleave(width)
+    roots, inverses = (torch.block_diag(*blocks) for blocks in zip(*model.roots, strict=True))
+    root, inverse = weights[:, None] * roots, inverses / weights
     ridge = RIDGE * model.key_value.diagonal().mean() * eye(2 * width)
     weighed = root @ remaining
     basis = torch.linalg.eigh(weighed @ (model.key_value + ridge) @ weighed.mT).eigenvectors.flip(-1)

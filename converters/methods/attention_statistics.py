@@ -72,24 +72,30 @@ def attention_statistics(layer: SourceLayer, hidden: torch.Tensor) -> AttentionS
         for kv_head in range(layer.kv_heads):
             mine = slice(kv_head * groups, (kv_head + 1) * groups)
             keys, values = k[kv_head], v[kv_head]  # [tokens, d]
-            turned_keys, values_out = rotate(keys, layer.freqs), values @ gram[mine]  # values_out [G, tokens, d]
+            turned_keys = rotate(keys, layer.freqs) * layer.scale
+            values_out = values @ gram[mine]  # [G, tokens, d]
+            squares = (values_out * values).sum(-1, keepdim=True)
+            values_out = torch.cat((values_out, torch.ones_like(squares), squares), dim=-1)
             k_energy = keys[:, :half].square() + keys[:, half:].square()  # [tokens, d / 2]
-            turned_energy = torch.cat((turn.real * k_energy, turn.imag * k_energy, k_energy), dim=1)
+            one = torch.ones_like(k_energy[:, :1])
+            turned_energy = torch.cat((turn.real * k_energy, turn.imag * k_energy, k_energy, one), dim=1)
             plain_query[mine] += (q[mine].mT @ q[mine]).double()
             for block, plain_q in zip(sampled.split(BLOCK), q[mine].split(BLOCK, dim=1), strict=True):
                 seen, positions = slice(int(block[-1]) + 1), block.to(layer.device)
-                scores = rotate(plain_q, layer.freqs, positions) @ turned_keys[seen].mT * layer.scale
+                scores = rotate(plain_q, layer.freqs, positions) @ turned_keys[seen].mT
                 future = torch.arange(seen.stop, device=layer.device) > positions[:, None]
                 attention = scores.masked_fill_(future, float("-inf")).softmax(-1)  # [G, block, seen]
-                pairs = _score_weights(attention, values[seen], gram[mine], values_out[:, seen]) * layer.scale**2
-                query[mine] += (plain_q * pairs.sum(2, keepdim=True)).mT.matmul(plain_q).double()
-
-                read_by_head = attention.square_().sum(1)  # [G, seen]
+                outputs = attention @ values[seen]  # [G, block, d]
+                pairs = attention.square_()
+                read_by_head = pairs.sum(1)  # [G, seen]
                 values_read[mine] += read_by_head.sum(1).double()
                 read[seen] += read_by_head.sum(0)
 
+                pairs *= _distances(outputs, gram[mine], values_out[:, seen])
+                summed = pairs @ turned_energy[seen]
+                real, imaginary, plain, weight = summed.split((half, half, half, 1), dim=-1)  # [G, block, d / 2 or 1]
+                query[mine] += layer.scale**2 * (plain_q * weight).mT.matmul(plain_q).double()
                 q_energy = plain_q[..., :half].square() + plain_q[..., half:].square()
-                real, imaginary, plain = (pairs @ turned_energy[seen]).split(half, dim=-1)  # [G, block, d / 2]
                 turned[mine] += (q_energy * turn[positions].conj() * torch.complex(real, imaginary)).sum(1)
                 energy[mine] += (q_energy * plain).sum(1)
         kv = torch.cat([x.transpose(0, 1).flatten(1) for x in (k, v)], dim=-1)  # [tokens, 2 * g * d]
@@ -104,13 +110,9 @@ def attention_statistics(layer: SourceLayer, hidden: torch.Tensor) -> AttentionS
     )
 
 
-def _score_weights(
-    attention: torch.Tensor, values: torch.Tensor, gram: torch.Tensor, values_out: torch.Tensor
-) -> torch.Tensor:
-    """``(a |W_o (v_j - o_t)|)²``, ``[G, queries, tokens]``, for a KV head's values ``[tokens, d]`` and these times
-    ``gram``, ``values_out`` ``[G, tokens, d]``."""
-    outputs = attention @ values
-    distance = -2 * (outputs @ values_out.mT)
-    distance += (values_out * values).sum(-1)[:, None, :]
-    distance += (outputs @ gram * outputs).sum(-1)[..., None]
-    return attention.square().mul_(distance.clamp_(min=0))
+def _distances(outputs: torch.Tensor, gram: torch.Tensor, values_out: torch.Tensor) -> torch.Tensor:
+    """``|W_o (v_j - o_t)|²``, ``[G, queries, tokens]``, for outputs ``o`` ``[G, queries, d]``, and the values times
+    ``gram``, one, and the values' squares, ``[G, tokens, d + 2]``."""
+    squares = (outputs @ gram * outputs).sum(-1, keepdim=True)
+    # In one product: every pass over all pairs of queries and tokens counts here.
+    return (torch.cat((-2 * outputs, squares, torch.ones_like(squares)), dim=-1) @ values_out.mT).clamp_(min=0)

@@ -5,7 +5,7 @@ Every constant here was measured on one core of an AMD EPYC with AVX512-BF16 (to
 
 from dataclasses import dataclass
 
-from mla_converters.attention_aware_run import WINDOW
+from mla_converters.attention_aware_run import WINDOW, random_count
 from mla_converters.budget import CacheBudget
 from mla_converters.options import Options
 from mla_converters.planning.source import PlannedSource
@@ -22,7 +22,7 @@ class MethodCost:
         search: per layer and number of a token's queries, for statistics and searching on a few windows, however many
             calibrate.
         streams: of hidden states that pass through the layers, but for the one that a refit adds.
-        random_tokens: that pass beside those that calibrate.
+        random: whether random tokens pass beside those that calibrate.
         decompositions: eigendecompositions of each layer's second moments.
         refit: per token that refits a layer and parameter of its attention; the keys that it reads included.
     """
@@ -31,14 +31,14 @@ class MethodCost:
     search: float
     streams: int
     decompositions: int
-    random_tokens: int = 0
+    random: bool = False
     refit: float = 0.0
 
 
 METHOD_COSTS = {
     "transmla": MethodCost(calibration=1.6e-11, search=1e-3, streams=2, decompositions=8),
     "attention-aware": MethodCost(
-        calibration=1.6e-11, search=1e-3, streams=1, decompositions=10, random_tokens=WINDOW, refit=4.5e-10
+        calibration=1.6e-11, search=1e-3, streams=1, decompositions=10, random=True, refit=4.5e-10
     ),
 }
 REFIT_STEP_TOKENS = BATCH * QUERIES  # that a step compares
@@ -71,8 +71,9 @@ def conversion_core_seconds(
     cost = METHOD_COSTS[method]
     parameters = source.layer_parameters + 2 * source.cached**2
     streams = cost.streams + (1 if cost.refit and refit_steps else 0)
+    random = random_count(calibration_tokens) if cost.random else 0
     per_layer = (
-        cost.calibration * (streams * calibration_tokens + cost.random_tokens) * parameters
+        cost.calibration * (streams * calibration_tokens + random) * parameters
         + cost.search * source.query_heads * source.head_dim
         + DECOMPOSITION * cost.decompositions * source.cached**3
         + cost.refit * refit_steps * REFIT_STEP_TOKENS * source.attention_parameters
@@ -92,9 +93,9 @@ def conversion_memory(
 
     Python and its packages, and the larger of the embedding and what one layer takes: its weights as stored, those of
     its attention again in float32; the hidden states ``[tokens, D]`` in float32, of the source for the text and
-    :data:`WINDOW` random tokens, and for a refit of the converted model for the text; the second moments of ``2 * g *
-    d`` keys and values in float64; its converted attention, in float64 while it is computed or in float32 with
-    gradients and Adam's two moments while it is refitted; and a refit's activations.
+    random tokens, and for a refit of the converted model for the text; the second moments of ``2 * g * d`` keys and
+    values in float64; its converted attention, in float64 while it is computed or in float32 with gradients and Adam's
+    two moments while it is refitted; and a refit's activations.
 
     Args:
         source: the model.
@@ -122,7 +123,7 @@ def conversion_memory(
 def _state_tokens(calibration_tokens: int, refit_steps: int) -> int:
     """Tokens whose hidden states are kept by the default method: of the source, and for a refit of the converted
     model."""
-    return (2 if refit_steps else 1) * calibration_tokens + WINDOW
+    return (2 if refit_steps else 1) * calibration_tokens + random_count(calibration_tokens)
 
 
 def conversion_disk(source: PlannedSource, calibration_tokens: int, weights_bytes: int, refit_steps: int) -> int:
@@ -139,15 +140,17 @@ def written_bytes(source: PlannedSource, layout: CacheBudget) -> int:
     """Bytes of a converted checkpoint, which is all that a conversion writes.
 
     ``q_proj``, ``kv_a_proj_with_mqa`` and ``kv_b_proj`` replace the projections to queries, keys and values (with
-    QK-norm, these stay, ``q_rope_proj`` joins them, and ``kv_a_proj_with_mqa`` reads keys and values), and each layer
-    gets its ``rope_freqs``; everything else stays.
+    QK-norm, those to queries and keys stay, ``q_rope_proj`` joins them, and ``kv_a_proj_with_mqa`` reads keys and the
+    layer's input), and each layer gets its ``rope_freqs``; everything else stays.
     """
     latent, rope, heads, head_dim = layout.kv_lora_rank, layout.qk_rope_head_dim, source.query_heads, source.head_dim
     added = heads * 2 * head_dim * latent
+    inputs = source.hidden + source.qkv_bias
     if source.qk_norm:
-        added += heads * rope * head_dim + (latent + rope) * source.cached
+        keys = source.kv_heads * head_dim
+        added += heads * rope * head_dim + (latent + rope) * (keys + inputs) - keys * inputs
     else:
         projected = heads * (head_dim + rope) + latent + rope  # queries, and what is cached
-        added += projected * (source.hidden + source.qkv_bias) - source.qkv_parameters
+        added += projected * inputs - source.qkv_parameters
     parameters = source.parameters + source.layers * added
     return parameters * source.weight_bytes + source.layers * 4 * (rope // 2)

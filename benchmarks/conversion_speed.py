@@ -1,0 +1,74 @@
+"""How long a conversion by the closed form takes, beside another converter, in turns.
+
+    python benchmarks/conversion_speed.py --valid wiki.valid.tokens --test wiki.test.raw --peer COMMAND --peer-name NAME
+
+Source: SmolLM2-135M-Instruct, to 128 + 64. Calibration: WikiText-2's validation split, so many tokens as ``--tokens``
+says. Seconds from the start of a process to its end, imports and writing included; perplexity of the first 8 windows of
+1,024 tokens of the raw test split. ``--peer`` is any shell command that converts the same model: for TransMLA, a script
+that loads the model in float32, cuts 32 windows of 512 tokens of the same text, and calls ``partial_rope`` and
+``low_rank_qkv`` of its repository (https://github.com/MuLabPKU/TransMLA), as its ``converter.py`` does.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from common import VLLM_MLA, evaluate, plain_text, write_result
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+from demo_model import demo_folder
+
+COMMAND = "python benchmarks/conversion_speed.py --valid wiki.valid.tokens --test wiki.test.raw --peer COMMAND"
+OPTIONS = ("--kv-lora-rank", "128", "--qk-rope-head-dim", "64", "--refit-steps", "0", "--force")
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    """How long ``run`` takes."""
+    started = time.monotonic()
+    run()
+    return round(time.monotonic() - started, 1)
+
+
+def main() -> None:
+    """Time, score, write the result file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--valid", type=Path, required=True, help="wiki.valid.tokens")
+    parser.add_argument("--test", type=Path, required=True, help="wiki.test.raw")
+    parser.add_argument("--peer", help="shell command of the other converter")
+    parser.add_argument("--peer-name", help="what the result file calls it")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096, 16384], help="calibration tokens")
+    parser.add_argument("--rounds", type=int, default=2)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        text = Path(scratch) / "text.txt"
+        text.write_text(plain_text(arguments.valid))
+        outs = {f"{tokens} tokens": Path(scratch) / str(tokens) for tokens in arguments.tokens}
+        commands = {
+            name: [VLLM_MLA, "convert", demo_folder(), out, *OPTIONS, "--calibration", text, "--calibration-tokens"]
+            for name, out in outs.items()
+        }
+        times: dict[str, list[float]] = {name: [] for name in (*commands, *(["peer"] if arguments.peer else []))}
+        for _ in range(arguments.rounds):
+            for (name, command), tokens in zip(commands.items(), arguments.tokens, strict=True):
+                run = [*command, str(tokens)]
+                times[name].append(seconds(lambda run=run: subprocess.run(run, check=True)))
+            if arguments.peer:
+                times["peer"].append(seconds(lambda: subprocess.run(arguments.peer, shell=True, check=True)))
+        rows: dict[str, dict[str, Any]] = {
+            name: {"seconds": row, "median": round(statistics.median(row), 1)} for name, row in times.items()
+        }
+        for name, out in outs.items():
+            rows[name]["perplexity"] = round(evaluate(out, arguments.test)["perplexity"], 2)
+            if arguments.peer:
+                rows[name]["times_as_fast_as_peer"] = round(rows["peer"]["median"] / rows[name]["median"], 2)
+    write_result("conversion_speed", COMMAND, {"peer": arguments.peer_name, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
