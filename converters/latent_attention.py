@@ -5,7 +5,7 @@ from torch import nn
 
 from mla_converters.attention import latent_attention
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+PROJECTIONS = ("q_proj", "k_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
 
 
 class LatentAttention(nn.Module):
@@ -65,7 +65,7 @@ class LatentAttention(nn.Module):
         if self.qk_norm:
             # In float32, as transformers computes norms.
             k = self.k_norm(self.k_proj(x).float().unflatten(-1, (-1, self.value_dim))).flatten(-2)
-            x = torch.cat((k, self.v_proj(x)), dim=-1)
+            x = torch.cat((k, x), dim=-1)
             q = self.q_norm(q.float())
             nope_dim = self.kv_b_proj.weight.shape[0] // self.heads - self.value_dim  # 0 or d
             q = torch.cat((q[..., :nope_dim], q @ self.q_rope_proj.mT), dim=-1)

@@ -78,22 +78,33 @@ def mla_weights(source: dict[str, torch.Tensor], maps: LatentMap) -> dict[str, t
 def _qk_norm_weights(source: dict[str, torch.Tensor], maps: LatentMap) -> dict[str, torch.Tensor]:
     """Fold ``maps`` into a layer that normalises each head's query and key (QK-norm).
 
-    The norm is not linear, but it comes before anything is cached: the source's projections and norms stay, and
-    what is cached is a linear map of their results. Nothing is approximated. Queries without RoPE need no map of
-    their own, for ``kv_b_proj`` takes it up.
+    The norm is not linear, but it comes before anything is cached: the source's projections of queries and keys stay,
+    with their norms, and what is cached is a linear map of the keys and the layer's input. Nothing is approximated.
+    Queries without RoPE need no map of their own, for ``kv_b_proj`` takes it up.
 
     Returns:
-        The source's tensors, and in float64 ``kv_a_proj_with_mqa.weight`` ``[R + r, 2 * g * d]`` of ``[k; v]``,
-        ``q_rope_proj`` ``[H, r, d]`` of each query, ``kv_b_proj.weight``; ``rope_freqs`` in float32.
+        The source's tensors but for values, and in float64 ``kv_a_proj_with_mqa`` ``[R + r, g * d + D]`` of ``[k; x]``
+        (with a bias if values have one), ``q_rope_proj`` ``[H, r, d]`` of each query, ``kv_b_proj.weight``;
+        ``rope_freqs`` in float32.
     """
     kv_heads, head_dim, _ = maps.latent_to_value.shape
     heads = source["q_proj.weight"].shape[0] // head_dim
-    rope = torch.nn.functional.pad(maps.key_to_rope, (0, kv_heads * head_dim))  # values have no share in it
+    key_map, value_map = maps.kv_to_latent.split(kv_heads * head_dim, dim=1)
+    values = {name: tensor for name, tensor in source.items() if name.startswith("v_proj.")}
+    of_input = {  # the rotary key has no share of the values
+        name.replace("v_proj", "kv_a_proj_with_mqa"): torch.cat(
+            (folded := value_map @ tensor.to(value_map), folded.new_zeros(len(maps.key_to_rope), *folded.shape[1:]))
+        )
+        for name, tensor in values.items()
+    }
+    of_key = torch.cat((key_map, maps.key_to_rope))
     key_up, value_up = _by_head(maps.latent_to_key, heads), _by_head(maps.latent_to_value, heads)
     if key_up.shape[1]:
         key_up = _by_head(maps.query_to_nope, heads).mT @ key_up  # [H, d, R]
-    return source | {
-        "kv_a_proj_with_mqa.weight": torch.cat((maps.kv_to_latent, rope)),
+    weight = "kv_a_proj_with_mqa.weight"
+    return {name: tensor for name, tensor in source.items() if name not in values} | {
+        **of_input,
+        weight: torch.cat((of_key, of_input[weight]), dim=1),
         "q_rope_proj": _by_head(maps.query_to_rope, heads).contiguous(),
         "kv_b_proj.weight": torch.cat((key_up, value_up), dim=1).flatten(0, 1),
         "rope_freqs": maps.rope_freqs.clone(),

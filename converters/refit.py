@@ -16,18 +16,25 @@ WARMUP = 5  # steps
 FLOOR = 1e-3  # of the mean square of the targets, below which a token's error is not magnified further
 
 
-class KeysAndValuesApart(nn.Module):
-    """A weight ``[R + r, 2 * g * d]`` of ``[k; v]`` as two parameters, so that each has a step size of its own: where
-    keys are normalised, they are hundreds of times larger than values, and their weights as much smaller."""
+class KeysAndInputsApart(nn.Module):
+    """A weight ``[R + r, g * d + D]`` of ``[k; x]`` as two parameters, so that each has a step size of its own: where
+    keys are normalised, they may be hundreds of times larger than the input, and their weights as much smaller.
 
-    def forward(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    Args:
+        keys: ``g * d``.
+    """
+
+    def __init__(self, keys: int) -> None:
+        super().__init__()
+        self.keys = keys
+
+    def forward(self, keys: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
         """Both, side by side."""
-        return torch.cat((keys, values), dim=1)
+        return torch.cat((keys, inputs), dim=1)
 
     def right_inverse(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What :meth:`forward` is given for ``weight``."""
-        keys, values = weight.chunk(2, dim=1)
-        return keys.clone(), values.clone()
+        return weight[:, : self.keys].clone(), weight[:, self.keys :].clone()
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,9 @@ def refit_layer(
         generator: for the order of the windows.
     """
     if attention.qk_norm:
-        parametrize.register_parametrization(attention.kv_a_proj_with_mqa, "weight", KeysAndValuesApart())
+        parametrize.register_parametrization(
+            attention.kv_a_proj_with_mqa, "weight", KeysAndInputsApart(len(attention.k_proj.weight))
+        )
     groups = [
         {"params": [weight], "lr": refit.rate * weight.detach().square().mean().sqrt().item()}
         for weight in attention.parameters()

@@ -13,11 +13,12 @@ from vllm_mla_plugin.attention import MLASelfAttention
 
 
 class QKNormMLASelfAttention(MLASelfAttention):
-    """MLA whose latent is a linear map of normalised keys and of values.
+    """MLA whose latent is a linear map of normalised keys and of the layer's input.
 
     The norm comes before anything is cached, so it is computed as in the source, once for each new token.
-    ``kv_a_proj_with_mqa`` maps ``[k; v]`` to what is cached, and ``q_rope_proj`` each head's query to its rotary part;
-    the part without RoPE is the query itself, its map folded into ``kv_b_proj``.
+    ``kv_a_proj_with_mqa`` maps ``[k; x]`` to what is cached, the source's projection to values folded into its part for
+    ``x``, and ``q_rope_proj`` each head's query to its rotary part; the part without RoPE is the query itself, its map
+    folded into ``kv_b_proj``.
     """
 
     def make_projections(
@@ -32,19 +33,16 @@ class QKNormMLASelfAttention(MLASelfAttention):
         self.q_proj = ColumnParallelLinear(
             hidden, num_heads * self.v_dim, bias=bias, quant_config=quant_config, prefix=f"{prefix}.q_proj"
         )
-        # Every rank caches the whole latent, so every rank computes all keys and values.
+        # Every rank caches the whole latent, so every rank computes all keys.
         self.k_proj = ReplicatedLinear(
             hidden, kv_width, bias=bias, quant_config=quant_config, prefix=f"{prefix}.k_proj"
-        )
-        self.v_proj = ReplicatedLinear(
-            hidden, kv_width, bias=bias, quant_config=quant_config, prefix=f"{prefix}.v_proj"
         )
         self.q_norm = RMSNorm(self.v_dim, eps=config.rms_norm_eps)
         self.k_norm = RMSNorm(self.v_dim, eps=config.rms_norm_eps)
         self.kv_a_proj_with_mqa = ReplicatedLinear(
-            2 * kv_width,
+            kv_width + hidden,
             self.latent_dim + self.rope_dim,
-            bias=False,
+            bias=bias,
             quant_config=quant_config,
             prefix=f"{prefix}.kv_a_proj_with_mqa",
         )
@@ -58,6 +56,6 @@ class QKNormMLASelfAttention(MLASelfAttention):
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         q = self.q_norm(self.q_proj(hidden_states)[0].view(-1, self.num_heads, self.v_dim))
         k = self.k_norm(self.k_proj(hidden_states)[0].view(hidden_states.shape[0], -1, self.v_dim)).flatten(1)
-        cached = self.kv_a_proj_with_mqa(torch.cat((k, self.v_proj(hidden_states)[0]), dim=-1))[0]
+        cached = self.kv_a_proj_with_mqa(torch.cat((k, hidden_states), dim=-1))[0]
         q_rope = torch.bmm(q.transpose(0, 1), self.q_rope_proj.mT).transpose(0, 1)
         return torch.cat((q[..., : self.nope_dim], q_rope), dim=-1), cached

@@ -116,27 +116,27 @@ class MLASelfAttention(nn.Module):
 
 
 class QKNormMLASelfAttention(MLASelfAttention):
-    """MLA whose latent is a linear map of normalised keys and of values.
+    """MLA whose latent is a linear map of normalised keys and of the layer's input.
 
     The norm of each head's query and key comes before anything is cached, so it is computed as in the source.
-    ``kv_a_proj_with_mqa`` maps ``[k; v]`` to what is cached, and ``q_rope_proj`` each head's query to its rotary part;
-    the part without RoPE is the query itself, its map folded into ``kv_b_proj``.
+    ``kv_a_proj_with_mqa`` maps ``[k; x]`` to what is cached, the source's projection to values folded into its part for
+    ``x``, and ``q_rope_proj`` each head's query to its rotary part; the part without RoPE is the query itself, its map
+    folded into ``kv_b_proj``.
     """
 
     def make_projections(self, config: PretrainedConfig, bias: bool) -> None:
         heads, kv_width = config.num_attention_heads, config.num_key_value_heads * self.v_dim
         self.q_proj = nn.Linear(config.hidden_size, heads * self.v_dim, bias=bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=bias)
-        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=bias)
         self.q_norm = Qwen3RMSNorm(self.v_dim, eps=config.rms_norm_eps)
         self.k_norm = Qwen3RMSNorm(self.v_dim, eps=config.rms_norm_eps)
-        self.kv_a_proj_with_mqa = nn.Linear(2 * kv_width, self.latent_dim + self.rope_dim, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(kv_width + config.hidden_size, self.latent_dim + self.rope_dim, bias=bias)
         self.q_rope_proj = nn.Parameter(torch.zeros(heads, self.rope_dim, self.v_dim))
 
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         q = self.q_norm(self.q_proj(hidden_states).unflatten(-1, (-1, self.v_dim)))
         k = self.k_norm(self.k_proj(hidden_states).unflatten(-1, (-1, self.v_dim))).flatten(-2)
-        cached = self.kv_a_proj_with_mqa(torch.cat((k, self.v_proj(hidden_states)), dim=-1))
+        cached = self.kv_a_proj_with_mqa(torch.cat((k, hidden_states), dim=-1))
         q_rope = (q.transpose(1, 2) @ self.q_rope_proj.mT).transpose(1, 2)
         return torch.cat((q[..., : self.nope_dim], q_rope), dim=-1), cached
 
