@@ -4,7 +4,8 @@ A process of its own, because an engine never gives back everything it took. Job
 ``prompts`` (token ids), ``max_tokens``, ``prompt_logprobs`` (bool), ``engine`` (arguments of
 ``vllm.LLM``), ``lora`` (folder of an adapter to use). Result: ``tokens`` and ``logprobs`` of what was
 generated, ``prompt_logprobs`` of each prompt token but the first, ``cached_tokens`` (of each prompt, found in the
-prefix cache), ``kv_tokens`` (capacity of the cache).
+prefix cache), ``kv_tokens`` (capacity of the cache), ``cuda_graphs`` (their mode, and how many were captured, where
+the engine has no processes of its own).
 """
 
 import json
@@ -15,6 +16,7 @@ from pathlib import Path
 def main() -> None:
     """Run the job."""
     from vllm import LLM, SamplingParams
+    from vllm.compilation.counter import compilation_counter
     from vllm.lora.request import LoRARequest
 
     job = json.load(sys.stdin)
@@ -31,7 +33,8 @@ def main() -> None:
     adapter = LoRARequest("adapter", 1, job["lora"]) if "lora" in job else None
     prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
     outputs = llm.generate(prompts, sampling, use_tqdm=False, lora_request=adapter)
-    cache = llm.llm_engine.vllm_config.cache_config
+    config = llm.llm_engine.vllm_config
+    cache, mode = config.cache_config, config.compilation_config.cudagraph_mode
     result = {
         "tokens": [list(o.outputs[0].token_ids) for o in outputs],
         "logprobs": [
@@ -40,6 +43,7 @@ def main() -> None:
         ],
         "cached_tokens": [o.num_cached_tokens for o in outputs],
         "kv_tokens": (cache.num_gpu_blocks or 0) * cache.block_size,
+        "cuda_graphs": {"mode": mode and mode.name, "captured": compilation_counter.num_cudagraph_captured},
     }
     if job.get("prompt_logprobs"):
         result["prompt_logprobs"] = [

@@ -86,6 +86,10 @@ class Decoder:
         self, q: torch.Tensor, cache: torch.Tensor, table: torch.Tensor, lengths: list[int]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """One query per sequence; shapes as ``forward_mqa``."""
+        return self.impl.forward_mqa(q, cache, self.metadata(cache, table, lengths), self.layer)
+
+    def metadata(self, cache: torch.Tensor, table: torch.Tensor, lengths: list[int]) -> object:
+        """What the backend's builder makes of so many cached tokens, the newest of each sequence asking."""
         from vllm.v1.attention.backend import CommonAttentionMetadata
         from vllm.v1.kv_cache_interface import MLAAttentionSpec
 
@@ -106,9 +110,8 @@ class Decoder:
         )
         spec = MLAAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=cache.shape[-1], dtype=cache.dtype)
         with set_current_vllm_config(self.vllm_config):
-            builder = self.layer.attn_backend.get_builder_cls()(spec, ["layer"], self.vllm_config, q.device)
-            metadata = builder.build(0, common)
-            return self.impl.forward_mqa(q, cache, metadata, self.layer)
+            builder = self.layer.attn_backend.get_builder_cls()(spec, ["layer"], self.vllm_config, cache.device)
+            return builder.build(0, common)
 
 
 def impl_for(case: Case, dtype: torch.dtype, cache_dtype: str) -> Decoder:

@@ -43,7 +43,6 @@ def assert_close_to_transformers(model: Path, result: dict[str, Any], tolerance:
 FEATURES: dict[str, dict[str, Any]] = {
     "eager": {"enforce_eager": True},
     "compiled": {"enforce_eager": False},
-    "full-cuda-graphs": {"enforce_eager": False, "compilation_config": {"cudagraph_mode": "FULL_DECODE_ONLY"}},
     "chunked-prefill": {"enable_chunked_prefill": True, "max_num_batched_tokens": 64, "max_num_seqs": 16},
     "n-gram-speculation": {
         "speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
@@ -60,6 +59,18 @@ def test_feature(model: Path, feature: str) -> None:
         pytest.skip("fp8 needs compute capability 8.9")
     result = run(model, **FEATURES[feature])
     assert_close_to_transformers(model, result, tolerance=0.3 if feature.startswith("fp8") else 0.15)
+
+
+@pytest.mark.parametrize("rope", [64, 32])
+def test_full_cuda_graphs(tmp_path: Path, rope: int) -> None:
+    """Decode of 192 and of 160 numbers per token and layer in one graph per batch size; vLLM compiles with
+    ``fullgraph``, so that a break in a model's code is an error."""
+    split = ("--kv-lora-rank", 128, "--qk-rope-head-dim", rope)
+    out = convert(MODEL.save(tmp_path / "source"), tmp_path / "mla", "--method", "transmla", *split)
+    result = run(out, enforce_eager=False, compilation_config={"cudagraph_mode": "FULL_DECODE_ONLY"})
+    assert result["cuda_graphs"]["mode"] == "FULL_DECODE_ONLY", result["cuda_graphs"]
+    assert result["cuda_graphs"]["captured"] > 0
+    assert_close_to_transformers(out, result)
 
 
 def test_prefix_caching(model: Path) -> None:

@@ -1,0 +1,91 @@
+"""Decode of one layer on a GPU, alone: the bandwidth that reading the cache reaches, against that of a plain copy.
+
+    python benchmarks/gpu_kernels.py [--sequences 64] [--length 8192]
+
+Every backend choice of this plugin: 512 + 64 and 256 + 64, which vLLM's own kernels serve, and sizes that they do not.
+bfloat16; pages in random order. Counted are the bytes of the cached tokens, each once; of a copy, those read and those
+written. Not run on a GPU yet.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import RESULTS, write_result
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "gpu"))
+
+from gpu_backends import BLOCK, Case, impl_for
+
+CASES = {
+    "llama-3-8b, 512 + 64": Case(512, 64, nope=128, v=128, heads=32),
+    "llama-3-8b, 256 + 64": Case(256, 64, nope=128, v=128, heads=32),
+    "llama-3-8b, 960 + 64": Case(960, 64, nope=128, v=128, heads=32),
+    "smollm2, 128 + 64": Case(128, 64, nope=64, v=64, heads=9),
+    "smollm2, 128 + 32": Case(128, 32, nope=64, v=64, heads=9),
+}
+DTYPE = torch.bfloat16
+COPIED = 2**32  # bytes
+REPEATS = 30
+
+
+def milliseconds(run: Callable[[], Any]) -> float:
+    """The least time of a call, by the GPU's own clock, once it is warm."""
+    times = []
+    for _ in range(REPEATS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return min(times[REPEATS // 3 :])
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second, read and written."""
+    source = torch.zeros(COPIED, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * COPIED / milliseconds(lambda: target.copy_(source)) * 1e3
+
+
+@torch.inference_mode()
+def decode(case: Case, sequences: int, length: int) -> tuple[str, float]:
+    """The backend's name, and the milliseconds of one call."""
+    backend = impl_for(case, DTYPE, "auto")
+    each = -(-length // BLOCK)
+    cache = torch.randn(sequences * each + 1, BLOCK, case.latent + case.rope, dtype=DTYPE, device="cuda")
+    table = (torch.randperm(sequences * each, device="cuda") + 1).int().view(sequences, each)
+    q = torch.randn(sequences, case.heads, case.latent + case.rope, dtype=DTYPE, device="cuda")
+    metadata = backend.metadata(cache, table, [length] * sequences)
+    return backend.name, milliseconds(lambda: backend.impl.forward_mqa(q, cache, metadata, backend.layer))
+
+
+def main() -> None:
+    """Measure, print, and write the result file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sequences", type=int, default=64)
+    parser.add_argument("--length", type=int, default=8192)
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("this needs a GPU")
+    copied = copy_bandwidth()
+    rows = []
+    for name, case in CASES.items():
+        backend, taken = decode(case, arguments.sequences, arguments.length)
+        read = arguments.sequences * arguments.length * (case.latent + case.rope) * DTYPE.itemsize
+        bandwidth = read / taken * 1e3
+        row = {"case": name, "backend": backend, "milliseconds": round(taken, 4)}
+        rows.append(row | {"bytes_per_second": round(bandwidth), "share_of_copy": round(bandwidth / copied, 3)})
+        print(rows[-1], flush=True)
+    size = {"sequences": arguments.sequences, "length": arguments.length, "copy_bytes_per_second": round(copied)}
+    write_result("gpu_kernels", "python benchmarks/gpu_kernels.py", {**size, "rows": rows})
+    print(f"written to {RESULTS / 'gpu_kernels.json'}")
+
+
+if __name__ == "__main__":
+    main()
