@@ -37,6 +37,7 @@ LENGTH, BATCH = 512, 4
 LAYER_WINDOWS, LAYER_STEPS, LAYER_RATE = 16, 64, 0.01
 STEPS, RATE = 32, 1e-4
 RATIOS = (0.5, 0.25)
+TEACHERS = {"qwen3": "llama", "llama from qwen3": "qwen3"}  # of the models that are trained; their first word's family
 RUNS = {"refit": ("--calibration-tokens", "32768"), "closed form": ("--refit-steps", "0")}
 SHARED = (
     "vocab_size",
@@ -144,6 +145,16 @@ def make_copy(source: Path, family: str, text: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def source_folder(name: str, models: Path, text: Path) -> Path:
+    """Where a model is; it is trained if it is not in ``models``, and its teacher before it."""
+    if name not in TEACHERS:
+        return demo_folder()
+    folder = models / name.replace(" ", "-")
+    if not folder.exists():
+        make_copy(source_folder(TEACHERS[name], models, text), name.split()[0], text, folder)
+    return folder
+
+
 def main() -> None:
     """Train, convert, score, write the result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -158,18 +169,15 @@ def main() -> None:
         text, out = (Path(scratch) / name for name in ("text.txt", "mla"))
         models = arguments.models or Path(scratch)
         text.write_text(plain_text(arguments.valid))
-        qwen3, llama = models / "qwen3", models / "llama-from-qwen3"
-        if not qwen3.exists():
-            make_copy(demo_folder(), "qwen3", text, qwen3)
-        if not llama.exists():
-            make_copy(qwen3, "llama", text, llama)
-        for source_name, source in (("llama", demo_folder()), ("qwen3", qwen3), ("llama from qwen3", llama)):
+        for source_name in ("llama", *TEACHERS):
+            names = {f"{source_name}, {run}, {ratio}": (run, ratio) for run, ratio in itertools.product(RUNS, RATIOS)}
+            names = {name: how for name, how in names.items() if name not in rows and re.search(arguments.only, name)}
+            if not names:
+                continue
+            source = source_folder(source_name, models, text)
             original = evaluate(source, arguments.test)["perplexity"]
-            for (run, options), ratio in itertools.product(RUNS.items(), RATIOS):
-                name = f"{source_name}, {run}, {ratio}"
-                if name in rows or not re.search(arguments.only, name):
-                    continue
-                report = convert(source, out, "--cache-ratio", str(ratio), "--calibration", str(text), *options)
+            for name, (run, ratio) in names.items():
+                report = convert(source, out, "--cache-ratio", str(ratio), "--calibration", str(text), *RUNS[run])
                 perplexity = evaluate(out, arguments.test)["perplexity"]
                 rows[name] = {
                     "split": f"{report['kv_lora_rank']}+{report['qk_rope_head_dim']}",

@@ -59,7 +59,10 @@ def convert(
     started = time.monotonic()
     check_options(options)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=quiet) as progress, open_source(source, revision) as opened:
+    with (
+        Progress(*columns, disable=quiet) as progress,
+        open_source(source, revision, options.trust_remote_code) as opened,
+    ):
         context, budget = _context(opened, options), asked_budget(opened, options)
         with work_folder(out, force, conversion_identity(opened, options)) as work:
             work.check_space(_disk_bytes(opened, budget, options))

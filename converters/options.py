@@ -44,6 +44,7 @@ class Options:
         dtype: of the written weights; None keeps the source's.
         device: where layers run.
         max_context: limit on the context of the converted model, as a sliding window needs.
+        trust_remote_code: whether code that comes with the tokenizer may run, and travels with the model.
     """
 
     method: Method = Method.ATTENTION_AWARE
@@ -62,6 +63,7 @@ class Options:
     dtype: str | None = None
     device: str = "cpu"
     max_context: int | None = None
+    trust_remote_code: bool = False
 
 
 def command_line(source: str, revision: str | None, options: Options) -> str:
@@ -71,7 +73,7 @@ def command_line(source: str, revision: str | None, options: Options) -> str:
         value = getattr(options, field.name)
         if value != field.default:
             for item in sorted(value) if isinstance(value, frozenset) else [value]:
-                words += [f"--{field.name.replace('_', '-')}", str(item)]
+                words += [f"--{field.name.replace('_', '-')}", *([] if item is True else [str(item)])]
     return shlex.join([*words, *(["--revision", revision] if revision else [])])
 
 

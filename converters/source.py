@@ -2,7 +2,7 @@
 
 import math
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +25,7 @@ from mla_converters.errors import ConversionError
 from mla_converters.families import Family, check_config, find_family, source_head_dim
 from mla_converters.json_files import read_json_object
 from mla_converters.locate import local_path, not_a_model_file, not_on_the_hub
+from mla_converters.remote_code import load_tokenizer
 
 # Everything that travels with a model besides its configuration and weights.
 SIDE_FILES = (
@@ -38,6 +39,7 @@ SIDE_FILES = (
     "generation_config.json",
     "LICENSE*",
 )
+CODE = "*.py"  # travels too where it is trusted
 
 
 class Source:
@@ -46,20 +48,22 @@ class Source:
     Attributes:
         name: hub id or path, as the user gave it.
         revision: hub revision asked for, or None.
+        trust_remote_code: whether code that comes with the tokenizer may run.
         folder: where the files are.
         family: the source's family.
         raw_config: its ``config.json``.
         config: its transformers configuration.
     """
 
-    def __init__(self, name: str, folder: Path, revision: str | None = None) -> None:
+    def __init__(self, name: str, folder: Path, revision: str | None = None, trust_remote_code: bool = False) -> None:
         self.name = name
         self.revision = revision
+        self.trust_remote_code = trust_remote_code
         self.folder = folder
         self.raw_config = read_json_object(folder / "config.json")
         self.family: Family = find_family(self.raw_config)
         try:
-            self.config: PretrainedConfig = AutoConfig.from_pretrained(folder)
+            self.config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # transformers validates with many exception types
             raise ConversionError(f"{folder / 'config.json'} is not a valid configuration: {error}") from error
         check_config(self.config)
@@ -166,10 +170,7 @@ class Source:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The source's tokenizer."""
-        try:
-            return AutoTokenizer.from_pretrained(self.folder)
-        except Exception as error:  # tokenizers raises bare Exception
-            raise ConversionError(f"The tokenizer in {self.folder} cannot be loaded: {error}") from error
+        return load_tokenizer(self.folder, self.trust_remote_code)
 
     def files(self) -> list[Path]:
         """All files that are read or carried over."""
@@ -177,17 +178,22 @@ class Source:
 
     def side_files(self) -> Iterator[Path]:
         """Files to carry over unchanged."""
-        for pattern in SIDE_FILES:
+        for pattern in _side_patterns(self.trust_remote_code):
             yield from sorted(path for path in self.folder.glob(pattern) if path.is_file())
 
 
+def _side_patterns(trust_remote_code: bool) -> tuple[str, ...]:
+    return (*SIDE_FILES, CODE) if trust_remote_code else SIDE_FILES
+
+
 @contextmanager
-def open_source(source: str, revision: str | None = None) -> Iterator[Source]:
+def open_source(source: str, revision: str | None = None, trust_remote_code: bool = False) -> Iterator[Source]:
     """Open ``source`` for the time of a ``with`` block.
 
     Args:
         source: a folder, a ``.gguf`` file, or a hub id.
         revision: branch, tag or commit of a hub id.
+        trust_remote_code: whether code that comes with the tokenizer may run.
 
     Raises:
         ConversionError: it does not exist or cannot be converted.
@@ -195,16 +201,16 @@ def open_source(source: str, revision: str | None = None) -> Iterator[Source]:
     with ExitStack() as stack:
         path = local_path(source)
         if path is None:
-            folder = _download(source, revision)
+            folder = _download(source, revision, trust_remote_code)
         elif path.is_dir():
             folder = path
         else:
             folder = unpacked_gguf(source, stack)
-        yield Source(source, folder, revision)
+        yield Source(source, folder, revision, trust_remote_code)
 
 
-def _download(repo: str, revision: str | None) -> Path:
-    patterns: Iterable[str] = ("config.json", "README.md", "*.safetensors", INDEX, *SIDE_FILES)
+def _download(repo: str, revision: str | None, trust_remote_code: bool) -> Path:
+    patterns = ("config.json", "README.md", "*.safetensors", INDEX, *_side_patterns(trust_remote_code))
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

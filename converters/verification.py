@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 import vllm_mla_plugin.hf  # noqa: F401 - registers the MLA models with transformers
 from mla_converters.checkpoint import Checkpoint
@@ -15,6 +15,7 @@ from mla_converters.evaluation.run import EvalOptions, evaluate
 from mla_converters.families import FAMILIES, architecture_names
 from mla_converters.json_files import read_json_object
 from mla_converters.manifest import manifest_problems
+from mla_converters.remote_code import load_tokenizer
 
 EXACT_KL = 0.01  # nats per token; a lossless conversion differs by rounding alone
 LEAST_AGREEMENT = 0.1  # of likeliest tokens; below, the predictions have nothing to do with the source's
@@ -45,12 +46,13 @@ class Check:
     detail: str
 
 
-def verify(folder: Path, source: str | None = None) -> dict[str, Any]:
+def verify(folder: Path, source: str | None = None, trust_remote_code: bool = False) -> dict[str, Any]:
     """Check a folder that ``vllm-mla convert`` wrote.
 
     Args:
         folder: the checkpoint.
         source: what it was converted from, to compare predictions on a short text; None leaves that out.
+        trust_remote_code: whether code that comes with the tokenizer may run.
 
     Returns:
         ``ok``, and each check with its problems; later checks are left out where an earlier one makes them pointless.
@@ -66,9 +68,9 @@ def verify(folder: Path, source: str | None = None) -> dict[str, Any]:
     config, check = _config(folder)
     checks.append(check)
     if config is not None:
-        checks += [_tensors(folder, config), _tokenizer(folder)]
+        checks += [_tensors(folder, config), _tokenizer(folder, trust_remote_code)]
     if not any(check.problems for check in checks):
-        checks.append(_predictions(folder, description, source))
+        checks.append(_predictions(folder, description, source, trust_remote_code))
     return {
         "model": str(folder),
         "source": source,
@@ -79,7 +81,7 @@ def verify(folder: Path, source: str | None = None) -> dict[str, Any]:
 
 def _config(folder: Path) -> tuple[PretrainedConfig | None, Check]:
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers validates with many exception types
         return None, Check("config", [str(error).strip().split("\n")[0]], "")
     widths = {sum(config.cached_sizes(layer)) for layer in range(config.num_hidden_layers)}
@@ -105,21 +107,22 @@ def _tensors(folder: Path, config: PretrainedConfig) -> Check:
     return Check("tensors", problems[:SHOWN] + more, f"{count} tensors: names, shapes, finite numbers")
 
 
-def _tokenizer(folder: Path) -> Check:
+def _tokenizer(folder: Path, trust_remote_code: bool) -> Check:
     try:
-        count = len(AutoTokenizer.from_pretrained(folder)(SAMPLE).input_ids)
-    except Exception as error:  # tokenizers raises bare Exception
-        return Check("tokenizer", [f"it cannot be loaded: {error}"], "")
+        count = len(load_tokenizer(folder, trust_remote_code)(SAMPLE).input_ids)
+    except ConversionError as error:
+        return Check("tokenizer", [str(error)], "")
     return Check("tokenizer", [], f"cuts the sample into {count} tokens")
 
 
-def _predictions(folder: Path, description: dict[str, Any], source: str | None) -> Check:
+def _predictions(folder: Path, description: dict[str, Any], source: str | None, trust_remote_code: bool) -> Check:
     """Run the sample through the model, and through its source."""
-    length = min(len(AutoTokenizer.from_pretrained(folder)(SAMPLE).input_ids), description["max_position_embeddings"])
+    ids = load_tokenizer(folder, trust_remote_code)(SAMPLE).input_ids
+    length = min(len(ids), description["max_position_embeddings"])
     with tempfile.TemporaryDirectory() as scratch:
         text = Path(scratch) / "sample.txt"
         text.write_text(SAMPLE)
-        options = EvalOptions(text=text, windows=1, length=length)
+        options = EvalOptions(text=text, windows=1, length=length, trust_remote_code=trust_remote_code)
         (row,) = evaluate([str(folder)], options, reference=source, quiet=True)["models"]
     detail = f"perplexity {row['perplexity']:.2f} on {length} tokens"
     if source is None:

@@ -330,3 +330,37 @@ def test_shards(tmp_path: Path) -> None:
     assert set(index["weight_map"].values()) == {f"model-{i:05d}-of-00004.safetensors" for i in range(1, 5)}
     for name, file in index["weight_map"].items():
         assert torch.equal(load_file(tmp_path / file)[name], tensors[name])
+
+
+@pytest.fixture
+def coded(source: Path, tmp_path: Path) -> Path:
+    """A source whose tokenizer is Python code that leaves a mark when it runs."""
+    mark = tmp_path.parent / f"{tmp_path.name}-ran"
+    (source / "tokenization_own.py").write_text(
+        f"open({str(mark)!r}, 'w').close()\n"
+        "from transformers import PreTrainedTokenizerFast\n"
+        "class OwnTokenizer(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    own = "tokenization_own.OwnTokenizer"
+    settings = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": [None, own]}, "unk_token": "<unk>"}
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    return mark
+
+
+def test_code_runs_only_where_it_is_trusted(
+    refused: Refused, refusal: Refused, source: Path, coded: Path, tmp_path: Path
+) -> None:
+    """Converting, verifying and evaluating; the code travels with the model that needs it."""
+    assert "give --trust-remote-code" in refused(source, "--method", "exact")
+    assert not coded.exists(), "it ran unasked"
+    trust = "--trust-remote-code"
+    out = convert(source, tmp_path / "mla", "--method", "exact", trust)
+    assert coded.exists() and (out / "tokenization_own.py").exists()
+    assert trust in json.loads((out / "conversion_report.json").read_text())["command"]
+    coded.unlink()
+    scored = ("--text", CALIBRATION, "--windows", 1, "--length", 32)
+    assert "give --trust-remote-code" in refusal("eval", out, *scored)
+    assert not coded.exists(), "it ran unasked"
+    assert vllm_mla("eval", out, *scored, trust).returncode == 0
+    assert vllm_mla("verify", out).returncode == 1
+    assert vllm_mla("verify", out, trust).returncode == 0

@@ -118,6 +118,9 @@ def convert(
     device: Annotated[
         str | None, typer.Option(help="Where layers run: cpu, cuda, cuda:1 … [default: the GPU, if there is one]")
     ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the tokenizer. Read it first.")
+    ] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report here, for machines.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
     push_to_hub: Annotated[
@@ -177,6 +180,7 @@ def convert(
         dtype=dtype,
         device=device or ("cuda" if cuda.is_available() else "cpu"),
         max_context=max_context,
+        trust_remote_code=trust_remote_code,
     )
     report = run(source, out, options, revision=revision, force=force, quiet=not Console(stderr=True).is_terminal)
     write_report(json_file, report)

@@ -81,6 +81,9 @@ def evaluate(
         str | None,
         typer.Option(help="Where --engine hf runs: cpu, cuda, cuda:1 … [default: cpu]", rich_help_panel="Engine"),
     ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with models. Read it first.")
+    ] = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write all numbers here, for machines.", rich_help_panel="Output")
     ] = None,
@@ -110,6 +113,7 @@ def evaluate(
         engine=Engine(engine),
         dtype=dtype,
         device=device,
+        trust_remote_code=trust_remote_code,
     )
     report = run(models, options, reference=reference, quiet=not Console(stderr=True).is_terminal)
     report["command"] = shlex.join(["vllm-mla", *sys.argv[1:]])

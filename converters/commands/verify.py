@@ -29,6 +29,9 @@ def verify(
     source: Annotated[
         str | None, typer.Option(help="What it was converted from: compares predictions on a short text, in float32.")
     ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the tokenizer. Read it first.")
+    ] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here, for machines.")] = None,
 ) -> None:
     """Check that the converted checkpoint OUT is whole: files, configuration, tensors, tokenizer, predictions."""
@@ -37,7 +40,7 @@ def verify(
     from mla_converters.verification import verify as run
 
     quiet_transformers()
-    report = run(out, source)
+    report = run(out, source, trust_remote_code)
     write_report(json_file, report)
     _print_report(report)
     if not report["ok"]:

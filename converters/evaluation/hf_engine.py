@@ -54,7 +54,11 @@ def load_model(model: Model, dtype: torch.dtype, device: str) -> torch.nn.Module
     """
     try:
         network, info = AutoModelForCausalLM.from_pretrained(
-            model.path, dtype=dtype, use_safetensors=True, output_loading_info=True
+            model.path,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=model.trust_remote_code,
         )
         network.to(device)
     except Exception as error:  # transformers raises whatever the files provoke

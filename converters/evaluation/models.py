@@ -22,11 +22,13 @@ class Model:
         name: as the user gave it.
         path: folder or hub id, for ``from_pretrained`` and for vLLM.
         config: its transformers configuration.
+        trust_remote_code: whether code that it brings may run.
     """
 
     name: str
     path: str
     config: PretrainedConfig
+    trust_remote_code: bool = False
 
     @property
     def context(self) -> int | None:
@@ -52,12 +54,13 @@ class Model:
         return 2 * kv_heads * source_head_dim(self.config) if kv_heads else None
 
 
-def find_models(names: list[str], stack: ExitStack) -> list[Model]:
+def find_models(names: list[str], stack: ExitStack, trust_remote_code: bool = False) -> list[Model]:
     """Find models and read their configurations.
 
     Args:
         names: folders, hub ids, or ``.gguf`` files.
         stack: GGUF files are unpacked until it closes.
+        trust_remote_code: whether code that models bring may run.
 
     Raises:
         ConversionError: one does not exist or is no model, or is named twice.
@@ -67,27 +70,30 @@ def find_models(names: list[str], stack: ExitStack) -> list[Model]:
         identity = str(Path(name).resolve()) if Path(name).exists() else name
         if identity in models:
             raise ConversionError(f"{name} is given twice: name each model once.")
-        models[identity] = find_model(name, stack)
+        models[identity] = find_model(name, stack, trust_remote_code)
     return list(models.values())
 
 
-def find_model(name: str, stack: ExitStack) -> Model:
+def find_model(name: str, stack: ExitStack, trust_remote_code: bool = False) -> Model:
     """Find one model; see :func:`find_models`."""
     path = local_path(name)
     if path is not None and path.is_file():
         folder = unpacked_gguf(name, stack)
-        return Model(name, str(folder), _config(folder))
+        return Model(name, str(folder), _config(folder, trust_remote_code), trust_remote_code)
     try:
-        config = AutoConfig.from_pretrained(name) if path is None else _config(path)
+        if path is None:
+            config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        else:
+            config = _config(path, trust_remote_code)
     except OSError as error:
         raise not_on_the_hub(name, error) from error
-    return Model(name, name, config)
+    return Model(name, name, config, trust_remote_code)
 
 
-def _config(folder: Path) -> PretrainedConfig:
+def _config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
     read_json_object(folder / "config.json")
     try:
-        return AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers validates with many exception types
         reason = str(error).strip().split("\n")[0]
         raise ConversionError(f"{folder / 'config.json'} is not a valid configuration: {reason}") from error

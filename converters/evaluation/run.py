@@ -52,6 +52,7 @@ class EvalOptions:
         engine: what runs the models.
         dtype: ``float32``, ``bfloat16`` or ``float16``.
         device: where transformers runs the models; None for the CPU, or with vLLM, which chooses itself.
+        trust_remote_code: whether code that models bring may run.
     """
 
     text: Path | None = None
@@ -62,6 +63,7 @@ class EvalOptions:
     engine: Engine = Engine.HF
     dtype: str = "float32"
     device: str | None = None
+    trust_remote_code: bool = False
 
 
 def evaluate(
@@ -85,8 +87,8 @@ def evaluate(
     started = time.monotonic()
     _check_options(options)
     with ExitStack() as stack:
-        models = find_models(names, stack)
-        beside = None if reference is None else find_model(reference, stack)
+        models = find_models(names, stack, options.trust_remote_code)
+        beside = None if reference is None else find_model(reference, stack, options.trust_remote_code)
         if beside is not None:
             _check_vocabularies(models, beside)
         text = read_text(options.text, options.dataset, options.protocol)

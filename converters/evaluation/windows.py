@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from mla_converters.errors import ConversionError
 from mla_converters.evaluation.models import Model
 from mla_converters.evaluation.text import Text, TextProtocol
+from mla_converters.remote_code import load_tokenizer
 
 DEFAULTS: dict[TextProtocol, tuple[int | None, int]] = {
     TextProtocol.STREAM: (8, 1024),
@@ -44,9 +45,10 @@ def shared_windows(text: Text, models: list[Model], count: int | None, length: i
     """
     _check_numbers(models, count, length)
     first, *others = models
-    windows = _cut(text, _tokenizer(first), count, length)
+    windows = _cut(text, load_tokenizer(first.path, first.trust_remote_code), count, length)
     for model in others:
-        if not torch.equal(_cut(text, _tokenizer(model), count, length).ids, windows.ids):
+        tokenizer = load_tokenizer(model.path, model.trust_remote_code)
+        if not torch.equal(_cut(text, tokenizer, count, length).ids, windows.ids):
             raise ConversionError(
                 f"{model.name} and {first.name} tokenise the text differently, so that their numbers could not be "
                 "compared: evaluate models with the same tokenizer together."
@@ -71,13 +73,6 @@ def _check_numbers(models: list[Model], count: int | None, length: int) -> None:
                 f"Windows of {length} tokens are longer than the context of {model.name} ({model.context} tokens): "
                 f"give --length {model.context} or less."
             )
-
-
-def _tokenizer(model: Model) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(model.path)
-    except Exception as error:  # tokenizers raises bare Exception
-        raise ConversionError(f"The tokenizer of {model.name} cannot be loaded: {error}") from error
 
 
 def _cut(text: Text, tokenizer: PreTrainedTokenizerBase, count: int | None, length: int) -> Windows:

@@ -91,7 +91,7 @@ def read_source(source: str, revision: str | None = None, dtype: str | None = No
     path = _config_path(source, revision)
     family = find_family(read_json_object(path))
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         check_config(config)
         # Read before building the skeleton, which overwrites it.
         stored = str(config.dtype or torch.float32).removeprefix("torch.")
