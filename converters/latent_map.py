@@ -90,25 +90,22 @@ def _qk_norm_weights(source: dict[str, torch.Tensor], maps: LatentMap) -> dict[s
     kv_heads, head_dim, _ = maps.latent_to_value.shape
     heads = source["q_proj.weight"].shape[0] // head_dim
     key_map, value_map = maps.kv_to_latent.split(kv_heads * head_dim, dim=1)
-    values = {name: tensor for name, tensor in source.items() if name.startswith("v_proj.")}
-    of_input = {  # the rotary key has no share of the values
-        name.replace("v_proj", "kv_a_proj_with_mqa"): torch.cat(
-            (folded := value_map @ tensor.to(value_map), folded.new_zeros(len(maps.key_to_rope), *folded.shape[1:]))
-        )
-        for name, tensor in values.items()
-    }
-    of_key = torch.cat((key_map, maps.key_to_rope))
     key_up, value_up = _by_head(maps.latent_to_key, heads), _by_head(maps.latent_to_value, heads)
     if key_up.shape[1]:
         key_up = _by_head(maps.query_to_nope, heads).mT @ key_up  # [H, d, R]
-    weight = "kv_a_proj_with_mqa.weight"
-    return {name: tensor for name, tensor in source.items() if name not in values} | {
-        **of_input,
-        weight: torch.cat((of_key, of_input[weight]), dim=1),
+    weights = {name: tensor for name, tensor in source.items() if not name.startswith("v_proj.")} | {
         "q_rope_proj": _by_head(maps.query_to_rope, heads).contiguous(),
         "kv_b_proj.weight": torch.cat((key_up, value_up), dim=1).flatten(0, 1),
         "rope_freqs": maps.rope_freqs.clone(),
     }
+    for kind in ("weight", "bias"):
+        if f"v_proj.{kind}" in source:
+            values = value_map @ source[f"v_proj.{kind}"].to(value_map)
+            none = values.new_zeros(len(maps.key_to_rope), *values.shape[1:])  # the rotary key's share of them
+            weights[f"kv_a_proj_with_mqa.{kind}"] = torch.cat((values, none))
+    name = "kv_a_proj_with_mqa.weight"
+    weights[name] = torch.cat((torch.cat((key_map, maps.key_to_rope)), weights[name]), dim=1)
+    return weights
 
 
 def _by_head(maps: torch.Tensor, heads: int) -> torch.Tensor:
