@@ -43,7 +43,10 @@ def main() -> None:
         ],
         "cached_tokens": [o.num_cached_tokens for o in outputs],
         "kv_tokens": (cache.num_gpu_blocks or 0) * cache.block_size,
-        "cuda_graphs": {"mode": None if mode is None else mode.name, "captured": compilation_counter.num_cudagraph_captured},
+        "cuda_graphs": {
+            "mode": None if mode is None else mode.name,
+            "captured": compilation_counter.num_cudagraph_captured,
+        },
     }
     if job.get("prompt_logprobs"):
         result["prompt_logprobs"] = [
