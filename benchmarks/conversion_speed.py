@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +27,10 @@ COMMAND = "python benchmarks/conversion_speed.py --valid wiki.valid.tokens --tes
 OPTIONS = ("--kv-lora-rank", "128", "--qk-rope-head-dim", "64", "--refit-steps", "0", "--force")
 
 
-def seconds(run: Callable[[], Any]) -> float:
-    """How long ``run`` takes."""
+def seconds(command: str | list[Any]) -> float:
+    """How long a command takes; a shell's, if it is a string."""
     started = time.monotonic()
-    run()
+    subprocess.run(command, shell=isinstance(command, str), check=True)
     return round(time.monotonic() - started, 1)
 
 
@@ -56,10 +55,9 @@ def main() -> None:
         times: dict[str, list[float]] = {name: [] for name in (*commands, *(["peer"] if arguments.peer else []))}
         for _ in range(arguments.rounds):
             for (name, command), tokens in zip(commands.items(), arguments.tokens, strict=True):
-                run = [*command, str(tokens)]
-                times[name].append(seconds(lambda run=run: subprocess.run(run, check=True)))
+                times[name].append(seconds([*command, str(tokens)]))
             if arguments.peer:
-                times["peer"].append(seconds(lambda: subprocess.run(arguments.peer, shell=True, check=True)))
+                times["peer"].append(seconds(arguments.peer))
         rows: dict[str, dict[str, Any]] = {
             name: {"seconds": row, "median": round(statistics.median(row), 1)} for name, row in times.items()
         }

@@ -9,7 +9,15 @@ from rich.progress import Progress
 
 from mla_converters.budget import CacheBudget
 from mla_converters.latent_map import LatentMap, balanced, mla_weights
-from mla_converters.layer_conversion import ConvertedLayer, LayerConversion, Measured, energy_kept, map_error, measure
+from mla_converters.layer_conversion import (
+    ConvertedLayer,
+    LayerConversion,
+    Measured,
+    energy_kept,
+    map_error,
+    map_errors,
+    measure,
+)
 from mla_converters.layers import SourceLayer, embed
 from mla_converters.methods.attention_aware import ScoreModel, Weighing, attention_aware_map, score_model
 from mla_converters.methods.attention_statistics import attention_statistics
@@ -80,12 +88,6 @@ def layer_map(layer: SourceLayer, model: ScoreModel, budget: CacheBudget, weighi
     """The layer's map for one weighing."""
     maps = attention_aware_map(model, layer.freqs, budget.qk_rope_head_dim, budget.kv_lora_rank, weighing)
     return balanced(maps, model.key_value)
-
-
-def map_errors(layer: SourceLayer, hidden: torch.Tensor, maps: Iterable[LatentMap]) -> list[float]:
-    """Relative squared errors of the attention's output with each map, on a few of ``[windows, tokens, D]`` inputs."""
-    error_of = layer.comparison(hidden[:ERROR_WINDOWS])
-    return [map_error(error_of, layer, candidate) for candidate in maps]
 
 
 def first_weighing(without: frozenset[Ingredient]) -> Weighing:
@@ -187,6 +189,7 @@ def search_split(
 
     def errors(layer: SourceLayer, hidden: torch.Tensor) -> list[float]:
         model = layer_model(layer, hidden[:-1], hidden[-1:], options.without)
-        return map_errors(layer, hidden, (layer_map(layer, model, budget, weighing) for budget in budgets))
+        maps = (layer_map(layer, model, budget, weighing) for budget in budgets)
+        return map_errors(layer, hidden[:ERROR_WINDOWS], maps)
 
     return search(source, some_windows(windows), budgets, errors, device, progress, "Searching the split", record)

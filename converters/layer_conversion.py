@@ -1,6 +1,6 @@
 """What a conversion method is to the loop over layers, and what that loop reports of each layer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +54,12 @@ class LayerConversion:
 def map_error(error_of: Callable[[Attention], float], layer: SourceLayer, maps: LatentMap) -> float:
     """What ``error_of`` (:meth:`SourceLayer.comparison`) says of the layer's attention with ``maps``."""
     return error_of(layer.converted(mla_weights(layer.attention_weights, maps)))
+
+
+def map_errors(layer: SourceLayer, hidden: torch.Tensor, maps: Iterable[LatentMap]) -> list[float]:
+    """Relative squared errors of the attention's output with each map, on inputs ``[windows, tokens, D]``."""
+    error_of = layer.comparison(hidden)
+    return [map_error(error_of, layer, candidate) for candidate in maps]
 
 
 def measure(

@@ -12,11 +12,11 @@ from mla_converters.attention_aware_run import (
     first_weighing,
     layer_map,
     layer_model,
-    map_errors,
     some_windows,
 )
 from mla_converters.budget import CacheBudget
 from mla_converters.latent_map import mla_weights
+from mla_converters.layer_conversion import map_errors
 from mla_converters.layers import embed, logits
 from mla_converters.record import Record, Streams
 from mla_converters.source import Source
@@ -111,19 +111,20 @@ def measured_sizes(
     for layer in record.layers(source, device, progress, "Measuring layers"):
         model = layer_model(layer, hidden[:-1], hidden[-1:], options.without)
         maps = [layer_map(layer, model, candidates[size], weighing) for size in sizes]
-        streams["errors"][layer.index] = torch.tensor(map_errors(layer, hidden, maps), dtype=torch.float64)
+        errors = map_errors(layer, hidden[:ERROR_WINDOWS], maps)
+        streams["errors"][layer.index] = torch.tensor(errors, dtype=torch.float64)
         for other in alone[: layer.index]:
             layer.advance(other, layer.attend)
         alone[layer.index] = hidden[:ERROR_WINDOWS]
         here = maps[sizes.index(budget.width)]
         layer.advance(alone[layer.index], layer.converted(mla_weights(layer.attention_weights, here)))
         layer.advance(hidden, layer.attend)
-    errors = [dict(zip(sizes, row, strict=True)) for row in streams["errors"].tolist()]
+    by_layer = [dict(zip(sizes, row, strict=True)) for row in streams["errors"].tolist()]
     compared = [states[:, -SENSITIVITY_TOKENS:] for states in (hidden[:ERROR_WINDOWS], *alone)]
     predictions = (scores.log_softmax(-1) for scores in logits(source, compared, device))
     expected = next(predictions)
     costs = []
-    for got, by_size in zip(predictions, errors, strict=True):
+    for got, by_size in zip(predictions, by_layer, strict=True):
         divergence = torch.nn.functional.kl_div(got, expected, log_target=True, reduction="sum").item()
         base = max(by_size[budget.width], 1e-30)  # zero where the budget loses nothing
         costs.append({size: divergence * error / base for size, error in by_size.items()})

@@ -5,7 +5,7 @@ from rich.progress import Progress
 
 from mla_converters.budget import CacheBudget
 from mla_converters.latent_map import mla_weights
-from mla_converters.layer_conversion import ConvertedLayer, LayerConversion, map_error, measure
+from mla_converters.layer_conversion import ConvertedLayer, LayerConversion, map_errors, measure
 from mla_converters.layers import SourceLayer, embed
 from mla_converters.methods.transmla import freqfold_candidates, joint_map, rotate_keys, transmla_map
 from mla_converters.record import Record, Streams
@@ -32,9 +32,8 @@ def search_freqfold(
 
     def errors(layer: SourceLayer, hidden: torch.Tensor) -> list[float]:
         moments = layer.moments(hidden)
-        error_of = layer.comparison(hidden[:ERROR_WINDOWS])
         maps = (transmla_map(moments, layer.freqs, *sizes, fold) for fold in candidates)
-        return [map_error(error_of, layer, candidate) for candidate in maps]
+        return map_errors(layer, hidden[:ERROR_WINDOWS], maps)
 
     return search(source, windows[:SEARCH_WINDOWS], candidates, errors, device, progress, "Searching freqfold", record)
 
