@@ -17,7 +17,7 @@ demo: setup
 	$(BIN)/python scripts/demo.py
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 10 -rx
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 10
 
 lint: setup
 	$(BIN)/ruff check .

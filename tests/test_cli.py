@@ -4,8 +4,6 @@ import hashlib
 import json
 import resource
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,8 +12,6 @@ import torch
 from conftest import CALIBRATION, ROOT, SPLIT, RandomModel, Refused, convert, convert_alone, vllm_mla
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-
-from mla_converters.layers import native_bfloat16
 
 
 @pytest.fixture(scope="module")
@@ -301,49 +297,22 @@ def core_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-FORWARD = """
-import sys, torch
-from transformers import AutoModel
-model = AutoModel.from_pretrained(sys.argv[1], dtype=torch.float32)
-with torch.inference_mode():
-    for window in torch.randint(model.config.vocab_size, (16, 1, 512)):
-        model(window, use_cache=False)
-"""
-
-
-def forward_core_seconds(source: Path) -> float:
-    """Of transformers' forward pass of the source over 8k tokens in float32, start and imports included."""
-    before = core_seconds()
-    subprocess.run([sys.executable, "-c", FORWARD, source], check=True, capture_output=True)
-    return core_seconds() - before
-
-
 def test_time_and_memory(smollm2: Path, tmp_path: Path) -> None:
-    """16k calibration tokens from a file, FreqFold searched: at most 60 s on two cores, and 2 GB.
+    """16k calibration tokens from a file: at most 60 s on two cores and 2 GB, FreqFold searched.
 
-    Counted in core-seconds: what else runs on the machine does not make a conversion slower. Processors
-    that do not multiply bfloat16 miss the 60 s, and the run reports by how much; there a conversion must
-    stay below 3.5 of the source's own passes over as many tokens, run just before and just after.
+    Counted in core-seconds: what else runs on the machine does not make a conversion slower.
     """
     text = tmp_path / "text.txt"
     text.write_text((ROOT / "LICENSE").read_text() * 10)
     report = tmp_path / "report.json"
-    native = native_bfloat16("cpu")
-    passes = 0.0 if native else forward_core_seconds(smollm2)
     before = core_seconds()
     convert_alone(smollm2, tmp_path / "out", *TRANSMLA, "--calibration", text, "--json", report)
-    taken = core_seconds() - before
+    assert core_seconds() - before < 2 * 60
     measured = json.loads(report.read_text())
     assert measured["calibration"]["tokens"] == 16384
     assert measured["peak_rss_bytes"] < 2e9
     errors = measured["freqfold_errors"]
     assert measured["freqfold"] == int(min(errors, key=errors.get))
-    if not native:
-        passes += forward_core_seconds(smollm2)
-        assert taken < 3.5 * passes
-        if taken >= 2 * 60:
-            pytest.xfail(f"missed by {taken - 2 * 60:.0f} core-seconds without native bfloat16")
-    assert taken < 2 * 60
 
 
 def test_shards(tmp_path: Path) -> None:
