@@ -5,7 +5,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-BLOCK = 64  # of queries at some positions, together: they read no key after the last of them
+BLOCK = 64  # queries at a time: they read no key after the last of them
 
 
 def rotate(x: torch.Tensor, freqs: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
@@ -45,6 +45,31 @@ def _causal(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, positions: torch.Tensor | None
 ) -> torch.Tensor:
     """Attention of queries at ``positions`` (None: all) to what is not after them; KV heads are shared."""
+    value_dim = v.shape[-1]
+    width = max(q.shape[-1], value_dim)
+    if width == value_dim == q.shape[-1] or q.dtype.itemsize < 4:
+        q, k, v = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
+        return _fused(q, k, v, scale, positions)[..., :value_dim]
+    return _unfused(q, k, v, scale, torch.arange(q.shape[2]) if positions is None else positions)
+
+
+def _unfused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, positions: torch.Tensor) -> torch.Tensor:
+    """Plain products, which have no need of one head size and so have less to do, and are exact enough in float32."""
+    q = (q * scale).unflatten(1, (k.shape[1], -1))  # [windows, heads of k, their queries' heads, queries, width]
+    outputs = []
+    for block, some in zip(positions.split(BLOCK), q.split(BLOCK, dim=3), strict=True):
+        first, last = int(block[0]), int(block[-1])
+        scores = (some.flatten(2, 3) @ k[:, :, : last + 1].mT).unflatten(2, some.shape[2:4])
+        later = torch.arange(first, last + 1) > block[:, None]
+        scores[..., first:].masked_fill_(later.to(q.device), -torch.inf)
+        outputs.append((scores.softmax(-1).flatten(2, 3) @ v[:, :, : last + 1]).unflatten(2, some.shape[2:4]))
+    return torch.cat(outputs, dim=3).flatten(1, 2)
+
+
+def _fused(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, positions: torch.Tensor | None
+) -> torch.Tensor:
+    """torch's own kernels, which want one head size and keep scores in float32."""
     attend = partial(F.scaled_dot_product_attention, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     if positions is None:
         return attend(q, k, v, is_causal=True)
@@ -69,7 +94,7 @@ def latent_attention(
 
     Args:
         q: ``[windows, H, queries, n + r]``, the part to rotate last, before RoPE.
-        k_nope, v: ``[windows, H, tokens, n]`` and ``[windows, H, tokens, d]``.
+        k_nope, v: ``[windows, g or H, tokens, n]`` and ``[windows, g or H, tokens, d]``, of each KV or query head.
         k_rope: ``[windows, tokens, r]``, before RoPE, shared by all heads.
         freqs: ``[r / 2]`` radians per position.
         scale: factor on the scores.
@@ -78,11 +103,7 @@ def latent_attention(
     Returns:
         ``[windows, H, queries, d]``.
     """
-    nope_dim, value_dim = k_nope.shape[-1], v.shape[-1]
+    nope_dim = k_nope.shape[-1]
     q = torch.cat((q[..., :nope_dim], rotate(q[..., nope_dim:], freqs, positions)), dim=-1)
-    k_rope = rotate(k_rope, freqs)[:, None].expand(-1, q.shape[1], -1, -1)
-    # torch's fused kernels want one head size; without them, all scores would be materialised.
-    width = max(q.shape[-1], value_dim)
-    k = torch.cat((k_nope, k_rope), dim=-1)
-    q, k, v = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
-    return _causal(q, k, v, scale, positions)[..., :value_dim]
+    k_rope = rotate(k_rope, freqs)[:, None].expand(-1, k_nope.shape[1], -1, -1)
+    return _causal(q, torch.cat((k_nope, k_rope), dim=-1), v, scale, positions)

@@ -1,6 +1,5 @@
 """The conversion, start to end. :func:`convert` is the Python API behind ``vllm-mla convert``."""
 
-import resource
 import shutil
 import time
 from dataclasses import asdict
@@ -20,6 +19,7 @@ from mla_converters.identity import VERSIONS, conversion_identity
 from mla_converters.json_files import write_json
 from mla_converters.locate import local_path
 from mla_converters.manifest import write_manifest
+from mla_converters.memory import peak_rss_bytes
 from mla_converters.method_run import Prepared, asked_budget, prepare
 from mla_converters.options import DTYPES, Method, Options, check_options, command_line
 from mla_converters.record import record_bytes
@@ -83,7 +83,7 @@ def convert(
         **config["mla_conversion"],
         "out": str(out),
         "seconds": round(time.monotonic() - started, 1),
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_rss_bytes": peak_rss_bytes(),
     }
 
 

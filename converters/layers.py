@@ -112,8 +112,11 @@ class SourceLayer:
     def attend(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
         """The source's attention, an :class:`Attention`."""
         q = self.queries(x if positions is None else x[:, positions])
-        output = gqa_attention(q, *self.keys_values(x), self.freqs, self.scale, positions)
-        return self._module.self_attn.o_proj(output.transpose(1, 2).flatten(2))
+        return self.output(gqa_attention(q, *self.keys_values(x), self.freqs, self.scale, positions))
+
+    def output(self, values: torch.Tensor) -> torch.Tensor:
+        """From what all heads read ``[windows, H, queries, d]`` to the attention's output ``[windows, queries, D]``."""
+        return self._module.self_attn.o_proj(values.transpose(1, 2).flatten(2))
 
     def converted(self, weights: dict[str, torch.Tensor]) -> LatentAttention:
         """The attention that converted projections give, an :class:`Attention`."""

@@ -1,7 +1,11 @@
-"""Keeping the memory of a process to what it uses."""
+"""Keeping the memory of a process to what it uses, and measuring it."""
 
 import ctypes
 import ctypes.util
+import re
+import resource
+import sys
+from pathlib import Path
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 LARGE = 2**23  # bytes; lower, and the system clears pages for every tensor of a small model anew
@@ -17,3 +21,14 @@ def return_freed_memory() -> None:
     if hasattr(library, "mallopt"):
         library.mallopt(M_MMAP_THRESHOLD, LARGE)
         library.mallopt(M_TRIM_THRESHOLD, 4 * LARGE)
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident memory of this process so far."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # Of Linux: unlike its ru_maxrss, this does not begin with what the process that started this one used.
+        peak = re.search(r"VmHWM:\s*(\d+) kB", status.read_text())
+        assert peak, "Linux always says so"
+        return int(peak[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

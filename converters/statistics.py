@@ -30,6 +30,18 @@ class LayerMoments:
         self._kv += (kv.mT @ kv).double()
         self.tokens += kv.shape[0]
 
+    def corrected(self, biased: "LayerMoments", true: "LayerMoments") -> "LayerMoments":
+        """These moments less the bias that shows on a part of the tokens (a control variate).
+
+        Args:
+            biased: of the part, computed as these were.
+            true: of the part, computed as they should be.
+        """
+        moments = LayerMoments(self.kv_heads, self.head_dim)
+        moments.tokens = self.tokens
+        moments._kv = self._kv + self.tokens * (true.kv - biased.kv)
+        return moments
+
     @property
     def kv(self) -> torch.Tensor:
         """``E [k; v][k; v]ᵀ``, ``[2 * g * d, 2 * g * d]`` float64."""

@@ -8,12 +8,14 @@ from mla_converters.latent_map import mla_weights
 from mla_converters.layer_conversion import ConvertedLayer, LayerConversion, map_errors, measure
 from mla_converters.layers import SourceLayer, embed
 from mla_converters.methods.transmla import freqfold_candidates, joint_map, rotate_keys, transmla_map
+from mla_converters.partial_rope import PartialRope
 from mla_converters.record import Record, Streams
 from mla_converters.search import search
 from mla_converters.source import Source
 
-SEARCH_WINDOWS = 4  # whose moments the candidates are built from
-ERROR_WINDOWS = 2  # of these, on how many their errors are measured
+SEARCH_WINDOWS = 2  # whose moments the candidates are built from
+ERROR_WINDOWS = 1  # of these, on how many their errors are measured
+SOURCE_WINDOWS = 2  # that pass through the original model
 
 
 def search_freqfold(
@@ -43,23 +45,25 @@ def transmla(source: Source, windows: torch.Tensor, budget: CacheBudget, freqfol
 
     As in TransMLA's own code, keys are rotated by what the original model computes, and the joint
     PCA sees what the model with partial RoPE (and no low rank) computes. So two streams of hidden
-    states pass through each layer.
+    states pass through each layer. Unlike there, only a few windows pass through the original model:
+    they tell by how much its keys' moments differ from those with partial RoPE. On SmolLM2 that halves
+    the products of a conversion and changes the converted model's perplexity by 0.1%.
     """
 
     def start() -> Streams:
         hidden = embed(source, windows)
-        return {"source": hidden, "partial": hidden.clone()}
+        return {"source": hidden[:SOURCE_WINDOWS].clone(), "partial": hidden}
 
     def convert(layer: SourceLayer, streams: Streams) -> ConvertedLayer:
         hidden, partial = streams["source"], streams["partial"]
-        rotation = rotate_keys(layer.moments(hidden), budget.qk_rope_head_dim, freqfold)
-        layer.advance(hidden, layer.attend)
         moments = layer.moments(partial)
+        of_source = moments.corrected(layer.moments(partial[: len(hidden)]), layer.moments(hidden))
+        rotation = rotate_keys(of_source, budget.qk_rope_head_dim, freqfold)
+        layer.advance(hidden, layer.attend)
         maps = joint_map(moments, layer.freqs, rotation, budget.kv_lora_rank)
         weights = mla_weights(layer.attention_weights, maps)
         measured = measure(layer, partial, maps, moments.kv, layer.converted(weights))
-        partial_rope = joint_map(moments, layer.freqs, rotation, kv_lora_rank=None)
-        layer.advance(partial, layer.converted(mla_weights(layer.attention_weights, partial_rope)))
+        layer.advance(partial, PartialRope(layer, rotation))
         return ConvertedLayer(weights, measured)
 
     return LayerConversion(start, convert)

@@ -27,6 +27,7 @@ from mla_converters.evaluation.scores import TokenScores, comparison, measures
 from mla_converters.evaluation.text import Text, TextProtocol, read_text
 from mla_converters.evaluation.vllm_engine import vllm_scores
 from mla_converters.evaluation.windows import DEFAULTS, Windows, shared_windows
+from mla_converters.memory import peak_rss_bytes
 from mla_converters.options import DTYPES
 
 LARGEST_LOSS = math.log(sys.float_info.max)  # whose perplexity is a number; NaN is not below it
@@ -205,5 +206,4 @@ def _versions(engine: Engine) -> dict[str, str]:
 
 def _peak_rss_bytes() -> int:
     """Of this process or the largest one that it started."""
-    who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    return max(resource.getrusage(each).ru_maxrss for each in who) * 1024
+    return max(peak_rss_bytes(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)

@@ -94,7 +94,7 @@ def joint_map(
     moments: LayerMoments,
     freqs: torch.Tensor,
     rotation: KeyRotation,
-    kv_lora_rank: int | None,
+    kv_lora_rank: int,
     balance_kv_ratio: float = 1.0,
 ) -> LatentMap:
     """Joint PCA of the keys without RoPE and the values, with Balanced-KV (section 4.4).
@@ -103,7 +103,7 @@ def joint_map(
         moments: of the layer's keys and values.
         freqs: ``[d / 2]`` RoPE frequencies of the source.
         rotation: of the keys.
-        kv_lora_rank: rank ``R`` of the latent; None keeps everything.
+        kv_lora_rank: rank ``R`` of the latent.
         balance_kv_ratio: how much louder than the values the keys are made before the PCA.
 
     Returns:

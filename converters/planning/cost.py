@@ -21,7 +21,7 @@ class MethodCost:
         calibration: per token of each stream that passes through the layers and parameter of these.
         search: per layer and number of a token's queries, for statistics and searching on a few windows, however many
             calibrate.
-        streams: of hidden states that pass through the layers, but for the one that a refit adds.
+        streams: of all text's hidden states that pass through the layers, but for the one that a refit adds.
         random: whether random tokens pass beside those that calibrate.
         decompositions: eigendecompositions of each layer's second moments.
         refit: per token that refits a layer and parameter of its attention; the keys that it reads included.
@@ -36,7 +36,7 @@ class MethodCost:
 
 
 METHOD_COSTS = {
-    "transmla": MethodCost(calibration=1.6e-11, search=1e-3, streams=2, decompositions=8),
+    "transmla": MethodCost(calibration=1.6e-11, search=1e-3, streams=1, decompositions=8),
     "attention-aware": MethodCost(
         calibration=1.6e-11, search=1e-3, streams=1, decompositions=10, random=True, refit=4.5e-10
     ),
