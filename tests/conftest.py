@@ -1,6 +1,7 @@
 """Shared fixtures: a real pretrained model and its conversions, and small random models."""
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -20,6 +21,8 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
 
 import pytest
 import torch
+from engine import generate
+from filelock import FileLock
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -40,6 +43,7 @@ CALIBRATION = ROOT / "LICENSE"  # some English that is no test text
 CommandLine = Callable[..., tuple[int, str, str]]
 Refused = Callable[..., str]
 SPLIT = ("--kv-lora-rank", 128, "--qk-rope-head-dim", 64)  # half of what SmolLM2 caches
+HALF = ("--calibration", CALIBRATION, "--calibration-tokens", 1024, "--refit-steps", 2, *SPLIT)
 
 
 def vllm_mla(*args: object, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -103,17 +107,28 @@ def smollm2_gguf() -> Path:
 
 
 @pytest.fixture(scope="session")
-def exact(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2 as MLA, exactly."""
-    return convert_alone(smollm2, tmp_path_factory.mktemp("exact") / "model", "--method", "exact")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this run's for all workers beside each other."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if worker else base
+
+
+def convert_once(source: Path, out: Path, *options: object) -> Path:
+    """Convert unless another worker has, or wait until it has."""
+    with FileLock(out.with_suffix(".lock")):
+        return out if out.exists() else convert_alone(source, out, *options)
 
 
 @pytest.fixture(scope="session")
-def half(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exact(smollm2: Path, shared: Path) -> Path:
+    """SmolLM2 as MLA, exactly."""
+    return convert_once(smollm2, shared / "exact", "--method", "exact")
+
+
+@pytest.fixture(scope="session")
+def half(smollm2: Path, shared: Path) -> Path:
     """SmolLM2 with half the cache, calibrated on few tokens."""
-    out = tmp_path_factory.mktemp("half") / "model"
-    options = ("--calibration", CALIBRATION, "--calibration-tokens", 2048, "--refit-steps", 2, *SPLIT)
-    return convert_alone(smollm2, out, *options)
+    return convert_once(smollm2, shared / "half", *HALF)
 
 
 def converted_layers(source: Source, conversion: LayerConversion) -> Iterator[dict[str, torch.Tensor]]:
@@ -202,22 +217,26 @@ class RandomModel:
         return folder
 
 
+# Engines run in processes of their own, which start as copies of one that has imported vLLM: imports are half of a
+# short run's time.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["vllm.entrypoints.llm"])
+
+
 def run_engine(model: Path, prompts: list[list[int]], timeout: int = 600, **job: Any) -> dict[str, Any]:
-    """Generate with the real vLLM engine, in a process of its own; see ``engine.py``."""
+    """Generate with the real vLLM engine, in a process of its own; see :func:`engine.generate`."""
     job |= {"model": str(model), "prompts": prompts}
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", **job.pop("environment", {})}
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1"} | job.pop("environment", {})
     # One rank needs no processes beside this one, each of which would import vLLM again. (The server has them.)
     if {"tensor_parallel_size", "pipeline_parallel_size"}.isdisjoint(job.get("engine", {})):
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    with tempfile.NamedTemporaryFile(suffix=".json") as answer:
-        result = subprocess.run(
-            [sys.executable, str(ROOT / "tests" / "engine.py"), answer.name],
-            input=json.dumps(job),
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            env=environment,
-            check=False,
-        )
-        assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-        return json.loads(Path(answer.name).read_text())
+    with tempfile.TemporaryDirectory() as folder:
+        answer, output = Path(folder) / "answer.json", Path(folder) / "output.txt"
+        process = PROCESSES.Process(target=generate, args=(job, environment, answer, output))
+        process.start()
+        process.join(timeout)
+        if process.is_alive():
+            process.kill()
+            process.join()
+        assert process.exitcode == 0, output.read_text()[-6000:]
+        return json.loads(answer.read_text())

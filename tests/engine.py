@@ -1,25 +1,33 @@
-"""One run of the vLLM engine: job as JSON on stdin, result as JSON into the file named by its argument.
-
-A process of its own, because an engine never gives back everything it took. Job: ``model``,
-``prompts`` (token ids), ``max_tokens``, ``prompt_logprobs`` (bool), ``engine`` (arguments of
-``vllm.LLM``), ``lora`` (folder of an adapter to use). Result: ``tokens`` and ``logprobs`` of what was
-generated, ``prompt_logprobs`` of each prompt token but the first, ``cached_tokens`` (of each prompt, found in the
-prefix cache), ``kv_tokens`` (capacity of the cache), ``cuda_graphs`` (their mode, and how many were captured, where
-the engine has no processes of its own).
-"""
+"""One run of the vLLM engine, in a process of its own, because an engine never gives back everything it took."""
 
 import json
-import sys
+import os
 from pathlib import Path
+from typing import Any
 
 
-def main() -> None:
-    """Run the job."""
+def generate(job: dict[str, Any], environment: dict[str, str], answer: Path, output: Path) -> None:
+    """Run a job; for a process that has not used vLLM yet.
+
+    Args:
+        job: ``model``, ``prompts`` (token ids), ``max_tokens``, ``prompt_logprobs`` (bool), ``engine`` (arguments of
+            ``vllm.LLM``), ``lora`` (folder of an adapter to use).
+        environment: variables to set.
+        answer: file for the result, JSON: ``tokens`` and ``logprobs`` of what was generated, ``prompt_logprobs`` of
+            each prompt token but the first, ``cached_tokens`` (of each prompt, found in the prefix cache),
+            ``kv_tokens`` (capacity of the cache), ``cuda_graphs`` (their mode, and how many were captured, where the
+            engine has no processes of its own).
+        output: file for what the engine prints.
+    """
+    os.environ.update(environment)
+    with output.open("wb") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+
     from vllm import LLM, SamplingParams
     from vllm.compilation.counter import compilation_counter
     from vllm.lora.request import LoRARequest
 
-    job = json.load(sys.stdin)
     arguments = {"dtype": "float32", "enforce_eager": True, "max_model_len": 2048}
     llm = LLM(job["model"], skip_tokenizer_init=job.get("no_tokenizer", False), **arguments | job.get("engine", {}))
     sampling = SamplingParams(
@@ -53,9 +61,5 @@ def main() -> None:
             [step[token].logprob for step, token in zip(o.prompt_logprobs[1:], ids[1:], strict=True)]
             for o, ids in zip(outputs, job["prompts"], strict=True)
         ]
-    Path(sys.argv[1]).write_text(json.dumps(result))
+    answer.write_text(json.dumps(result))
     llm.llm_engine.engine_core.shutdown()
-
-
-if __name__ == "__main__":
-    main()

@@ -28,7 +28,7 @@ def test_real_weights(family: str, smollm2: Path, tmp_path: Path) -> None:
             assert torch.equal(layer[name], tensor), name
         assert all(not layer[name].any() for name in layer.keys() - reference.keys()), "a bias out of nothing"
 
-    options = ("--calibration", CALIBRATION, "--calibration-tokens", 2048, "--refit-steps", 0, *SPLIT)
+    options = ("--calibration", CALIBRATION, "--calibration-tokens", 1024, "--refit-steps", 0, *SPLIT)
     out = convert(source, tmp_path / "mla", *options)
     model = load(out)
     assert model.config.model_type == f"{family}_mla"
