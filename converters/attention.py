@@ -46,8 +46,9 @@ def _causal(
 ) -> torch.Tensor:
     """Attention of queries at ``positions`` (None: all) to what is not after them; KV heads are shared."""
     value_dim = v.shape[-1]
-    width = max(q.shape[-1], value_dim)
-    if width == value_dim == q.shape[-1] or q.dtype.itemsize < 4:
+    # Values are a product, so their type says whether autocast is on; normalised queries stay float32 under it.
+    if q.shape[-1] == value_dim or v.dtype.itemsize < 4:
+        width = max(q.shape[-1], value_dim)
         q, k, v = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
         return _fused(q, k, v, scale, positions)[..., :value_dim]
     return _unfused(q, k, v, scale, torch.arange(q.shape[2]) if positions is None else positions)

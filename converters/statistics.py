@@ -3,6 +3,8 @@
 Moments, never activations: their size does not depend on how much text calibrates.
 """
 
+from copy import copy
+
 import torch
 
 
@@ -37,8 +39,7 @@ class LayerMoments:
             biased: of the part, computed as these were.
             true: of the part, computed as they should be.
         """
-        moments = LayerMoments(self.kv_heads, self.head_dim)
-        moments.tokens = self.tokens
+        moments = copy(self)
         moments._kv = self._kv + self.tokens * (true.kv - biased.kv)
         return moments
 

@@ -176,6 +176,18 @@ def test_attention_at_some_positions(layer: SourceLayer, block: int, monkeypatch
             torch.testing.assert_close(attention(hidden, positions), attention(hidden)[:, positions])
 
 
+def test_scores_are_not_rounded_to_16_bits(layer: SourceLayer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under autocast, torch's kernels keep scores in float32 where plain products would not; also with QK-norm."""
+    hidden = torch.randn(2, 32, 96, generator=torch.Generator().manual_seed(0))
+    attention = converted(layer, hidden)
+    with torch.inference_mode():
+        expected = attention(hidden)
+        monkeypatch.setattr("mla_converters.attention._unfused", None)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = attention(hidden)
+    assert (got - expected).norm() < 0.03 * expected.norm()
+
+
 @pytest.mark.parametrize("scale", [1.0, 0.01])
 def test_refit_lowers_the_error(layer: SourceLayer, scale: float) -> None:
     """Also where values are much smaller than keys, as with QK-norm they are."""
