@@ -4,10 +4,10 @@ from pathlib import Path
 
 import torch
 from rich.progress import Progress
-from transformers import AutoModelForCausalLM
 
 from mla_converters.errors import ConversionError
-from mla_converters.layers import native_bfloat16
+from mla_converters.sampling import LENGTH as TEXT
+from mla_converters.sampling import sampled_texts
 from mla_converters.source import Source
 
 WINDOW = 512
@@ -80,22 +80,10 @@ def _special_ids(source: Source) -> torch.Tensor:
     return torch.tensor(special, dtype=torch.long)
 
 
-@torch.inference_mode()
 def _sample(source: Source, count: int, length: int, generator: torch.Generator, progress: Progress) -> torch.Tensor:
-    """Text of the model's own: a random first token each, then sampled at temperature 1 (as LLM-QAT,
-    arXiv 2305.17888, generates its training data)."""
-    dtype = torch.bfloat16 if native_bfloat16("cpu") else source.dtype()  # for speed; text is text
-    model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype)
-    special = _special_ids(source)
-    ids = random_tokens(source, (count, 1), generator)
-    windows, cache = [ids], None
-    for _ in progress.track(range(length - 1), description="Sampling calibration text"):
-        output = model(ids, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        # The end of a text ends nothing here: a window full of padding would calibrate for padding.
-        if not torch.isfinite(output.logits[:, -1]).all():
-            raise ConversionError(f"The model in {source.folder} gives logits that are not numbers: it is broken.")
-        logits = output.logits[:, -1].float().index_fill(1, special, float("-inf"))
-        ids = torch.multinomial(logits.softmax(-1), 1, generator=generator)
-        windows.append(ids)
-    return torch.cat(windows, dim=1)
+    """Windows of texts that the model writes, as many in each as have room, one after another."""
+    per_window = max(1, length // TEXT)
+    first = random_tokens(source, (1, count * per_window), generator)[0]
+    # The end of a text ends nothing: a window full of padding would calibrate for padding.
+    texts = sampled_texts(source, first, _special_ids(source), -(-length // per_window), generator, progress)
+    return texts.view(count, -1)[:, :length]

@@ -11,6 +11,8 @@ from mla_converters.options import Options
 from mla_converters.planning.source import PlannedSource
 from mla_converters.record import record_bytes
 from mla_converters.refit import BATCH, QUERIES
+from mla_converters.sampling import BATCH as TEXTS
+from mla_converters.sampling import LENGTH, sampling_dtype
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,8 @@ METHOD_COSTS = {
 }
 REFIT_STEP_TOKENS = BATCH * QUERIES  # that a step compares
 REFIT_BATCH_TOKENS = BATCH * WINDOW  # that a step may read
-SAMPLING = 9e-11  # core-seconds per sampled token and parameter of the model
+BATCH_TOKENS = TEXTS * LENGTH  # whose keys and values are kept while texts are sampled
+SAMPLING = 5e-11  # core-seconds per sampled token and parameter of the model; of an EPYC without AVX-512, in float32
 DECOMPOSITION = 2.5e-10  # core-seconds per cubed width of the matrix, the products around it included
 READ_AND_WRITE = 3e-9  # core-seconds per byte of weights
 RUNTIME_BYTES = 700 * 10**6  # Python with torch, transformers and a tokenizer, and free memory that the allocator keeps
@@ -132,8 +135,10 @@ def conversion_disk(source: PlannedSource, calibration_tokens: int, weights_byte
 
 
 def sampling_memory(source: PlannedSource, calibration_tokens: int) -> int:
-    """Peak bytes of memory while the model writes its own calibration text: it and its KV cache, in bfloat16."""
-    return RUNTIME_BYTES + 2 * source.parameters + 2 * calibration_tokens * source.layers * source.cached
+    """Peak bytes of memory while the model writes its own calibration text on this machine: it and its KV cache for
+    the texts that are written at once."""
+    cached = min(calibration_tokens, BATCH_TOKENS) * source.layers * source.cached
+    return RUNTIME_BYTES + sampling_dtype().itemsize * (source.parameters + cached)
 
 
 def written_bytes(source: PlannedSource, layout: CacheBudget) -> int:

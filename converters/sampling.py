@@ -1,0 +1,103 @@
+"""Text that a model writes itself, to calibrate on."""
+
+import torch
+from rich.progress import Progress
+from transformers import AutoModelForCausalLM, Cache, DynamicLayer, PreTrainedModel
+
+from mla_converters.errors import ConversionError
+from mla_converters.layers import native_bfloat16
+from mla_converters.source import Source
+
+LENGTH = 512  # tokens of a text: many short ones say more than few long ones
+BATCH = 32  # texts at a time
+
+
+def sampling_dtype() -> torch.dtype:
+    """What the model samples in: whichever is faster, for text is text."""
+    return torch.bfloat16 if native_bfloat16("cpu") else torch.float32
+
+
+class ReservedLayer(DynamicLayer):
+    """One layer's keys and values in memory for a whole text, where transformers' own layer copies all of them at
+    every token.
+
+    Args:
+        length: tokens of the text.
+    """
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self._length = length
+        self._filled = 0
+        self._reserved: list[torch.Tensor] = []
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append keys and values ``[texts, g, tokens, d]``; all so far."""
+        if not self._reserved:
+            self.lazy_initialization(key_states, value_states)
+            self._reserved = [x.new_empty(*x.shape[:2], self._length, x.shape[-1]) for x in (key_states, value_states)]
+        first, self._filled = self._filled, self._filled + key_states.shape[2]
+        for reserved, states in zip(self._reserved, (key_states, value_states), strict=True):
+            reserved[:, :, first : self._filled] = states
+        self.keys, self.values = (reserved[:, :, : self._filled] for reserved in self._reserved)
+        return self.keys, self.values
+
+    def get_seq_length(self, *args: object) -> int:
+        """Tokens so far."""
+        return self._filled
+
+
+@torch.inference_mode()
+def sampled_texts(
+    source: Source,
+    first: torch.Tensor,
+    never: torch.Tensor,
+    length: int,
+    generator: torch.Generator,
+    progress: Progress,
+) -> torch.Tensor:
+    """Texts of the model's own: from a first token on, sampled at temperature 1 (as LLM-QAT, arXiv 2305.17888,
+    generates its training data).
+
+    Args:
+        source: the model.
+        first: ``[texts]`` token ids to start from.
+        never: token ids that are not sampled.
+        length: tokens of each text.
+        generator: for sampling.
+        progress: for the bar.
+
+    Returns:
+        ``[texts, length]`` int64.
+
+    Raises:
+        ConversionError: the model's logits are not numbers.
+    """
+    model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=sampling_dtype())
+    batches = first[:, None].split(BATCH)
+    task = progress.add_task("Sampling calibration text", total=len(batches) * (length - 1))
+    texts = []
+    for ids in batches:
+        cache = Cache(layers=[ReservedLayer(length) for _ in range(source.config.num_hidden_layers)])
+        tokens = [ids]
+        while len(tokens) < length:
+            tokens.append(_next(source, model, tokens[-1], cache, never, generator))
+            progress.advance(task)
+        texts.append(torch.cat(tokens, dim=1))
+    return torch.cat(texts)
+
+
+def _next(
+    source: Source,
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    cache: Cache,
+    never: torch.Tensor,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    logits = model(ids, past_key_values=cache, use_cache=True).logits[:, -1].float()
+    if not torch.isfinite(logits).all():
+        raise ConversionError(f"The model in {source.folder} gives logits that are not numbers: it is broken.")
+    return torch.multinomial(logits.index_fill(1, never, float("-inf")).softmax(-1), 1, generator=generator)

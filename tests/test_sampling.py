@@ -1,0 +1,53 @@
+"""Calibration text that the model writes itself."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import RandomModel
+from rich.progress import Progress
+from transformers import AutoModelForCausalLM
+
+from mla_converters import sampling
+from mla_converters.calibration import calibration_windows, random_tokens
+from mla_converters.sampling import sampled_texts
+from mla_converters.source import open_source
+
+LENGTH = 20
+
+
+@pytest.mark.parametrize("random", [RandomModel("llama"), RandomModel("qwen3"), RandomModel("mistral", window=8)])
+def test_texts_are_drawn_from_what_the_model_predicts(
+    random: RandomModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the same random numbers, drawing from predictions for the whole text gives the text; also in batches."""
+    monkeypatch.setattr(sampling, "BATCH", 3)
+    monkeypatch.setattr(sampling, "sampling_dtype", lambda: torch.float32)
+    folder = random.save(tmp_path / "source")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    never = torch.tensor([5, 7])
+    first = torch.arange(10, 15)
+    with open_source(str(folder)) as source, Progress(disable=True) as progress:
+        texts = sampled_texts(source, first, never, LENGTH, torch.Generator().manual_seed(1), progress)
+    assert texts.shape == (5, LENGTH)
+    assert torch.equal(texts[:, 0], first)
+    generator = torch.Generator().manual_seed(1)
+    with torch.inference_mode():
+        for batch in texts.split(3):
+            for token in range(1, LENGTH):
+                logits = model(batch[:, :token]).logits[:, -1].index_fill(1, never, float("-inf"))
+                drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+                assert torch.equal(drawn[:, 0], batch[:, token]), token
+
+
+def test_a_window_holds_several_texts(tmp_path: Path) -> None:
+    """A random token begins each; the same seed gives the same windows, another seed others."""
+    folder = RandomModel().save(tmp_path / "source")
+    with open_source(str(folder)) as source, Progress(disable=True) as progress:
+        source.config.max_position_embeddings = 1200
+        windows = [calibration_windows(source, "self", 2400, seed, progress, 2048) for seed in (0, 0, 1)]
+        first = random_tokens(source, (1, 4), torch.Generator().manual_seed(0))
+    assert windows[0].shape == (2, 1200)
+    assert torch.equal(windows[0][:, [0, 600]].flatten(), first[0])
+    assert torch.equal(windows[0], windows[1])
+    assert not torch.equal(windows[0], windows[2])
