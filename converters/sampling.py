@@ -1,5 +1,7 @@
 """Text that a model writes itself, to calibrate on."""
 
+import inspect
+
 import torch
 from rich.progress import Progress
 from transformers import AutoModelForCausalLM, Cache, DynamicLayer, PreTrainedModel
@@ -97,7 +99,9 @@ def _next(
     never: torch.Tensor,
     generator: torch.Generator,
 ) -> torch.Tensor:
-    logits = model(ids, past_key_values=cache, use_cache=True).logits[:, -1].float()
+    # transformers 5.24 renames the argument.
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    logits = model(ids, **{name: cache}, use_cache=True).logits[:, -1].float()
     if not torch.isfinite(logits).all():
         raise ConversionError(f"The model in {source.folder} gives logits that are not numbers: it is broken.")
     return torch.multinomial(logits.index_fill(1, never, float("-inf")).softmax(-1), 1, generator=generator)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TEXT, RandomModel, convert, load
+from conftest import MIXTRAL_EXPERTS, QWEN3_EXPERTS, TEXT, RandomModel, convert, load
 from transformers import AutoTokenizer, DynamicCache
 
 
@@ -26,6 +26,29 @@ def test_generate_caches_latents_only(half: Path) -> None:
     tokens = cached.shape[1] - 1  # the last token was never an input
     assert layer.keys.shape == (1, 1, tokens, model.config.kv_lora_rank)
     assert layer.values.shape == (1, 1, tokens, model.config.qk_rope_head_dim)
+
+
+@pytest.mark.parametrize(
+    ("family", "experts"),
+    [
+        ("llama", {}),
+        ("mistral", {}),
+        ("qwen2", {}),
+        ("qwen3", {}),
+        ("qwen3_moe", QWEN3_EXPERTS),
+        ("mixtral", MIXTRAL_EXPERTS),
+    ],
+)
+def test_every_family_decodes_from_its_cache(family: str, experts: dict, tmp_path: Path) -> None:
+    """Token by token from the cache: the logits of the whole text."""
+    source = RandomModel(family, experts=experts).save(tmp_path / "source")
+    model = load(convert(source, tmp_path / "mla", "--method", "exact"))
+    ids = torch.randint(0, 199, (2, 8), generator=torch.Generator().manual_seed(0))
+    options = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True, "eos_token_id": None}
+    decoded = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, pad_token_id=0, **options)
+    with torch.inference_mode():
+        expected = model(decoded.sequences, use_cache=False).logits[:, 7:-1]
+    torch.testing.assert_close(torch.stack(decoded.logits, dim=1), expected, rtol=1e-4, atol=1e-4)
 
 
 @torch.inference_mode()

@@ -71,6 +71,7 @@ class MLASelfAttention(nn.Module):
         hidden_states: torch.Tensor,
         position_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
+        cache: Cache | None = None,
         past_key_values: Cache | None = None,
         **kwargs: object,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -80,7 +81,8 @@ class MLASelfAttention(nn.Module):
             hidden_states: ``[batch, tokens, hidden]``.
             position_ids: ``[batch or 1, tokens]``.
             attention_mask: as transformers builds it for the chosen attention implementation.
-            past_key_values: latents of earlier tokens; updated.
+            cache: latents of earlier tokens; updated.
+            past_key_values: what transformers before 5.24 calls ``cache``.
 
         Returns:
             ``[batch, tokens, hidden]``, and the attention weights if the implementation has them.
@@ -92,8 +94,9 @@ class MLASelfAttention(nn.Module):
         latent, k_rope = cached.unsqueeze(1).split([self.latent_dim, self.rope_dim], dim=-1)
         q = torch.cat((q_nope, apply_rope(q_rope, self.rope_freqs, position_ids)), dim=-1)
         k_rope = apply_rope(k_rope, self.rope_freqs, position_ids)
-        if past_key_values is not None:
-            latent, k_rope = past_key_values.update(latent, k_rope, self.layer_idx)
+        cache = past_key_values if cache is None else cache
+        if cache is not None:
+            latent, k_rope = cache.update(latent, k_rope, self.layer_idx)
 
         kv = self.kv_b_proj(latent.squeeze(1)).view(batch, latent.shape[2], -1, self.nope_dim + self.v_dim)
         k_nope, v = kv.transpose(1, 2).split([self.nope_dim, self.v_dim], dim=-1)
