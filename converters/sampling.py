@@ -4,7 +4,7 @@ import inspect
 
 import torch
 from rich.progress import Progress
-from transformers import AutoModelForCausalLM, Cache, DynamicLayer, PreTrainedModel
+from transformers import AutoModelForCausalLM, Cache, DynamicLayer
 
 from mla_converters.errors import ConversionError
 from mla_converters.layers import native_bfloat16
@@ -78,6 +78,8 @@ def sampled_texts(
         ConversionError: the model's logits are not numbers.
     """
     model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=sampling_dtype())
+    # transformers 5.24 renames the argument.
+    argument = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     batches = first[:, None].split(BATCH)
     task = progress.add_task("Sampling calibration text", total=len(batches) * (length - 1))
     texts = []
@@ -85,23 +87,11 @@ def sampled_texts(
         cache = Cache(layers=[ReservedLayer(length) for _ in range(source.config.num_hidden_layers)])
         tokens = [ids]
         while len(tokens) < length:
-            tokens.append(_next(source, model, tokens[-1], cache, never, generator))
+            logits = model(tokens[-1], **{argument: cache}, use_cache=True).logits[:, -1].float()
+            if not torch.isfinite(logits).all():
+                raise ConversionError(f"The model in {source.folder} gives logits that are not numbers: it is broken.")
+            probabilities = logits.index_fill(1, never, float("-inf")).softmax(-1)
+            tokens.append(torch.multinomial(probabilities, 1, generator=generator))
             progress.advance(task)
         texts.append(torch.cat(tokens, dim=1))
     return torch.cat(texts)
-
-
-def _next(
-    source: Source,
-    model: PreTrainedModel,
-    ids: torch.Tensor,
-    cache: Cache,
-    never: torch.Tensor,
-    generator: torch.Generator,
-) -> torch.Tensor:
-    # transformers 5.24 renames the argument.
-    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-    logits = model(ids, **{name: cache}, use_cache=True).logits[:, -1].float()
-    if not torch.isfinite(logits).all():
-        raise ConversionError(f"The model in {source.folder} gives logits that are not numbers: it is broken.")
-    return torch.multinomial(logits.index_fill(1, never, float("-inf")).softmax(-1), 1, generator=generator)

@@ -1,6 +1,7 @@
 """What a conversion takes: time, memory and disk.
 
-Every constant here was measured on one core of an AMD EPYC with AVX512-BF16 (torch 2.13.0 for CPU, one thread).
+Unless it says otherwise, every constant here was measured on one core of an AMD EPYC with AVX512-BF16 (torch 2.13.0 for
+CPU, one thread).
 """
 
 from dataclasses import dataclass
