@@ -88,6 +88,8 @@ def check_options(options: Options) -> None:
     _check_device(options.device)
     if options.refit_steps < 0:
         raise ConversionError(f"--refit-steps is {options.refit_steps}, but must be 0 or more.")
+    if not -(2**63) <= options.seed < 2**64:
+        raise ConversionError(f"--seed is {options.seed}, but must fit 64 bits.")
     of_one_method = {
         "--freqfold": (options.freqfold is not None, Method.TRANSMLA),
         "--rope-keep": (options.rope_keep is not None, Method.MHA2MLA),

@@ -152,6 +152,7 @@ def test_config_that_is_no_json(refused: Refused, source: Path, tmp_path: Path) 
 
 TRANSMLA = ("--method", "transmla")
 OPTIONS = {
+    "seed": (("--seed", 2**64), "must fit 64 bits"),
     "rank": (("--qk-rope-head-dim", 16, "--kv-lora-rank", 81), "--kv-lora-rank can be 1 to 80"),
     "rank-zero": (("--kv-lora-rank", 0), "can be 1 to"),
     "odd-rope": (("--qk-rope-head-dim", 15), "must be even, at least 2 and at most 48"),
