@@ -11,6 +11,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from mla_converters.errors import ConversionError, StoppedError, UnfinishedError
+from mla_converters.interruption import interruptible
 from mla_converters.json_files import read_json_object, write_json
 from mla_converters.record import Record
 
@@ -123,8 +124,9 @@ def work_folder(out: Path, force: bool, identity: dict[str, Any]) -> Iterator[Wo
         work = Work(folder)
         work.begin(identity)
         try:
-            yield work
-            work.finish(out)
+            with interruptible():
+                yield work
+                work.finish(out)
         except KeyboardInterrupt as error:
             raise StoppedError(f"Interrupted. {_go_on(folder)}") from error
         except UnfinishedError as error:

@@ -15,6 +15,9 @@ import pytest
 from conftest import BIN, CALIBRATION, RandomModel, Refused, convert, vllm_mla
 from filelock import FileLock
 
+from mla_converters.errors import StoppedError
+from mla_converters.work import work_folder
+
 KILLS = int(os.environ.get("KILLS", "3"))
 OPTIONS = ("--calibration", CALIBRATION, "--calibration-tokens", 512, "--refit-steps", 8)
 LAYERS = 6
@@ -139,6 +142,20 @@ def test_interrupted(source: Path, expected: dict[str, bytes], tmp_path: Path) -
     assert line.startswith("vllm-mla: error: Interrupted.") and str(folder) in line
     assert not out.exists()
     assert contents(convert(source, out, *OPTIONS)) == expected
+
+
+def test_interrupted_inside_a_library(tmp_path: Path) -> None:
+    """Ctrl-C that a library turns into an exception of its own is Ctrl-C still; such an exception alone is not."""
+    out, handler = tmp_path / "out", signal.getsignal(signal.SIGINT)
+    with pytest.raises(StoppedError, match="Interrupted"), work_folder(out, False, {}):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt as error:
+            raise ValueError("could not determine the shape") from error
+    assert out.with_name("out.partial").is_dir() and not out.exists()
+    with pytest.raises(ValueError, match="another"), work_folder(out, False, {}):
+        raise ValueError("another")
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_vanished_shard(source: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
