@@ -4,7 +4,7 @@
 
 Source: SmolLM2-135M-Instruct. Calibration: WikiText-2's validation split (tokenised form, marks undone), 16 windows
 of 2,048 tokens for ``attention-aware`` with refit and 8 without, 32 of 512 for ``transmla`` and ``mha2mla``; or text
-sampled from the model (``self``). Scores: perplexity in float32 of the first 8 windows of 1,024 tokens of WikiText-2's
+sampled from the model (``self``), or half of each. Scores: perplexity in float32 of the first 8 windows of 1,024 tokens of WikiText-2's
 raw test split, the first 2 of 4,096, and of 8 windows of 1,024 tokens of another domain: the source code of Python's
 ``argparse``. Some also through vLLM.
 
@@ -40,6 +40,7 @@ LABELS = {
     "attention-aware": "attention-aware",
     "per-layer": "attention-aware, sizes per layer",
     "self": "attention-aware, self-calibrated",
+    "text and self": "attention-aware, half self-calibrated",
 }
 
 
@@ -57,6 +58,7 @@ def jobs(text: Path) -> dict[str, tuple[int, list[str]]]:
         rows[f"attention-aware {width}"] = width, [*ratio, *more]
         rows[f"per-layer {width}"] = width, [*ratio, *more, "--layer-sizes", "measured"]
         rows[f"self {width}"] = width, [*ratio, "--calibration-tokens", "32768"]
+        rows[f"text and self {width}"] = width, [*ratio, *more, "--calibration", "self"]
     closed_form = ["--kv-lora-rank", "128", "--qk-rope-head-dim", "64", *plain, "--refit-steps", "0"]
     rows["without none"] = 192, closed_form
     rows |= {f"without {ingredient}": (192, [*closed_form, "--without", ingredient]) for ingredient in INGREDIENTS}

@@ -1,5 +1,6 @@
 """Calibration tokens: cut from a text file, sampled from the model itself, or random."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,38 +11,50 @@ from mla_converters.sampling import LENGTH as TEXT
 from mla_converters.sampling import sampled_texts
 from mla_converters.source import Source
 
+SELF = "self"
+"""Instead of a text file: text that the model writes itself."""
 WINDOW = 512
 """Tokens in the shortest calibration window."""
 
 
 def calibration_windows(
-    source: Source, origin: str, tokens: int, seed: int, progress: Progress, length: int = WINDOW
+    source: Source, origins: Sequence[str], tokens: int, seed: int, progress: Progress, length: int = WINDOW
 ) -> torch.Tensor:
     """Token ids to calibrate on.
 
     Args:
         source: the model.
-        origin: a UTF-8 text file, or ``self``.
-        tokens: how many tokens, rounded down to whole windows.
+        origins: UTF-8 text files, or ``SELF``; each gives as many windows as every other.
+        tokens: how many tokens of all together, rounded down to whole windows of each.
         seed: where to cut, or what to sample.
-        length: tokens in a window; less if there are not as many, down to ``WINDOW``.
+        length: tokens in a window; less if an origin has not as many, down to ``WINDOW``.
 
     Returns:
-        ``[windows, length]`` int64.
+        ``[windows, length]`` int64, the origins in turn: who takes only the first windows has some of each.
 
     Raises:
-        ConversionError: the text cannot be read or is too short.
+        ConversionError: a text cannot be read or is too short.
     """
-    if tokens < WINDOW:
-        raise ConversionError(f"--calibration-tokens is {tokens}, but must be at least {WINDOW} (one window).")
+    share = tokens // len(origins)
+    if share < WINDOW:
+        each = f" of {WINDOW} for each of {len(origins)} --calibration texts" if len(origins) > 1 else ""
+        raise ConversionError(
+            f"--calibration-tokens is {tokens}, but must be at least {WINDOW * len(origins)} (one window{each})."
+        )
+    texts = [None if origin == SELF else _token_ids(source, Path(origin)) for origin in origins]
+    length = max(WINDOW, min(length, share, source.config.max_position_embeddings))
+    if any(ids is not None and len(ids) <= length for ids in texts):
+        length = WINDOW
     generator = torch.Generator().manual_seed(seed)
-    length = max(WINDOW, min(length, tokens, source.config.max_position_embeddings))
-    if origin == "self":
-        return _sample(source, tokens // length, length, generator, progress)
-    return _cut(source, Path(origin), tokens, length, generator)
+    count = share // length
+    windows = [
+        _sample(source, count, length, generator, progress) if ids is None else _cut(ids, count, length, generator)
+        for ids in texts
+    ]
+    return torch.stack(windows, dim=1).flatten(0, 1)
 
 
-def _cut(source: Source, path: Path, tokens: int, length: int, generator: torch.Generator) -> torch.Tensor:
+def _token_ids(source: Source, path: Path) -> torch.Tensor:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -55,9 +68,11 @@ def _cut(source: Source, path: Path, tokens: int, length: int, generator: torch.
         )
     if int(ids.max()) >= source.config.vocab_size:
         raise ConversionError(f"The tokenizer in {source.folder} has ids beyond the model's vocabulary.")
-    if len(ids) <= length:
-        length = WINDOW
-    starts = torch.randint(0, len(ids) - length, (tokens // length,), generator=generator)
+    return ids
+
+
+def _cut(ids: torch.Tensor, count: int, length: int, generator: torch.Generator) -> torch.Tensor:
+    starts = torch.randint(0, len(ids) - length, (count,), generator=generator)
     return torch.stack([ids[start : start + length] for start in starts.tolist()])
 
 

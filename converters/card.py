@@ -6,6 +6,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard import metadata_load
 
+from mla_converters.calibration import SELF
 from mla_converters.card_evaluation import Evaluation, read_evaluation
 from mla_converters.card_plot import can_plot, plot_layers
 from mla_converters.errors import ConversionError
@@ -146,8 +147,9 @@ def _conversion(report: dict[str, Any]) -> str:
         f"{report['qk_rope_head_dim']}{_layer_sizes(report)}, {report['cache_ratio']:.1%} of the source's",
     ]
     if calibration := report.get("calibration"):
-        origin = "text that the source wrote" if calibration["origin"] == "self" else f"`{calibration['origin']}`"
-        lines.append(f"- Calibration: {calibration['tokens']:,} tokens of {origin}, seed {calibration['seed']}")
+        origins = (_origin(origin) for origin in calibration["origins"])
+        tokens = f"{calibration['tokens']:,} tokens of {' and '.join(origins)}"
+        lines.append(f"- Calibration: {tokens}, seed {calibration['seed']}")
     if "refit_steps" in report:
         lines.append(f"- Refit: {report['refit_steps']} steps in each layer")
     lines.append(f"- Weights: {report['weights_bytes'] / 1e6:,.1f} MB, {report['dtype']}")
@@ -156,6 +158,10 @@ def _conversion(report: dict[str, Any]) -> str:
     )
     command = f"\n\n{shell(report['command'])}" if "command" in report else ""
     return "## How it was converted\n\n" + "\n".join(lines) + command
+
+
+def _origin(name: str) -> str:
+    return "text that the source wrote" if name == SELF else f"`{name}`"
 
 
 def _layer_sizes(report: dict[str, Any]) -> str:

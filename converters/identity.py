@@ -10,8 +10,9 @@ import torch
 import transformers
 
 import vllm_mla_plugin
+from mla_converters.calibration import SELF
 from mla_converters.locate import local_path
-from mla_converters.options import Options
+from mla_converters.options import Options, as_json
 from mla_converters.source import Source
 
 VERSIONS = {
@@ -28,11 +29,10 @@ def conversion_identity(source: Source, options: Options) -> dict[str, Any]:
     identity: dict[str, Any] = {"source": source.name if path is None else str(path.resolve())}
     identity |= {str(file.name): _describe(file) for file in files}
     for name, value in asdict(options).items():
-        option = f"--{name.replace('_', '-')}"
-        identity[option] = sorted(value) if isinstance(value, frozenset) else value
-    text = Path(options.calibration)
-    if options.calibration != "self" and text.is_file():
-        identity["calibration text"] = hashlib.sha256(text.read_bytes()).hexdigest()[:16]
+        identity[f"--{name.replace('_', '-')}"] = as_json(value)
+    for origin in options.calibration:
+        if origin != SELF and Path(origin).is_file():
+            identity[f"calibration text {origin}"] = hashlib.sha256(Path(origin).read_bytes()).hexdigest()[:16]
     return identity | VERSIONS
 
 

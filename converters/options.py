@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from mla_converters.attention_aware_run import Ingredient
+from mla_converters.calibration import SELF
 from mla_converters.errors import ConversionError
 from mla_converters.layer_sizes import LayerSizes
 from mla_converters.methods.mha2mla import Keep, Svd
@@ -38,7 +39,7 @@ class Options:
         rope_keep, svd: see :class:`mla_converters.mha2mla_run.Mha2mlaOptions`; None for its defaults.
         refit_steps: of Adam for each layer (``attention-aware``); 0 for the closed form alone.
         without: ingredients of ``attention-aware`` to leave out.
-        calibration: a text file, or ``self`` for text sampled from the model.
+        calibration: text files, or ``self`` for text sampled from the model; each gives an equal share.
         calibration_tokens: how many tokens calibrate.
         seed: of calibration.
         dtype: of the written weights; None keeps the source's.
@@ -57,7 +58,7 @@ class Options:
     refit_steps: int = Refit.steps
     without: frozenset[Ingredient] = frozenset()
     layer_sizes: LayerSizes = LayerSizes.SAME
-    calibration: str = "self"
+    calibration: tuple[str, ...] = (SELF,)
     calibration_tokens: int = 16384
     seed: int = 0
     dtype: str | None = None
@@ -66,13 +67,21 @@ class Options:
     trust_remote_code: bool = False
 
 
+def as_json(value: object) -> object:
+    """An option's value as JSON has it: a list if the option may be repeated."""
+    if isinstance(value, frozenset):
+        return sorted(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
 def command_line(source: str, revision: str | None, options: Options) -> str:
     """The command that converts ``source`` with these options."""
     words = ["vllm-mla", "convert", source, f"./{Path(source).stem}-mla"]
     for field in fields(options):
         value = getattr(options, field.name)
         if value != field.default:
-            for item in sorted(value) if isinstance(value, frozenset) else [value]:
+            given = as_json(value)
+            for item in given if isinstance(given, list) else [given]:
                 words += [f"--{field.name.replace('_', '-')}", *([] if item is True else [str(item)])]
     return shlex.join([*words, *(["--revision", revision] if revision else [])])
 

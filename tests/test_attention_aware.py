@@ -210,7 +210,7 @@ def test_refit_of_a_single_window(tmp_path: Path) -> None:
     """The last window of text is refitted on too, so one is enough."""
     source = RandomModel(heads=HEADS, kv_heads=KV_HEADS, head_dim=32, hidden=96).save(tmp_path / "source")
     for steps in (0, 3):
-        options = Options(calibration=str(CALIBRATION), calibration_tokens=512, refit_steps=steps)
+        options = Options(calibration=(str(CALIBRATION),), calibration_tokens=512, refit_steps=steps)
         convert(str(source), tmp_path / f"{steps}", options, quiet=True)
     closed_form, refitted = (load_file(tmp_path / f"{steps}" / "model.safetensors") for steps in (0, 3))
     name = "model.layers.0.self_attn.kv_b_proj.weight"
@@ -224,7 +224,7 @@ def test_every_ingredient_does_something(tmp_path: Path) -> None:
     @functools.cache
     def logits(without: frozenset[Ingredient]) -> torch.Tensor:
         out = tmp_path / "-".join(["without", *sorted(without)])
-        options = Options(calibration=str(CALIBRATION), calibration_tokens=2048, refit_steps=3, without=without)
+        options = Options(calibration=(str(CALIBRATION),), calibration_tokens=2048, refit_steps=3, without=without)
         report = convert(str(source), out, options, quiet=True)
         assert report["without"] == sorted(without)
         with torch.inference_mode():
@@ -245,7 +245,7 @@ def test_random_tokens_help_where_the_text_says_nothing(tmp_path: Path) -> None:
 
     def error(name: str, without: frozenset[Ingredient]) -> float:
         options = Options(
-            calibration=str(tmp_path / "text.txt"), calibration_tokens=512, refit_steps=0, without=without
+            calibration=(str(tmp_path / "text.txt"),), calibration_tokens=512, refit_steps=0, without=without
         )
         convert(str(source), tmp_path / name, options, quiet=True)
         with torch.inference_mode():

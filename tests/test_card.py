@@ -62,6 +62,13 @@ def test_what_it_says(mla: Path) -> None:
         assert expected in card.text, expected
 
 
+def test_several_calibration_texts(mla: Path) -> None:
+    change_report(mla, calibration={"origins": ["my.txt", "self"], "tokens": 4096, "seed": 1})
+    write_card(mla)
+    text = (mla / "README.md").read_text()
+    assert "4,096 tokens of `my.txt` and text that the source wrote, seed 1" in text
+
+
 def test_picture(mla: Path) -> None:
     """A PNG, without dates and versions; left out where there is nothing to draw."""
     change_report(mla, per_layer=None)

@@ -174,6 +174,10 @@ OPTIONS = {
     "device": (("--device", "cuda"), "sees no CUDA device"),
     "device-word": (("--device", "toaster"), "is not a device"),
     "tokens": (("--calibration", CALIBRATION, "--calibration-tokens", 100), "must be at least 512"),
+    "tokens-of-each": (
+        ("--calibration", CALIBRATION, "--calibration", "self", "--calibration-tokens", 1000),
+        "must be at least 1024 (one window of 512 for each of 2 --calibration texts)",
+    ),
     "no-text": (("--calibration", "/nowhere.txt"), "cannot be read"),
     "json": (("--json", "/nowhere/report.json"), "not a file in an existing folder"),
 }

@@ -163,11 +163,11 @@ def test_preemption_changes_nothing(half: Path) -> None:
     assert crowded["tokens"] == alone["tokens"]
 
 
-def test_calibration_from_text_and_self_both_serve(tmp_path: Path) -> None:
+def test_calibrated_on_its_own_text_and_on_more(tmp_path: Path) -> None:
     """The default, text sampled from the model, needs no data set."""
     source = RandomModel(heads=6, kv_heads=3, hidden=96).save(tmp_path / "source")
-    for origin in ("self", CALIBRATION):
-        out = convert(source, tmp_path / "mla", "--calibration", origin, "--calibration-tokens", 1024, "--force")
+    for options in ((), ("--calibration", CALIBRATION, "--calibration", "self")):
+        out = convert(source, tmp_path / "mla", *options, "--calibration-tokens", 1024, "--force")
         model = load(out)
         assert model.config.mla_conversion["calibration"]["tokens"] == 1024
         prompts = [list(range(60, 90))]

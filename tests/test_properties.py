@@ -53,7 +53,7 @@ def test_nothing_truncated_nothing_changed(model: RandomModel, method: Method) -
     """With room for everything, every method gives the source's logits."""
     width = model.kv_heads * model.head_dim
     sizes = {} if method == Method.EXACT else {"kv_lora_rank": width, "qk_rope_head_dim": width}
-    options = {"calibration": str(CALIBRATION), "calibration_tokens": 2048, "refit_steps": 0, **sizes}
+    options = {"calibration": (str(CALIBRATION),), "calibration_tokens": 2048, "refit_steps": 0, **sizes}
     fold = {"freqfold": 1} if method == Method.TRANSMLA else {}
     with tempfile.TemporaryDirectory() as folder:
         source, out = model.save(Path(folder, "source")), Path(folder, "mla")
@@ -71,7 +71,7 @@ def test_vllm_equals_transformers(model: RandomModel, data: st.DataObject) -> No
     width = model.kv_heads * model.head_dim
     rope = 2 * data.draw(st.integers(1, width // 2), label="qk_rope_head_dim / 2")
     rank = data.draw(st.integers(1, 2 * width - rope), label="kv_lora_rank")
-    options = {"calibration": str(CALIBRATION), "calibration_tokens": 2048, "refit_steps": 0}
+    options = {"calibration": (str(CALIBRATION),), "calibration_tokens": 2048, "refit_steps": 0}
     prompts = [list(range(5, 45)), [7], list(range(100, 117))]
     with tempfile.TemporaryDirectory() as folder:
         source, out = model.save(Path(folder, "source")), Path(folder, "mla")

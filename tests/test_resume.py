@@ -12,14 +12,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import BIN, CALIBRATION, RandomModel, Refused, convert, vllm_mla
+from conftest import BIN, CALIBRATION, ROOT, RandomModel, Refused, convert, vllm_mla
 from filelock import FileLock
 
 from mla_converters.errors import StoppedError
 from mla_converters.work import work_folder
 
 KILLS = int(os.environ.get("KILLS", "3"))
-OPTIONS = ("--calibration", CALIBRATION, "--calibration-tokens", 512, "--refit-steps", 8)
+TEXTS = ("--calibration", CALIBRATION, "--calibration", ROOT / "scripts" / "demo_text.txt")
+OPTIONS = (*TEXTS, "--calibration-tokens", 1024, "--refit-steps", 8)
 LAYERS = 6
 
 

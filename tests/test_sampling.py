@@ -1,10 +1,10 @@
-"""Calibration text that the model writes itself."""
+"""Calibration text: what the model writes itself, alone and beside a file."""
 
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import RandomModel
+from conftest import CALIBRATION, RandomModel
 from rich.progress import Progress
 from transformers import AutoModelForCausalLM
 
@@ -45,9 +45,34 @@ def test_a_window_holds_several_texts(tmp_path: Path) -> None:
     folder = RandomModel().save(tmp_path / "source")
     with open_source(str(folder)) as source, Progress(disable=True) as progress:
         source.config.max_position_embeddings = 1200
-        windows = [calibration_windows(source, "self", 2400, seed, progress, 2048) for seed in (0, 0, 1)]
+        windows = [calibration_windows(source, ("self",), 2400, seed, progress, 2048) for seed in (0, 0, 1)]
         first = random_tokens(source, (1, 4), torch.Generator().manual_seed(0))
     assert windows[0].shape == (2, 1200)
     assert torch.equal(windows[0][:, [0, 600]].flatten(), first[0])
     assert torch.equal(windows[0], windows[1])
     assert not torch.equal(windows[0], windows[2])
+
+
+def test_texts_share_the_windows(tmp_path: Path) -> None:
+    """Texts take turns, so that those who take the first windows have some of each, and each has what it has alone."""
+    folder = RandomModel().save(tmp_path / "source")
+    origins = ("self", str(CALIBRATION))
+    with open_source(str(folder)) as source, Progress(disable=True) as progress:
+        both = calibration_windows(source, origins, 2100, 0, progress)
+        alone = calibration_windows(source, origins[:1], 1050, 0, progress)
+        text = source.tokenizer(CALIBRATION.read_text()).input_ids
+    assert both.shape == (4, 512)
+    assert torch.equal(both[::2], alone)
+    for window in both[1::2].tolist():
+        assert any(text[start : start + 512] == window for start in range(len(text)))
+
+
+def test_a_short_text_makes_all_windows_short(tmp_path: Path) -> None:
+    folder = RandomModel().save(tmp_path / "source")
+    short = tmp_path / "short.txt"
+    short.write_text(CALIBRATION.read_text()[:1000])
+    with open_source(str(folder)) as source, Progress(disable=True) as progress:
+        source.config.max_position_embeddings = 2048
+        assert 512 < len(source.tokenizer(short.read_text()).input_ids) <= 1024
+        windows = calibration_windows(source, (str(short), str(CALIBRATION)), 4096, 0, progress, 1024)
+    assert windows.shape == (8, 512)

@@ -93,12 +93,13 @@ def convert(
         ),
     ] = None,
     calibration: Annotated[
-        str,
+        list[str] | None,
         typer.Option(
-            help="Text file like what you will serve, or **self**: text sampled from the model.",
+            help="Text file like what you will serve, or **self**: text sampled from the model. Give both, and what "
+            "your text leaves out is kept too. May be repeated: all have an equal share. [default: self]",
             rich_help_panel="Calibration",
         ),
-    ] = "self",
+    ] = None,
     calibration_tokens: Annotated[
         int,
         typer.Option(
@@ -174,7 +175,7 @@ def convert(
         refit_steps=refit_steps,
         layer_sizes=LayerSizes(layer_sizes),
         without=frozenset(map(Ingredient, without or ())),
-        calibration=calibration,
+        calibration=tuple(calibration or Options.calibration),
         calibration_tokens=calibration_tokens,
         seed=seed,
         dtype=dtype,
