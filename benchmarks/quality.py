@@ -4,9 +4,9 @@
 
 Source: SmolLM2-135M-Instruct. Calibration: WikiText-2's validation split (tokenised form, marks undone), 16 windows
 of 2,048 tokens for ``attention-aware`` with refit and 8 without, 32 of 512 for ``transmla`` and ``mha2mla``; or text
-sampled from the model (``self``), or half of each. Scores: perplexity in float32 of the first 8 windows of 1,024 tokens of WikiText-2's
-raw test split, the first 2 of 4,096, and of 8 windows of 1,024 tokens of another domain: the source code of Python's
-``argparse``. Some also through vLLM.
+sampled from the model (``self``), or half of each. Scores: perplexity in float32 of the first 8 windows of 1,024
+tokens of WikiText-2's raw test split, the first 2 of 4,096, and of 8 windows of 1,024 tokens of another domain: the
+source code of Python's ``argparse``. Some also through vLLM.
 
 Rows already in the result file are kept: remove it to measure again, or choose rows with ``--only``.
 """
