@@ -38,7 +38,8 @@ LABELS = {
     "mha2mla": "MHA2MLA (ours)",
     "closed-form": "attention-aware, closed form",
     "attention-aware": "attention-aware",
-    "per-layer": "attention-aware, sizes per layer",
+    "closed-form per layer": "attention-aware, closed form, sizes per layer",
+    "attention-aware per layer": "attention-aware, sizes per layer",
     "self": "attention-aware, self-calibrated",
     "text and self": "attention-aware, half self-calibrated",
 }
@@ -56,7 +57,9 @@ def jobs(text: Path) -> dict[str, tuple[int, list[str]]]:
         rows[f"mha2mla {width}"] = width, ["--method", "mha2mla", *split, *plain]
         rows[f"closed-form {width}"] = width, [*ratio, *plain, "--refit-steps", "0"]
         rows[f"attention-aware {width}"] = width, [*ratio, *more]
-        rows[f"per-layer {width}"] = width, [*ratio, *more, "--layer-sizes", "measured"]
+        for kind in ("closed-form", "attention-aware"):
+            size, options = rows[f"{kind} {width}"]
+            rows[f"{kind} per layer {width}"] = size, [*options, "--layer-sizes", "measured"]
         rows[f"self {width}"] = width, [*ratio, "--calibration-tokens", "32768"]
         rows[f"text and self {width}"] = width, [*ratio, *more, "--calibration", "self"]
     closed_form = ["--kv-lora-rank", "128", "--qk-rope-head-dim", "64", *plain, "--refit-steps", "0"]
