@@ -17,9 +17,10 @@ Half the cache, calibrated on text the model writes itself:
 
 `vllm-mla convert HuggingFaceTB/SmolLM2-135M-Instruct ./smol-mla`
 
-DeepSeek's sizes, which have the fastest GPU kernels, calibrated on your text:
+DeepSeek's sizes, which have the fastest GPU kernels, calibrated on your text and on the model's own:
 
-`vllm-mla convert ./Llama-3.1-8B ./llama-mla --kv-lora-rank 512 --qk-rope-head-dim 64 --calibration my.txt`
+`vllm-mla convert ./Llama-3.1-8B ./llama-mla --kv-lora-rank 512 --qk-rope-head-dim 64 --calibration my.txt
+--calibration self`
 
 **Next**: `vllm serve OUT`
 """
