@@ -88,8 +88,8 @@ def draw(rows: dict[str, dict], path: Path) -> None:
         axes.plot(*zip(*TRANSMLA_OWN_CODE.items(), strict=True), "x--", color="gray", label="TransMLA's own code")
         for kind, label in LABELS.items():
             points = [(width, rows[name]["perplexity"]) for width in SPLITS if (name := f"{kind} {width}") in rows]
-            if points:
-                axes.plot(*zip(*points, strict=True), "o-", label=label)
+            if points:  # joined where none is left out, for in between the line is not straight
+                axes.plot(*zip(*points, strict=True), "o-" if len(points) == len(SPLITS) else "o", label=label)
         axes.axhline(rows["source"]["perplexity"], color="black", linewidth=1, label="source (384)")
         axes.set_yscale("log")
         axes.set_xlabel("numbers cached per token and layer")
