@@ -58,8 +58,8 @@ def jobs(text: Path) -> dict[str, tuple[int, list[str]]]:
         rows[f"closed-form {width}"] = width, [*ratio, *plain, "--refit-steps", "0"]
         rows[f"attention-aware {width}"] = width, [*ratio, *more]
         for kind in ("closed-form", "attention-aware"):
-            size, options = rows[f"{kind} {width}"]
-            rows[f"{kind} per layer {width}"] = size, [*options, "--layer-sizes", "measured"]
+            _, options = rows[f"{kind} {width}"]
+            rows[f"{kind} per layer {width}"] = width, [*options, "--layer-sizes", "measured"]
         rows[f"self {width}"] = width, [*ratio, "--calibration-tokens", "32768"]
         rows[f"text and self {width}"] = width, [*ratio, *more, "--calibration", "self"]
     closed_form = ["--kv-lora-rank", "128", "--qk-rope-head-dim", "64", *plain, "--refit-steps", "0"]

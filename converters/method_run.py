@@ -10,7 +10,7 @@ from rich.progress import Progress
 from mla_converters.attention_aware_run import WINDOW as ATTENTION_AWARE_WINDOW
 from mla_converters.attention_aware_run import AttentionAware, Ingredient, attention_aware, search_split
 from mla_converters.budget import CacheBudget, candidate_budgets, exact_budget, resolve_budget
-from mla_converters.calibration import SELF, WINDOW, calibration_windows, random_tokens
+from mla_converters.calibration import WINDOW, calibration_windows, random_tokens
 from mla_converters.errors import ConversionError
 from mla_converters.latent_map import mla_weights
 from mla_converters.layer_conversion import ConvertedLayer, LayerConversion
@@ -111,7 +111,7 @@ def _calibrate(source: Source, options: Options, work: Work, progress: Progress)
     )
     details: Details = {
         "calibration": {
-            "origins": [origin if origin == SELF else Path(origin).name for origin in options.calibration],
+            "origins": [Path(origin).name for origin in options.calibration],
             "tokens": windows.numel(),
             "seed": options.seed,
         }
