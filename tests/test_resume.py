@@ -145,6 +145,16 @@ def test_interrupted(source: Path, expected: dict[str, bytes], tmp_path: Path) -
     assert contents(convert(source, out, *OPTIONS)) == expected
 
 
+@pytest.fixture
+def hearing_interrupts() -> Iterator[None]:
+    """For a test that raises Ctrl-C in its own process."""
+    before = signal.getsignal(signal.SIGINT)
+    hear_interrupts()
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("hearing_interrupts")
 def test_interrupted_inside_a_library(tmp_path: Path) -> None:
     """Ctrl-C that a library turns into an exception of its own is Ctrl-C still; such an exception alone is not."""
     out, handler = tmp_path / "out", signal.getsignal(signal.SIGINT)
