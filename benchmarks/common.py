@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import vllm_mla_plugin
 
 RESULTS = Path(__file__).parent / "results"
 VLLM_MLA = Path(sys.executable).with_name("vllm-mla")
+CODE = Path(sysconfig.get_paths()["stdlib"]) / "argparse.py"  # text of another kind than WikiText
 # From the tokenised form of WikiText-2 back to text, unknown-word marks dropped.
 UNDO_TOKENISATION = (
     (" @-@ ", "-"),

@@ -15,11 +15,10 @@ import argparse
 import json
 import re
 import sys
-import sysconfig
 import tempfile
 from pathlib import Path
 
-from common import RESULTS, convert, cost, evaluate, plain_text, write_result
+from common import CODE, RESULTS, convert, cost, evaluate, plain_text, write_result
 
 from mla_converters.drawing import png
 
@@ -27,7 +26,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 from demo_model import demo_folder
 
 COMMAND = "python benchmarks/quality.py --valid wiki.valid.tokens --test wiki.test.raw"
-CODE = Path(sysconfig.get_paths()["stdlib"]) / "argparse.py"
 # Cached numbers per token and layer (the source has 384), and how TransMLA's paper and code split them.
 SPLITS = {192: (128, 64), 128: (96, 32), 96: (64, 32), 48: (32, 16)}
 # Perplexity of checkpoints that TransMLA's own code wrote, with the same calibration text and scoring.

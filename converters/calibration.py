@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from rich.progress import Progress
 
+from mla_converters.chat import ChatTemplate, chat_template
 from mla_converters.errors import ConversionError
 from mla_converters.sampling import LENGTH as TEXT
 from mla_converters.sampling import sampled_texts
@@ -13,6 +14,9 @@ from mla_converters.source import Source
 
 SELF = "self"
 """Instead of a text file: text that the model writes itself."""
+CHAT = "chat"
+"""Instead of a text file: conversations of which the model writes both sides."""
+WRITTEN = (SELF, CHAT)
 WINDOW = 512
 """Tokens in the shortest calibration window."""
 
@@ -24,7 +28,7 @@ def calibration_windows(
 
     Args:
         source: the model.
-        origins: UTF-8 text files, or ``SELF``; each gives as many windows as every other.
+        origins: UTF-8 text files, ``SELF`` or ``CHAT``; each gives as many windows as every other.
         tokens: how many tokens of all together, rounded down to whole windows of each.
         seed: where to cut, or what to sample.
         length: tokens in a window; less if an origin has not as many, down to ``WINDOW``.
@@ -33,7 +37,7 @@ def calibration_windows(
         ``[windows, length]`` int64, the origins in turn: who takes only the first windows has some of each.
 
     Raises:
-        ConversionError: a text cannot be read or is too short.
+        ConversionError: a text cannot be read or is too short, or the model has no chat template.
     """
     share = tokens // len(origins)
     if share < WINDOW:
@@ -41,15 +45,18 @@ def calibration_windows(
         raise ConversionError(
             f"--calibration-tokens is {tokens}, but must be at least {WINDOW * len(origins)} (one window{each})."
         )
-    texts = [None if origin == SELF else _token_ids(source, Path(origin)) for origin in origins]
+    texts = [None if origin in WRITTEN else _token_ids(source, Path(origin)) for origin in origins]
+    templates = [chat_template(source.tokenizer) if origin == CHAT else None for origin in origins]
     length = max(WINDOW, min(length, share, source.config.max_position_embeddings))
     if any(ids is not None and len(ids) <= length for ids in texts):
         length = WINDOW
     generator = torch.Generator().manual_seed(seed)
     count = share // length
     windows = [
-        _sample(source, count, length, generator, progress) if ids is None else _cut(ids, count, length, generator)
-        for ids in texts
+        _sample(source, count, length, generator, progress, template)
+        if ids is None
+        else _cut(ids, count, length, generator)
+        for ids, template in zip(texts, templates, strict=True)
     ]
     return torch.stack(windows, dim=1).flatten(0, 1)
 
@@ -95,10 +102,20 @@ def _special_ids(source: Source) -> torch.Tensor:
     return torch.tensor(special, dtype=torch.long)
 
 
-def _sample(source: Source, count: int, length: int, generator: torch.Generator, progress: Progress) -> torch.Tensor:
+def _sample(
+    source: Source,
+    count: int,
+    length: int,
+    generator: torch.Generator,
+    progress: Progress,
+    template: ChatTemplate | None,
+) -> torch.Tensor:
     """Windows of texts that the model writes, as many in each as have room, one after another."""
     per_window = max(1, length // TEXT)
-    first = random_tokens(source, (1, count * per_window), generator)[0]
-    # The end of a text ends nothing: a window full of padding would calibrate for padding.
-    texts = sampled_texts(source, first, _special_ids(source), -(-length // per_window), generator, progress)
+    if template:
+        first, never = torch.full((count * per_window,), template.opening[0]), torch.empty(0, dtype=torch.long)
+    else:
+        first = random_tokens(source, (1, count * per_window), generator)[0]
+        never = _special_ids(source)  # the end of a text ends nothing: padding after it would calibrate for padding
+    texts = sampled_texts(source, first, never, -(-length // per_window), generator, progress, template)
     return texts.view(count, -1)[:, :length]

@@ -6,7 +6,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard import metadata_load
 
-from mla_converters.calibration import SELF
+from mla_converters.calibration import CHAT, SELF
 from mla_converters.card_evaluation import Evaluation, read_evaluation
 from mla_converters.card_plot import can_plot, plot_layers
 from mla_converters.errors import ConversionError
@@ -161,7 +161,8 @@ def _conversion(report: dict[str, Any]) -> str:
 
 
 def _origin(name: str) -> str:
-    return "text that the source wrote" if name == SELF else f"`{name}`"
+    written = {SELF: "text that the source wrote", CHAT: "conversations that the source wrote"}
+    return written.get(name, f"`{name}`")
 
 
 def _layer_sizes(report: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 import vllm_mla_plugin
-from mla_converters.calibration import SELF
+from mla_converters.calibration import WRITTEN
 from mla_converters.locate import local_path
 from mla_converters.options import Options, as_json
 from mla_converters.source import Source
@@ -31,7 +31,7 @@ def conversion_identity(source: Source, options: Options) -> dict[str, Any]:
     for name, value in asdict(options).items():
         identity[f"--{name.replace('_', '-')}"] = as_json(value)
     for origin in options.calibration:
-        if origin != SELF and Path(origin).is_file():
+        if origin not in WRITTEN and Path(origin).is_file():
             identity[f"calibration text {origin}"] = hashlib.sha256(Path(origin).read_bytes()).hexdigest()[:16]
     return identity | VERSIONS
 

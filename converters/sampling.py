@@ -6,6 +6,7 @@ import torch
 from rich.progress import Progress
 from transformers import AutoModelForCausalLM, Cache, DynamicLayer
 
+from mla_converters.chat import ChatTemplate, Conversations
 from mla_converters.errors import ConversionError
 from mla_converters.layers import native_bfloat16
 from mla_converters.source import Source
@@ -59,6 +60,7 @@ def sampled_texts(
     length: int,
     generator: torch.Generator,
     progress: Progress,
+    template: ChatTemplate | None = None,
 ) -> torch.Tensor:
     """Texts of the model's own: from a first token on, sampled at temperature 1 (as LLM-QAT, arXiv 2305.17888,
     generates its training data).
@@ -70,6 +72,7 @@ def sampled_texts(
         length: tokens of each text.
         generator: for sampling.
         progress: for the bar.
+        template: with one, the texts are conversations.
 
     Returns:
         ``[texts, length]`` int64.
@@ -86,12 +89,14 @@ def sampled_texts(
     for ids in batches:
         cache = Cache(layers=[ReservedLayer(length) for _ in range(source.config.num_hidden_layers)])
         tokens = [ids]
+        conversations = Conversations(template, len(ids)) if template else None
         while len(tokens) < length:
             logits = model(tokens[-1], **{argument: cache}, use_cache=True).logits[:, -1].float()
             if not torch.isfinite(logits).all():
                 raise ConversionError(f"The model in {source.folder} gives logits that are not numbers: it is broken.")
             probabilities = logits.index_fill(1, never, float("-inf")).softmax(-1)
-            tokens.append(torch.multinomial(probabilities, 1, generator=generator))
+            sampled = torch.multinomial(probabilities, 1, generator=generator)
+            tokens.append(conversations.follow(sampled) if conversations else sampled)
             progress.advance(task)
         texts.append(torch.cat(tokens, dim=1))
     return torch.cat(texts)

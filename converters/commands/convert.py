@@ -96,8 +96,9 @@ def convert(
     calibration: Annotated[
         list[str] | None,
         typer.Option(
-            help="Text file like what you will serve, or **self**: text sampled from the model. Give both, and what "
-            "your text leaves out is kept too. May be repeated: all have an equal share. [default: self]",
+            help="Text file like what you will serve; **self**: text sampled from the model; **chat**: conversations "
+            "sampled with its chat template. May be repeated, all have an equal share: with **self** beside it, what "
+            "your text leaves out is kept too. [default: self]",
             rich_help_panel="Calibration",
         ),
     ] = None,

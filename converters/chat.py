@@ -1,0 +1,86 @@
+"""Conversations: what a chat template puts around their turns, and how a model writes both sides of one."""
+
+from collections import deque
+from dataclasses import dataclass
+from datetime import date
+
+import torch
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from mla_converters.errors import ConversionError
+
+TURN = 256  # tokens in a turn, after which it ends: a model may not know how a user's turn does
+TODAY = date(2024, 7, 26)  # what templates are told, or the same seed would give other bytes tomorrow
+USER, ANSWER, NEXT = "First question.", "An answer to it.", "Second question."
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """Token ids that a chat template puts around turns.
+
+    Attributes:
+        opening: before the first turn of the user.
+        joints: between the user's turn and the answer, and between that and the user's next turn.
+        special: ids that end a turn: no turn contains them.
+    """
+
+    opening: list[int]
+    joints: tuple[list[int], list[int]]
+    special: frozenset[int]
+
+
+def chat_template(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
+    """What the tokenizer's chat template puts around turns.
+
+    Raises:
+        ConversionError: there is no template, or one that does not lay turns out one after another.
+    """
+    instead = "Leave --calibration chat out."
+    if not tokenizer.chat_template:
+        raise ConversionError(f"--calibration chat needs a chat template, and the source has none. {instead}")
+    turns = [{"role": role, "content": said} for role, said in (("user", USER), ("assistant", ANSWER), ("user", NEXT))]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, strftime_now=TODAY.strftime)
+    except (TemplateError, ValueError, TypeError) as error:
+        raise ConversionError(f"The source's chat template fails: {error}. {instead}") from error
+    parts = []
+    for turn in turns:
+        before, _, text = text.partition(turn["content"])
+        parts.append(tokenizer(before, add_special_tokens=False).input_ids)
+    if not all(parts):
+        raise ConversionError(f"The source's chat template does not keep turns as they are, apart, in order. {instead}")
+    added = {token for token, content in tokenizer.added_tokens_decoder.items() if content.special}
+    return ChatTemplate(parts[0], (parts[1], parts[2]), frozenset(added | set(tokenizer.all_special_ids)))
+
+
+class Conversations:
+    """Conversations that are sampled together: says which tokens the template puts in place of what is sampled.
+
+    As Magpie (arXiv 2406.08464) gets instructions from a model that is shown only what comes before them.
+
+    Args:
+        template: of the model.
+        count: of conversations, each of which already has the first token of the template's opening.
+    """
+
+    def __init__(self, template: ChatTemplate, count: int) -> None:
+        self._template = template
+        self._forced = [deque(template.opening[1:]) for _ in range(count)]
+        self._turns = [0] * count  # that have ended
+        self._lengths = [0] * count  # of the turns that have not
+
+    def follow(self, sampled: torch.Tensor) -> torch.Tensor:
+        """The next tokens ``[conversations, 1]``: sampled ones, or the template's."""
+        return torch.tensor([[self._next(index, token)] for index, token in enumerate(sampled[:, 0].tolist())])
+
+    def _next(self, index: int, token: int) -> int:
+        forced = self._forced[index]
+        if not forced:
+            if token not in self._template.special and self._lengths[index] < TURN:
+                self._lengths[index] += 1
+                return token
+            forced.extend(self._template.joints[self._turns[index] % 2])
+            self._turns[index] += 1
+            self._lengths[index] = 0
+        return forced.popleft()
