@@ -1,5 +1,6 @@
 """Calibration on conversations of which the model writes both sides."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -41,19 +42,17 @@ def test_a_template_does_not_know_the_day(tokenizer: PreTrainedTokenizerBase, mo
 def test_conversations_are_what_the_template_makes_of_their_turns(
     smollm2: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """The template, given the turns that the model wrote, gives the text back; the same seed gives the same text."""
+    """The template, given the turns that the model wrote, gives the text back."""
     with open_source(str(smollm2)) as source, Progress(disable=True) as progress:
-        windows, again = (calibration_windows(source, ("chat",), 1024, 3, progress) for _ in range(2))
-    assert torch.equal(windows, again)
+        windows = calibration_windows(source, ("chat",), 1024, 3, progress)
     assert windows.shape == (2, 512)
     for window in windows:
-        text = tokenizer.decode(window)
+        text = re.sub(r"<\|im_start\|>\w*$", "", tokenizer.decode(window))  # without a header that is cut
         begins = [part.split("\n", 1) for part in text.split("<|im_start|>")[1:]]
         assert len(begins) >= 3  # the system's, the user's, an answer
         turns = [{"role": role, "content": said.removesuffix("<|im_end|>\n")} for role, said in begins]
-        assert [turn["role"] for turn in turns[1:]] == ["user", "assistant"] * ((len(turns) - 1) // 2) + ["user"] * (
-            len(turns) % 2 == 0
-        )
+        expected = ["system", *(["user", "assistant"] * len(turns))]
+        assert [turn["role"] for turn in turns] == expected[: len(turns)]
         assert tokenizer.apply_chat_template(turns, tokenize=False).startswith(text)
 
 
