@@ -3,21 +3,19 @@
     python benchmarks/chat.py --valid wiki.valid.tokens --test wiki.test.raw
 
 Scores, through ``vllm-mla eval``, in float32: KL divergence from the source and perplexity on conversations (questions
-below, written by hand; answers sampled from the source), WikiText-2's raw test split and the source code of Python's
-``argparse``. ``text`` is WikiText-2's validation split.
+below, written by hand; answers sampled from the source; the first 8 windows of 512 tokens), WikiText-2's raw test split
+and the source code of Python's ``argparse``. ``text`` is WikiText-2's validation split.
 
 Rows already in the result file are kept: remove it to measure again, or choose rows with ``--only``.
 """
 
-import argparse
-import json
 import re
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
-from common import CODE, RESULTS, convert, evaluate, plain_text, write_result
+from common import CODE, convert, evaluate, measured_rows, plain_text, row_parser, write_result
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
@@ -79,13 +77,8 @@ def conversations(model: Path) -> str:
 
 def main() -> None:
     """Measure what is not measured yet; write results after every row."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--valid", type=Path, required=True, help="wiki.valid.tokens")
-    parser.add_argument("--test", type=Path, required=True, help="wiki.test.raw")
-    parser.add_argument("--only", default="", help="regular expression of row names")
-    arguments = parser.parse_args()
-    result = RESULTS / "chat.json"
-    rows: dict[str, dict] = json.loads(result.read_text())["rows"] if result.exists() else {}
+    arguments = row_parser(__doc__).parse_args()
+    rows = measured_rows("chat")
     with tempfile.TemporaryDirectory() as scratch:
         text, chat, out = (Path(scratch) / name for name in ("calibration.txt", "chat.txt", "model"))
         text.write_text(plain_text(arguments.valid))

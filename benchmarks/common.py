@@ -1,5 +1,6 @@
 """What the benchmarks share: running the command line, and what every result file says of itself."""
 
+import argparse
 import json
 import os
 import platform
@@ -34,6 +35,27 @@ def plain_text(tokenised: Path) -> str:
     for mark, plain in UNDO_TOKENISATION:
         content = content.replace(mark, plain)
     return content
+
+
+def text_parser(description: str | None) -> argparse.ArgumentParser:
+    """A command line that is told where WikiText-2 lies."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--valid", type=Path, required=True, help="wiki.valid.tokens")
+    parser.add_argument("--test", type=Path, required=True, help="wiki.test.raw")
+    return parser
+
+
+def row_parser(description: str | None) -> argparse.ArgumentParser:
+    """The same for a benchmark that measures one row after another."""
+    parser = text_parser(description)
+    parser.add_argument("--only", default="", help="regular expression of row names")
+    return parser
+
+
+def measured_rows(name: str) -> dict[str, dict[str, Any]]:
+    """The rows that are in ``results/name.json`` already."""
+    result = RESULTS / f"{name}.json"
+    return json.loads(result.read_text())["rows"] if result.exists() else {}
 
 
 def convert(source: Path, out: Path, *options: str) -> dict[str, Any]:

@@ -9,7 +9,6 @@ that loads the model in float32, cuts 32 windows of 512 tokens of the same text,
 ``low_rank_qkv`` of its repository (https://github.com/MuLabPKU/TransMLA), as its ``converter.py`` does.
 """
 
-import argparse
 import statistics
 import subprocess
 import sys
@@ -18,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import VLLM_MLA, evaluate, plain_text, write_result
+from common import VLLM_MLA, evaluate, plain_text, text_parser, write_result
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 from demo_model import demo_folder
@@ -36,9 +35,7 @@ def seconds(command: str | list[Any]) -> float:
 
 def main() -> None:
     """Time, score, write the result file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--valid", type=Path, required=True, help="wiki.valid.tokens")
-    parser.add_argument("--test", type=Path, required=True, help="wiki.test.raw")
+    parser = text_parser(__doc__)
     parser.add_argument("--peer", help="shell command of the other converter")
     parser.add_argument("--peer-name", help="what the result file calls it")
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096, 16384], help="calibration tokens")

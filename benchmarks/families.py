@@ -13,16 +13,14 @@ shows that their conversions are the same.)
 Rows already in the result file are kept: remove it to measure again, or choose rows with ``--only``.
 """
 
-import argparse
 import itertools
-import json
 import re
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
-from common import RESULTS, convert, evaluate, plain_text, write_result
+from common import convert, evaluate, measured_rows, plain_text, row_parser, write_result
 from rich.progress import track
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -157,14 +155,10 @@ def source_folder(name: str, models: Path, text: Path) -> Path:
 
 def main() -> None:
     """Train, convert, score, write the result file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--valid", type=Path, required=True, help="wiki.valid.tokens")
-    parser.add_argument("--test", type=Path, required=True, help="wiki.test.raw")
-    parser.add_argument("--only", default="", help="regular expression of row names")
+    parser = row_parser(__doc__)
     parser.add_argument("--models", type=Path, help="folder where trained models are kept, and taken from")
     arguments = parser.parse_args()
-    result = RESULTS / "families.json"
-    rows: dict[str, dict] = json.loads(result.read_text())["rows"] if result.exists() else {}
+    rows = measured_rows("families")
     with tempfile.TemporaryDirectory() as scratch:
         text, out = (Path(scratch) / name for name in ("text.txt", "mla"))
         models = arguments.models or Path(scratch)

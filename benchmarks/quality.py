@@ -11,14 +11,12 @@ source code of Python's ``argparse``. Some also through vLLM.
 Rows already in the result file are kept: remove it to measure again, or choose rows with ``--only``.
 """
 
-import argparse
-import json
 import re
 import sys
 import tempfile
 from pathlib import Path
 
-from common import CODE, RESULTS, convert, cost, evaluate, plain_text, write_result
+from common import CODE, RESULTS, convert, cost, evaluate, measured_rows, plain_text, row_parser, write_result
 
 from mla_converters.drawing import png
 
@@ -98,14 +96,9 @@ def draw(rows: dict[str, dict], path: Path) -> None:
 
 def main() -> None:
     """Measure what is not measured yet; write results after every row."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--valid", type=Path, required=True, help="wiki.valid.tokens")
-    parser.add_argument("--test", type=Path, required=True, help="wiki.test.raw")
-    parser.add_argument("--only", default="", help="regular expression of row names")
-    arguments = parser.parse_args()
+    arguments = row_parser(__doc__).parse_args()
 
-    result = RESULTS / "quality.json"
-    rows: dict[str, dict] = json.loads(result.read_text())["rows"] if result.exists() else {}
+    rows = measured_rows("quality")
     with tempfile.TemporaryDirectory() as scratch:
         text, out = Path(scratch) / "calibration.txt", Path(scratch) / "model"
         text.write_text(plain_text(arguments.valid))
@@ -131,7 +124,7 @@ def main() -> None:
                 )
             print(name, rows[name], flush=True)
             write_result("quality", COMMAND, {"transmla_own_code": TRANSMLA_OWN_CODE, "rows": rows})
-    draw(rows, result.with_suffix(".png"))
+    draw(rows, RESULTS / "quality.png")
 
 
 if __name__ == "__main__":
