@@ -46,7 +46,7 @@ def calibration_windows(
             f"--calibration-tokens is {tokens}, but must be at least {WINDOW * len(origins)} (one window{each})."
         )
     texts = [None if origin in WRITTEN else _token_ids(source, Path(origin)) for origin in origins]
-    templates = [chat_template(source.tokenizer) if origin == CHAT else None for origin in origins]
+    templates = [chat_template(source.tokenizer, TEXT) if origin == CHAT else None for origin in origins]
     length = max(WINDOW, min(length, share, source.config.max_position_embeddings))
     if any(ids is not None and len(ids) <= length for ids in texts):
         length = WINDOW

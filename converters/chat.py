@@ -30,11 +30,15 @@ class ChatTemplate:
     special: frozenset[int]
 
 
-def chat_template(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
+def chat_template(tokenizer: PreTrainedTokenizerBase, length: int) -> ChatTemplate:
     """What the tokenizer's chat template puts around turns.
 
+    Args:
+        tokenizer: of the model.
+        length: tokens of a conversation, all of which the opening must not take.
+
     Raises:
-        ConversionError: there is no template, or one that does not lay turns out one after another.
+        ConversionError: there is no template, or one that does not lay turns out one after another, or leaves no room.
     """
     instead = "Leave --calibration chat out."
     if not tokenizer.chat_template:
@@ -50,6 +54,11 @@ def chat_template(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
         parts.append(tokenizer(before, add_special_tokens=False).input_ids)
     if not all(parts):
         raise ConversionError(f"The source's chat template does not keep turns as they are, apart, in order. {instead}")
+    if len(parts[0]) >= length:
+        raise ConversionError(
+            f"The source's chat template begins with {len(parts[0])} tokens of its own, which leaves no room in "
+            f"conversations of {length}. {instead}"
+        )
     added = {token for token, content in tokenizer.added_tokens_decoder.items() if content.special}
     return ChatTemplate(parts[0], (parts[1], parts[2]), frozenset(added | set(tokenizer.all_special_ids)))
 

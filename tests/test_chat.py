@@ -27,7 +27,7 @@ def tokenizer(smollm2: Path) -> PreTrainedTokenizerBase:
 
 
 def test_what_a_template_puts_around_turns(tokenizer: PreTrainedTokenizerBase) -> None:
-    template = chat_template(tokenizer)
+    template = chat_template(tokenizer, 512)
     assert tokenizer.decode(template.opening) == f"{SYSTEM}<|im_start|>user\n"
     assert tokenizer.decode(template.joints[0]) == "<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.decode(template.joints[1]) == "<|im_end|>\n<|im_start|>user\n"
@@ -36,7 +36,7 @@ def test_what_a_template_puts_around_turns(tokenizer: PreTrainedTokenizerBase) -
 
 def test_a_template_does_not_know_the_day(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer, "chat_template", DATED)
-    assert tokenizer.decode(chat_template(tokenizer).opening) == "Today is 26 Jul 2024. [INST] "
+    assert tokenizer.decode(chat_template(tokenizer, 512).opening) == "Today is 26 Jul 2024. [INST] "
 
 
 def test_conversations_are_what_the_template_makes_of_their_turns(
@@ -73,6 +73,10 @@ def test_a_turn_ends_with_a_special_token_or_when_it_is_long(monkeypatch: pytest
         ("{{ raise_exception('no users here') }}", "chat template fails: no users here"),
         ("{{ messages | broken }}", "chat template fails"),
         ("{% for m in messages %}<u>{{ m.content | upper }}{% endfor %}", "does not keep turns as they are"),
+        (
+            "{{ 'a b ' * 300 }}{% for m in messages %} {{ m.content }} {% endfor %}",
+            "leaves no room in conversations of 512",
+        ),
         ("{% for m in messages %}{{ m.content }}{% endfor %}", "does not keep turns as they are"),
     ],
 )
