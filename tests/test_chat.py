@@ -72,6 +72,7 @@ def test_a_turn_ends_with_a_special_token_or_when_it_is_long(monkeypatch: pytest
         (None, "needs a chat template, and the source has none"),
         ("{{ raise_exception('no users here') }}", "chat template fails: no users here"),
         ("{{ messages | broken }}", "chat template fails"),
+        ("{{ 1 // 0 }}", "chat template fails: integer division"),
         ("{% for m in messages %}<u>{{ m.content | upper }}{% endfor %}", "does not keep turns as they are"),
         (
             "{{ 'a b ' * 300 }}{% for m in messages %} {{ m.content }} {% endfor %}",
