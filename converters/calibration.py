@@ -45,7 +45,7 @@ def calibration_windows(
         raise ConversionError(
             f"--calibration-tokens is {tokens}, but must be at least {WINDOW * len(origins)} (one window{each})."
         )
-    texts = [None if origin in WRITTEN else _token_ids(source, Path(origin)) for origin in origins]
+    texts = [None if origin in WRITTEN else token_ids(source, Path(origin)) for origin in origins]
     templates = [chat_template(source.tokenizer, TEXT) if origin == CHAT else None for origin in origins]
     length = max(WINDOW, min(length, share, source.config.max_position_embeddings))
     if any(ids is not None and len(ids) <= length for ids in texts):
@@ -53,7 +53,7 @@ def calibration_windows(
     generator = torch.Generator().manual_seed(seed)
     count = share // length
     windows = [
-        _sample(source, count, length, generator, progress, template)
+        sample(source, count, length, generator, progress, template)
         if ids is None
         else _cut(ids, count, length, generator)
         for ids, template in zip(texts, templates, strict=True)
@@ -61,18 +61,21 @@ def calibration_windows(
     return torch.stack(windows, dim=1).flatten(0, 1)
 
 
-def _token_ids(source: Source, path: Path) -> torch.Tensor:
+def token_ids(source: Source, path: Path) -> torch.Tensor:
+    """Token ids ``[tokens]`` of a UTF-8 text file.
+
+    Raises:
+        ConversionError: it cannot be read, or has not more than ``WINDOW``.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConversionError(f"Calibration text {path} cannot be read: {error}") from error
+        raise ConversionError(f"Text {path} cannot be read: {error}") from error
     if not text.strip():
-        raise ConversionError(f"Calibration text {path} is empty.")
+        raise ConversionError(f"Text {path} is empty.")
     ids = source.tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
     if len(ids) <= WINDOW:
-        raise ConversionError(
-            f"Calibration text {path} is too short: {len(ids)} tokens, where more than {WINDOW} are needed."
-        )
+        raise ConversionError(f"Text {path} is too short: {len(ids)} tokens, where more than {WINDOW} are needed.")
     if int(ids.max()) >= source.config.vocab_size:
         raise ConversionError(f"The tokenizer in {source.folder} has ids beyond the model's vocabulary.")
     return ids
@@ -102,7 +105,7 @@ def _special_ids(source: Source) -> torch.Tensor:
     return torch.tensor(special, dtype=torch.long)
 
 
-def _sample(
+def sample(
     source: Source,
     count: int,
     length: int,
@@ -110,7 +113,7 @@ def _sample(
     progress: Progress,
     template: ChatTemplate | None,
 ) -> torch.Tensor:
-    """Windows of texts that the model writes, as many in each as have room, one after another."""
+    """Windows ``[count, length]`` of texts that the model writes, as many in each as have room, one after another."""
     per_window = max(1, length // TEXT)
     if template:
         first, never = torch.full((count * per_window,), template.opening[0]), torch.empty(0, dtype=torch.long)

@@ -152,12 +152,20 @@ def _conversion(report: dict[str, Any]) -> str:
         lines.append(f"- Calibration: {tokens}, seed {calibration['seed']}")
     if "refit_steps" in report:
         lines.append(f"- Refit: {report['refit_steps']} steps in each layer")
+    if healing := report.get("healing"):
+        trained_on = " and ".join(map(_origin, healing["text"]))
+        kl = healing["kl_held_out"]
+        lines.append(
+            f"- Healed: attentions trained on the source's predictions for {healing['steps']} steps of "
+            f"{healing['batch_size']} windows of {healing['window']}, {healing['tokens']:,} tokens of {trained_on}; KL divergence on text held "
+            f"out {kl['before']:.4f} before, {kl['after']:.4f} after"
+        )
     lines.append(f"- Weights: {report['weights_bytes'] / 1e6:,.1f} MB, {report['dtype']}")
     lines.append(
         "- Versions: " + ", ".join(f"{name} {version}" for name, version in sorted(report["versions"].items()))
     )
-    command = f"\n\n{shell(report['command'])}" if "command" in report else ""
-    return "## How it was converted\n\n" + "\n".join(lines) + command
+    commands = [block["command"] for block in (report, report.get("healing") or {}) if "command" in block]
+    return "## How it was converted\n\n" + "\n".join(lines) + (f"\n\n{shell(*commands)}" if commands else "")
 
 
 def _origin(name: str) -> str:
@@ -178,7 +186,8 @@ def _measurements(report: dict[str, Any], evaluation: Evaluation | None) -> str:
     ]
     if layers := report.get("per_layer"):
         error = sum(layer["output_error"] for layer in layers) / len(layers)
-        rows.append(("relative squared error of attention outputs, mean of layers", "0", f"{error:.4f}"))
+        when = ", before it was healed" if "healing" in report else ""
+        rows.append((f"relative squared error of attention outputs, mean of layers{when}", "0", f"{error:.4f}"))
     if evaluation is not None:
         rows += evaluation.rows
     return f"## Measured\n\n{table(('', 'source', 'MLA'), rows)}" + (
@@ -199,9 +208,10 @@ def _searches(report: dict[str, Any]) -> list[str]:
 def _limits(report: dict[str, Any], context: int, repo: str | None) -> str:
     lines = [f"- Contexts of up to {context:,} tokens."]
     if report["method"] != "exact":
+        trained = "" if "healing" in report else "Nothing was trained after the conversion: "
         lines.append(
-            "- Nothing was trained after the conversion: it answers worse than its source, and more so on text unlike "
-            f"the calibration's. Measure it on yours: `vllm-mla eval {_served(repo)} --reference SOURCE --text my.txt`."
+            f"- {trained}{'i' if trained else 'I'}t answers worse than its source, and more so on text unlike the "
+            f"calibration's. Measure it on yours: `vllm-mla eval {_served(repo)} --reference SOURCE --text my.txt`."
         )
     lines.append(
         "- vLLM serves it only where the plugin is installed. What the source's card says of its limits holds here too."

@@ -39,9 +39,9 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, length: int) -> ChatTempla
     Raises:
         ConversionError: there is no template, or one that does not lay turns out one after another, or leaves no room.
     """
-    instead = "Leave --calibration chat out."
+    instead = "Leave chat out."
     if not tokenizer.chat_template:
-        raise ConversionError(f"--calibration chat needs a chat template, and the source has none. {instead}")
+        raise ConversionError(f"Text from chat needs a chat template, and the source has none. {instead}")
     turns = [{"role": role, "content": said} for role, said in (("user", USER), ("assistant", ANSWER), ("user", NEXT))]
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False, strftime_now=TODAY.strftime)

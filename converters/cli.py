@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from mla_converters.commands import bench, card, convert, plan, verify
+from mla_converters.commands import bench, card, convert, heal, plan, verify
 from mla_converters.commands import eval as evaluation
 from mla_converters.errors import ConversionError, StoppedError
 
@@ -21,6 +21,7 @@ app = typer.Typer(
 
 app.command(epilog=plan.EPILOG)(plan.plan)
 app.command(epilog=convert.EPILOG)(convert.convert)
+app.command(epilog=heal.EPILOG)(heal.heal)
 app.command(epilog=verify.EPILOG)(verify.verify)
 app.command("eval", epilog=evaluation.EPILOG)(evaluation.evaluate)
 app.command(epilog=card.EPILOG)(card.card)

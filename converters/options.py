@@ -1,9 +1,11 @@
 """What a conversion is asked to do, and what can be refused before anything is read."""
 
+import math
 import shlex
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -67,6 +69,31 @@ class Options:
     trust_remote_code: bool = False
 
 
+@dataclass(frozen=True)
+class HealOptions:
+    """How to heal; the defaults are those of the command line.
+
+    Attributes:
+        text: text files, or ``self`` or ``chat`` for what the source writes.
+        tokens: how many of them at most; one window in 32 is held out.
+        steps: of Adam.
+        batch_size: windows of 512 tokens to a step.
+        learning_rate: change of a weight in the first steps, relative to the root mean square of its matrix.
+        seed: of text, and of its order.
+        device: where both models are.
+        trust_remote_code: whether code that comes with the tokenizer may run.
+    """
+
+    text: tuple[str, ...] = (SELF,)
+    tokens: int = 131072
+    steps: int = 200
+    batch_size: int = 4
+    learning_rate: float = 0.003
+    seed: int = 0
+    device: str = "cpu"
+    trust_remote_code: bool = False
+
+
 def as_json(value: object) -> object:
     """An option's value as JSON has it: a list if the option may be repeated."""
     if isinstance(value, frozenset):
@@ -76,14 +103,24 @@ def as_json(value: object) -> object:
 
 def command_line(source: str, revision: str | None, options: Options) -> str:
     """The command that converts ``source`` with these options."""
-    words = ["vllm-mla", "convert", source, f"./{Path(source).stem}-mla"]
+    words = ["vllm-mla", "convert", source, f"./{Path(source).stem}-mla", *given_options(options)]
+    return shlex.join([*words, *(["--revision", revision] if revision else [])])
+
+
+def given_options(options: Any) -> list[str]:
+    """What a command line says of options that differ from their defaults.
+
+    Args:
+        options: a dataclass whose fields are named as the options are.
+    """
+    words: list[str] = []
     for field in fields(options):
         value = getattr(options, field.name)
         if value != field.default:
             given = as_json(value)
             for item in given if isinstance(given, list) else [given]:
                 words += [f"--{field.name.replace('_', '-')}", *([] if item is True else [str(item)])]
-    return shlex.join([*words, *(["--revision", revision] if revision else [])])
+    return words
 
 
 def check_options(options: Options) -> None:
@@ -94,11 +131,10 @@ def check_options(options: Options) -> None:
     """
     if options.dtype not in (None, *DTYPES):
         raise ConversionError(f"--dtype is {options.dtype!r}; choose one of {', '.join(DTYPES)}.")
-    _check_device(options.device)
+    check_device(options.device)
     if options.refit_steps < 0:
         raise ConversionError(f"--refit-steps is {options.refit_steps}, but must be 0 or more.")
-    if not -(2**63) <= options.seed < 2**64:
-        raise ConversionError(f"--seed is {options.seed}, but must fit 64 bits.")
+    check_seed(options.seed)
     of_one_method = {
         "--freqfold": (options.freqfold is not None, Method.TRANSMLA),
         "--rope-keep": (options.rope_keep is not None, Method.MHA2MLA),
@@ -115,10 +151,33 @@ def check_options(options: Options) -> None:
         )
 
 
-def _check_device(device: str) -> None:
+def check_seed(seed: int) -> None:
+    """Refuse a seed that torch's generators do not take."""
+    if not -(2**63) <= seed < 2**64:
+        raise ConversionError(f"--seed is {seed}, but must fit 64 bits.")
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that this machine does not have."""
     try:
         kind = torch.device(device).type
     except RuntimeError as error:
         raise ConversionError(f"--device is {device!r}, which is not a device: use cpu, cuda or cuda:N.") from error
     if kind == "cuda" and not torch.cuda.is_available():
         raise ConversionError(f"--device is {device!r}, but this torch sees no CUDA device.")
+
+
+def check_heal_options(options: HealOptions) -> None:
+    """Refuse what cannot be trained.
+
+    Raises:
+        ConversionError: with what to do.
+    """
+    check_device(options.device)
+    check_seed(options.seed)
+    for name in ("steps", "batch_size"):
+        if getattr(options, name) < 1:
+            option = f"--{name.replace('_', '-')}"
+            raise ConversionError(f"{option} is {getattr(options, name)}, but must be 1 or more.")
+    if not 0 < options.learning_rate < math.inf:
+        raise ConversionError(f"--learning-rate is {options.learning_rate}, but must be above 0, such as 0.003.")

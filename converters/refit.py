@@ -1,7 +1,10 @@
 """Refitting one converted layer: a few steps of Adam towards what the source's attention gives."""
 
 import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,6 +38,25 @@ class KeysAndInputsApart(nn.Module):
     def right_inverse(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What :meth:`forward` is given for ``weight``."""
         return weight[:, : self.keys].clone(), weight[:, self.keys :].clone()
+
+
+@contextmanager
+def keys_and_inputs_apart(attentions: Sequence[nn.Module]) -> Iterator[None]:
+    """Give the parts for keys and for inputs of each ``kv_a_proj_with_mqa`` step sizes of their own, for the time of a
+    ``with`` block; does nothing to attentions without QK-norm, whose latent is of inputs alone."""
+    normed = [attention for attention in attentions if hasattr(attention, "k_norm")]
+    for attention in normed:
+        apart = KeysAndInputsApart(len(attention.k_proj.weight))
+        parametrize.register_parametrization(attention.kv_a_proj_with_mqa, "weight", apart)
+    yield
+    for attention in normed:
+        parametrize.remove_parametrizations(attention.kv_a_proj_with_mqa, "weight")
+
+
+def relative_rates(parameters: Iterable[nn.Parameter], rate: float) -> list[dict[str, Any]]:
+    """An optimizer's groups in which each tensor's learning rate is ``rate`` times its root mean square: the scale of
+    what leads into a latent and out of it is arbitrary."""
+    return [{"params": [weight], "lr": rate * weight.detach().square().mean().sqrt().item()} for weight in parameters]
 
 
 @dataclass(frozen=True)
@@ -71,39 +93,30 @@ def refit_layer(
         refit: steps and rate.
         generator: for the order of the windows.
     """
-    if attention.qk_norm:
-        parametrize.register_parametrization(
-            attention.kv_a_proj_with_mqa, "weight", KeysAndInputsApart(len(attention.k_proj.weight))
+    with keys_and_inputs_apart([attention]):
+        optimizer = torch.optim.Adam(relative_rates(attention.parameters(), refit.rate), betas=(0.9, 0.99))
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer,
+            lambda step: min(1, (step + 1) / WARMUP) * (1 + math.cos(math.pi * step / refit.steps)) / 2,
         )
-    groups = [
-        {"params": [weight], "lr": refit.rate * weight.detach().square().mean().sqrt().item()}
-        for weight in attention.parameters()
-    ]
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min(1, (step + 1) / WARMUP) * (1 + math.cos(math.pi * step / refit.steps)) / 2,
-    )
-    # All keys before some queries: distances of up to the whole window, at the price of few queries.
-    queries = min(QUERIES, hidden.shape[1])
-    order = torch.empty(0, dtype=torch.long)
-    for _ in range(refit.steps):
-        if len(order) < min(BATCH, len(hidden)):
-            order = torch.randperm(len(hidden), generator=generator)
-        batch, order = order[:BATCH], order[BATCH:]
-        # In whole blocks: tensors of ever new sizes fragment the heap to three times what is needed.
-        end = queries * int(torch.randint(1, hidden.shape[1] // queries + 1, (), generator=generator))
-        inputs = hidden[batch, :end].to(layer.device)
-        target = expected[batch, end - queries : end].to(layer.device) - inputs[:, -queries:]
-        size = target.square().sum(-1)  # [windows, queries]
-        if not size.any():  # the layer's attention adds nothing: there is nothing to fit
-            continue
-        with calibration_autocast(layer.device):
-            output = attention(layer.normed(inputs), torch.arange(end - queries, end))
-        loss = ((output - target).square().sum(-1) / size.clamp(min=FLOOR * size.mean())).mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    if attention.qk_norm:
-        parametrize.remove_parametrizations(attention.kv_a_proj_with_mqa, "weight")
+        # All keys before some queries: distances of up to the whole window, at the price of few queries.
+        queries = min(QUERIES, hidden.shape[1])
+        order = torch.empty(0, dtype=torch.long)
+        for _ in range(refit.steps):
+            if len(order) < min(BATCH, len(hidden)):
+                order = torch.randperm(len(hidden), generator=generator)
+            batch, order = order[:BATCH], order[BATCH:]
+            # In whole blocks: tensors of ever new sizes fragment the heap to three times what is needed.
+            end = queries * int(torch.randint(1, hidden.shape[1] // queries + 1, (), generator=generator))
+            inputs = hidden[batch, :end].to(layer.device)
+            target = expected[batch, end - queries : end].to(layer.device) - inputs[:, -queries:]
+            size = target.square().sum(-1)  # [windows, queries]
+            if not size.any():  # the layer's attention adds nothing: there is nothing to fit
+                continue
+            with calibration_autocast(layer.device):
+                output = attention(layer.normed(inputs), torch.arange(end - queries, end))
+            loss = ((output - target).square().sum(-1) / size.clamp(min=FLOOR * size.mean())).mean()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()

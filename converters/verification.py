@@ -60,10 +60,7 @@ def verify(folder: Path, source: str | None = None, trust_remote_code: bool = Fa
     Raises:
         ConversionError: the folder is no converted checkpoint, or the source is no model.
     """
-    description = read_json_object(folder / "config.json")
-    architectures = {family.mla_architecture for family in FAMILIES.values()}
-    if not architectures.intersection(architecture_names(description)):
-        raise ConversionError(f"{folder} is not a checkpoint that vllm-mla convert wrote: its architecture is another.")
+    description = converted_config(folder)
     checks = [Check("files", manifest_problems(folder), "size and SHA-256 of every file")]
     config, check = _config(folder)
     checks.append(check)
@@ -77,6 +74,19 @@ def verify(folder: Path, source: str | None = None, trust_remote_code: bool = Fa
         "ok": not any(check.problems for check in checks),
         "checks": [asdict(check) for check in checks],
     }
+
+
+def converted_config(folder: Path) -> dict[str, Any]:
+    """``config.json`` of a folder that ``vllm-mla convert`` wrote.
+
+    Raises:
+        ConversionError: it is none.
+    """
+    description = read_json_object(folder / "config.json")
+    architectures = {family.mla_architecture for family in FAMILIES.values()}
+    if not architectures.intersection(architecture_names(description)):
+        raise ConversionError(f"{folder} is not a checkpoint that vllm-mla convert wrote: its architecture is another.")
+    return description
 
 
 def _config(folder: Path) -> tuple[PretrainedConfig | None, Check]:

@@ -1,4 +1,4 @@
-"""The folder beside OUT in which a conversion is put together, and from which an interrupted one goes on."""
+"""The folder beside OUT in which a model is put together, and from which an interrupted run goes on."""
 
 import os
 import shutil
@@ -21,7 +21,7 @@ MODEL = "model"
 
 
 class Work:
-    """An unfinished conversion on disk.
+    """An unfinished model on disk.
 
     Attributes:
         folder: ``OUT.partial``.
@@ -46,7 +46,7 @@ class Work:
         return streams[name]
 
     def begin(self, identity: dict[str, Any]) -> None:
-        """Start, or go on with what an earlier run of the same conversion left.
+        """Start, or go on with what an earlier run of the same kind left.
 
         Raises:
             ConversionError: the folder holds something else.
@@ -56,7 +56,7 @@ class Work:
             differences = _differences(read_json_object(path), identity)
             if differences:
                 raise ConversionError(
-                    f"{self.folder} holds an unfinished conversion that differs in {', '.join(differences)}: finish "
+                    f"{self.folder} holds unfinished work that differs in {', '.join(differences)}: finish "
                     "it the way it was begun, or delete the folder to start anew."
                 )
         if not self.model.is_dir():  # a new start, or finished and moved to its place by a run that then was killed
@@ -80,7 +80,7 @@ class Work:
         available = shutil.disk_usage(self.folder).free + used
         if available < needed:
             raise ConversionError(
-                f"The conversion takes {needed / 1e9:,.2f} GB on disk, and {self.folder.parent} has "
+                f"This takes {needed / 1e9:,.2f} GB on disk, and {self.folder.parent} has "
                 f"{available / 1e9:,.2f} GB free: choose another OUT, or make room."
             )
 
@@ -103,20 +103,20 @@ def work_folder(out: Path, force: bool, identity: dict[str, Any]) -> Iterator[Wo
         identity: everything that decides what the result is; a later run must have the same.
 
     Raises:
-        ConversionError: ``out`` exists, its parent cannot be written, another run is writing it, or an unfinished
-            conversion of another kind is there.
+        ConversionError: ``out`` exists, its parent cannot be written, another run is writing it, or unfinished work
+            of another kind is there.
         UnfinishedError: interrupted, or out of space; the same command goes on.
     """
     _check_out(out, force)
     folder = out.with_name(f"{out.name}.partial")
     if folder.exists() and not _is_ours(folder):
-        raise ConversionError(f"{folder} exists and is no unfinished conversion: move it away.")
+        raise ConversionError(f"{folder} exists and is no unfinished work: move it away.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / LOCK)
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise ConversionError(f"Another conversion is writing {folder}: wait for it, or choose another OUT.") from error
+        raise ConversionError(f"Another run is writing {folder}: wait for it, or choose another OUT.") from error
     except OSError as error:
         raise ConversionError(f"{out.parent} cannot be written: {error.strerror}.") from error
     with lock:

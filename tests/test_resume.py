@@ -189,13 +189,13 @@ def test_vanished_shard(source: Path, expected: dict[str, bytes], tmp_path: Path
 def test_second_writer(refusal: Refused, source: Path, tmp_path: Path) -> None:
     (tmp_path / "out.partial").mkdir()
     with FileLock(tmp_path / "out.partial" / "lock"):
-        assert "Another conversion is writing" in refusal("convert", source, tmp_path / "out", "--method", "exact")
+        assert "Another run is writing" in refusal("convert", source, tmp_path / "out", "--method", "exact")
 
 
 def test_folder_of_somebody_else(refusal: Refused, source: Path, tmp_path: Path) -> None:
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "thesis.txt").write_text("chapter one")
-    assert "is no unfinished conversion" in refusal("convert", source, tmp_path / "out", "--method", "exact")
+    assert "is no unfinished work" in refusal("convert", source, tmp_path / "out", "--method", "exact")
     assert [path.name for path in (tmp_path / "out.partial").iterdir()] == ["thesis.txt"]
 
 

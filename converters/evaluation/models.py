@@ -79,18 +79,23 @@ def find_model(name: str, stack: ExitStack, trust_remote_code: bool = False) -> 
     path = local_path(name)
     if path is not None and path.is_file():
         folder = unpacked_gguf(name, stack)
-        return Model(name, str(folder), _config(folder, trust_remote_code), trust_remote_code)
+        return Model(name, str(folder), read_config(folder, trust_remote_code), trust_remote_code)
     try:
         if path is None:
             config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         else:
-            config = _config(path, trust_remote_code)
+            config = read_config(path, trust_remote_code)
     except OSError as error:
         raise not_on_the_hub(name, error) from error
     return Model(name, name, config, trust_remote_code)
 
 
-def _config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
+def read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
+    """A folder's transformers configuration.
+
+    Raises:
+        ConversionError: it is none.
+    """
     read_json_object(folder / "config.json")
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)

@@ -1,0 +1,161 @@
+"""Training a converted model to predict what its source predicts (knowledge distillation, arXiv 1503.02531)."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from mla_converters.layers import native_bfloat16
+from mla_converters.options import HealOptions
+from mla_converters.refit import keys_and_inputs_apart, relative_rates
+
+CHUNK = 512  # positions whose logits exist at a time
+WARMUP = 5  # steps
+SAVES = 20  # times, so that an interruption loses at most a twentieth of the steps
+COMPLETE = "trainer_state.json"  # what Trainer writes last of a checkpoint
+
+
+class Distillation(nn.Module):
+    """A student beside its teacher; the loss is ``KL(teacher || student)`` (arXiv 1503.02531, section 2, at
+    temperature 1).
+
+    Only what is trained is registered, so that is all that Trainer saves and that a checkpoint holds.
+
+    Args:
+        student: the converted model; of it, only ``trained`` changes.
+        teacher: its source.
+        trained: parameters of the student.
+    """
+
+    def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel, trained: list[nn.Parameter]) -> None:
+        super().__init__()
+        self.trained = nn.ParameterList(trained)
+        self._models = (student, teacher)  # a tuple, for modules would be registered
+
+    def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """``loss``: the mean over all positions of ``[windows, tokens]`` token ids, nats."""
+        student, teacher = self._models
+        with torch.no_grad():
+            expected = teacher.model(input_ids=input_ids, use_cache=False).last_hidden_state
+        hidden = student.model(input_ids=input_ids, use_cache=False).last_hidden_state
+        # Logits are by far the largest tensors: those of a chunk are computed twice, and never kept.
+        pairs = zip(hidden.flatten(0, 1).split(CHUNK), expected.flatten(0, 1).split(CHUNK), strict=True)
+        losses = [checkpoint(self._divergence, *pair, use_reentrant=False) for pair in pairs]
+        return {"loss": torch.stack(losses).sum() / input_ids.numel()}
+
+    def _divergence(self, hidden: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+        student, teacher = self._models
+        with torch.no_grad():
+            target = teacher.lm_head(expected).float().log_softmax(-1)
+        return F.kl_div(student.lm_head(hidden).float().log_softmax(-1), target, reduction="sum", log_target=True)
+
+
+class _Steps(TrainerCallback):
+    """Tells of each step, and of its loss."""
+
+    def __init__(self, advance: Callable[[int, float], None]) -> None:
+        self._advance = advance
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: object, logs: dict | None = None, **kwargs: object
+    ) -> None:
+        if logs and "loss" in logs:
+            self._advance(state.global_step, logs["loss"])
+
+
+class OneDevice(TrainingArguments):
+    """Trainer's arguments for one device, where its own would take all GPUs."""
+
+    @property
+    def n_gpu(self) -> int:
+        return min(1, super().n_gpu)
+
+
+@contextmanager
+def distillation(student: PreTrainedModel, teacher: PreTrainedModel) -> Iterator[Distillation]:
+    """The student's attentions ready to be trained, for the time of a ``with`` block.
+
+    The teacher gets the student's tensors where both have the same, so that they are in memory once.
+    """
+    own = dict(student.named_parameters())
+    for name, parameter in teacher.named_parameters():
+        if name in own and torch.equal(parameter, own[name]):
+            parameter.data = own[name].data
+    attentions = [layer.self_attn for layer in student.model.layers]
+    for model in (student, teacher):
+        model.requires_grad_(False).eval()
+    with keys_and_inputs_apart(attentions):
+        trained = [parameter.requires_grad_() for attention in attentions for parameter in attention.parameters()]
+        for parameter in trained:
+            parameter.data = parameter.data.float()  # steps are smaller than what bfloat16 can tell apart
+        yield Distillation(student, teacher, trained)
+
+
+@torch.no_grad()
+def held_out_kl(model: Distillation, windows: torch.Tensor, device: str) -> float:
+    """Mean ``KL(teacher || student)`` over ``[windows, tokens]``, nats per token."""
+    with torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=native_bfloat16(device)):
+        losses = [model(window[None].to(device))["loss"].item() for window in windows]
+    return sum(losses) / len(losses)
+
+
+def train(
+    model: Distillation,
+    windows: torch.Tensor,
+    options: HealOptions,
+    folder: Path,
+    advance: Callable[[int, float], None],
+) -> None:
+    """Train, or go on from what an earlier run left in ``folder``.
+
+    Args:
+        model: changed in place.
+        windows: ``[windows, tokens]`` token ids to train on, each once before any comes again.
+        options: steps, batch, rate, which falls by a cosine, and seed.
+        folder: for Trainer's checkpoints.
+        advance: called with the number of steps done and the last one's loss.
+    """
+    arguments = OneDevice(
+        output_dir=str(folder),
+        max_steps=options.steps,
+        per_device_train_batch_size=options.batch_size,
+        lr_scheduler_type="cosine",
+        warmup_steps=min(WARMUP, options.steps - 1),
+        max_grad_norm=0,  # of tensors whose scales are arbitrary, a norm says nothing
+        save_strategy="steps",
+        save_steps=max(1, options.steps // SAVES),
+        save_total_limit=1,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        report_to="none",
+        remove_unused_columns=False,
+        seed=options.seed,
+        bf16=native_bfloat16(options.device),
+        use_cpu=torch.device(options.device).type == "cpu",
+    )
+    trainer = Trainer(
+        model,
+        arguments,
+        train_dataset=[{"input_ids": window} for window in windows],
+        optimizers=(
+            torch.optim.Adam(relative_rates(model.parameters(), options.learning_rate), betas=(0.9, 0.95)),
+            None,
+        ),
+        callbacks=[_Steps(advance)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The newest that was written to its end."""
+    whole = [path.parent for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{COMPLETE}")]
+    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None

@@ -1,0 +1,66 @@
+"""Token windows to train on: all of a text file, or what the model writes."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.progress import Progress
+
+from mla_converters.calibration import CHAT, WINDOW, WRITTEN, sample, token_ids
+from mla_converters.chat import chat_template
+from mla_converters.errors import ConversionError
+from mla_converters.sampling import LENGTH as TEXT
+from mla_converters.source import Source
+
+HELD_OUT = 32  # one window in so many is not trained on
+LEAST = 2  # windows: one to train on, one held out
+
+
+def training_windows(
+    source: Source, origins: Sequence[str], tokens: int, seed: int, progress: Progress
+) -> torch.Tensor:
+    """Token ids to train on.
+
+    Args:
+        source: the model.
+        origins: UTF-8 text files, cut end to end, or ``self`` or ``chat`` for what the model writes.
+        tokens: at most so many of all together, an equal share of each; a shorter file gives what it has.
+        seed: which windows of a longer file, and what to sample.
+        progress: for the bar.
+
+    Returns:
+        ``[windows, length]`` int64, in random order; the length is :data:`WINDOW`, or the model's context if that is
+        less.
+
+    Raises:
+        ConversionError: a text cannot be read, there is too little of all, or the model has no chat template.
+    """
+    length = min(WINDOW, source.config.max_position_embeddings)
+    share = tokens // len(origins) // length
+    if share * len(origins) < LEAST:
+        needed = length * max(LEAST, len(origins))
+        raise ConversionError(f"--tokens is {tokens}, but must be at least {needed}: windows of {length}.")
+    texts = [None if origin in WRITTEN else token_ids(source, Path(origin)) for origin in origins]
+    templates = [chat_template(source.tokenizer, TEXT) if origin == CHAT else None for origin in origins]
+    generator = torch.Generator().manual_seed(seed)
+    parts = [
+        sample(source, share, length, generator, progress, template)
+        if ids is None
+        else _cut(ids, share, length, generator)
+        for ids, template in zip(texts, templates, strict=True)
+    ]
+    windows = torch.cat(parts)
+    if len(windows) < LEAST:
+        raise ConversionError(f"There are {windows.numel()} tokens of --text, but {LEAST * length} are needed.")
+    return windows[torch.randperm(len(windows), generator=generator)]
+
+
+def hold_out(windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Windows ``[windows, tokens]`` to train on, and one in :data:`HELD_OUT` to see what it brings."""
+    count = -(-len(windows) // HELD_OUT)
+    return windows[count:], windows[:count]
+
+
+def _cut(ids: torch.Tensor, count: int, length: int, generator: torch.Generator) -> torch.Tensor:
+    windows = ids[: len(ids) // length * length].view(-1, length)
+    return windows[torch.randperm(len(windows), generator=generator)[:count]]
