@@ -153,12 +153,12 @@ def _conversion(report: dict[str, Any]) -> str:
     if "refit_steps" in report:
         lines.append(f"- Refit: {report['refit_steps']} steps in each layer")
     if healing := report.get("healing"):
-        trained_on = " and ".join(map(_origin, healing["text"]))
         kl = healing["kl_held_out"]
         lines.append(
             f"- Healed: attentions trained on the source's predictions for {healing['steps']} steps of "
-            f"{healing['batch_size']} windows of {healing['window']}, {healing['tokens']:,} tokens of {trained_on}; KL divergence on text held "
-            f"out {kl['before']:.4f} before, {kl['after']:.4f} after"
+            f"{healing['batch_size']} windows of {healing['window']}, {healing['tokens']:,} tokens of "
+            f"{' and '.join(map(_origin, healing['text']))}; KL divergence on text held out {kl['before']:.4f} before, "
+            f"{kl['after']:.4f} after"
         )
     lines.append(f"- Weights: {report['weights_bytes'] / 1e6:,.1f} MB, {report['dtype']}")
     lines.append(

@@ -3,10 +3,13 @@
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,11 +62,50 @@ def convert(source: Path, out: Path, *options: object) -> Path:
     return out
 
 
+def heal(model: Path, out: Path, *options: object) -> Path:
+    """Heal with the command line, in this process."""
+    app(["heal", str(model), str(out), *map(str, options)], standalone_mode=False)
+    return out
+
+
 def convert_alone(source: Path, out: Path, *options: object) -> Path:
     """Convert with the command line as a user does, in a process of its own."""
-    result = vllm_mla("convert", source, out, *options)
+    return alone("convert", source, out, *options)
+
+
+def alone(command: str, source: Path, out: Path, *options: object) -> Path:
+    """Make ``out`` with a command of ``vllm-mla``, in a process of its own."""
+    result = vllm_mla(command, source, out, *options)
     assert result.returncode == 0, result.stderr
     return out
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def hear_interrupts() -> None:
+    """A shell makes its background jobs, which these tests may be, deaf to Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextmanager
+def running(*arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """``vllm-mla`` in a process of its own."""
+    command = [str(BIN / "vllm-mla"), *map(str, arguments)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hear_interrupts
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def wait_for(process: subprocess.Popen[str], seen: Callable[[], object]) -> None:
+    while process.poll() is None and not seen():
+        time.sleep(0.01)
+    assert process.returncode is None, process.communicate()
 
 
 @pytest.fixture
@@ -113,22 +155,29 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base.parent if worker else base
 
 
-def convert_once(source: Path, out: Path, *options: object) -> Path:
-    """Convert unless another worker has, or wait until it has."""
+def once(command: str, source: Path, out: Path, *options: object) -> Path:
+    """Make ``out`` with a command of ``vllm-mla``, unless another worker has, or wait until it has."""
     with FileLock(out.with_suffix(".lock")):
-        return out if out.exists() else convert_alone(source, out, *options)
+        return out if out.exists() else alone(command, source, out, *options)
 
 
 @pytest.fixture(scope="session")
 def exact(smollm2: Path, shared: Path) -> Path:
     """SmolLM2 as MLA, exactly."""
-    return convert_once(smollm2, shared / "exact", "--method", "exact")
+    return once("convert", smollm2, shared / "exact", "--method", "exact")
 
 
 @pytest.fixture(scope="session")
 def half(smollm2: Path, shared: Path) -> Path:
     """SmolLM2 with half the cache, calibrated on few tokens."""
-    return convert_once(smollm2, shared / "half", *HALF)
+    return once("convert", smollm2, shared / "half", *HALF)
+
+
+@pytest.fixture(scope="session")
+def healed(half: Path, shared: Path) -> Path:
+    """The same, healed on few tokens."""
+    few = ("--text", CALIBRATION, "--tokens", 2048, "--batch-size", 1, "--steps", 3, "--learning-rate", 3e-4)
+    return once("heal", half, shared / "healed", *few)
 
 
 def converted_layers(source: Source, conversion: LayerConversion) -> Iterator[dict[str, torch.Tensor]]:

@@ -62,11 +62,13 @@ def test_exact_equals_source_in_vllm(smollm2: Path, exact: Path) -> None:
     assert mla["kv_tokens"] == source["kv_tokens"]
 
 
-def test_half_equals_transformers(smollm2: Path, half: Path) -> None:
+@pytest.mark.parametrize("kind", ["half", "healed"])
+def test_half_equals_transformers(kind: str, request: pytest.FixtureRequest) -> None:
     """Different lengths in one batch, prefill and decode; twice the source's capacity."""
-    prompts = text_prompts(half, 12, longest=300)
-    result = run_engine(half, prompts, max_tokens=24, prompt_logprobs=True)
-    assert_agrees(result, load(half), prompts)
+    model = request.getfixturevalue(kind)
+    prompts = text_prompts(model, 12, longest=300)
+    result = run_engine(model, prompts, max_tokens=24, prompt_logprobs=True)
+    assert_agrees(result, load(model), prompts)
     assert result["kv_tokens"] == pytest.approx(2 * 23296, rel=0.01)
 
 

@@ -7,12 +7,22 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import BIN, CALIBRATION, ROOT, RandomModel, Refused, convert, vllm_mla
+from conftest import (
+    CALIBRATION,
+    ROOT,
+    RandomModel,
+    Refused,
+    contents,
+    convert,
+    hear_interrupts,
+    running,
+    vllm_mla,
+    wait_for,
+)
 from filelock import FileLock
 
 from mla_converters.errors import StoppedError
@@ -35,41 +45,13 @@ def expected(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return contents(convert(source, tmp_path_factory.mktemp("expected") / "out", *OPTIONS))
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def hear_interrupts() -> None:
-    """A shell makes its background jobs, which these tests may be, deaf to Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-@contextmanager
-def running(source: Path, out: Path, *options: object) -> Iterator[subprocess.Popen[str]]:
-    """A conversion in a process of its own."""
-    command = [str(BIN / "vllm-mla"), "convert", str(source), str(out), *map(str, options)]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hear_interrupts
-    ) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def wait_for(process: subprocess.Popen[str], seen: Callable[[], object]) -> None:
-    while process.poll() is None and not seen():
-        time.sleep(0.01)
-    assert process.returncode is None, process.communicate()
-
-
 def test_killed(source: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
     """Killed at random moments again and again, the same command ends with the same bytes."""
     out, folder = tmp_path / "out", tmp_path / "out.partial"
     chance = random.Random(KILLS)
     kills = 0
     while kills < KILLS:
-        with running(source, out, *OPTIONS) as process:
+        with running("convert", source, out, *OPTIONS) as process:
             wait_for(process, folder.exists)
             time.sleep(chance.uniform(0, 3))
             process.kill()
@@ -91,7 +73,7 @@ def test_killed(source: Path, expected: dict[str, bytes], tmp_path: Path) -> Non
 def test_goes_on_from_the_layers_that_are_done(source: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
     """A finished layer is not written again: a mark made in it is still there in the end."""
     out, folder = tmp_path / "out", tmp_path / "out.partial"
-    with running(source, out, *OPTIONS) as process:
+    with running("convert", source, out, *OPTIONS) as process:
         wait_for(process, (folder / "layers.safetensors").exists)
     written = folder / "model" / "model.safetensors"
     content = written.read_bytes()
@@ -117,7 +99,7 @@ def test_other_options_do_not_go_on(
     changed: tuple, message: str, refusal: Refused, source: Path, tmp_path: Path
 ) -> None:
     out, folder = tmp_path / "out", tmp_path / "out.partial"
-    with running(source, out, *OPTIONS) as process:
+    with running("convert", source, out, *OPTIONS) as process:
         wait_for(process, (folder / "calibration.safetensors").exists)
     assert message in refusal("convert", source, out, *OPTIONS, *changed)
     assert (folder / "calibration.safetensors").exists() and not out.exists()
@@ -134,7 +116,7 @@ def test_another_source_does_not_go_on(refusal: Refused, source: Path, tmp_path:
 def test_interrupted(source: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
     """Ctrl-C ends in one sentence, and the same command goes on."""
     out, folder = tmp_path / "out", tmp_path / "out.partial"
-    with running(source, out, *OPTIONS) as process:
+    with running("convert", source, out, *OPTIONS) as process:
         wait_for(process, (folder / "layers.safetensors").exists)
         process.send_signal(signal.SIGINT)
         _, complaint = process.communicate(timeout=60)
@@ -222,7 +204,7 @@ def test_too_small_disk(refusal: Refused, small_disk: Path, tmp_path: Path) -> N
 def test_disk_that_fills_up(source: Path, small_disk: Path) -> None:
     """Space that somebody else takes in the middle ends the run in one sentence; with room again, it goes on."""
     out, folder = small_disk / "out", small_disk / "out.partial"
-    with running(source, out, *OPTIONS) as process:
+    with running("convert", source, out, *OPTIONS) as process:
         wait_for(process, (folder / "layers.safetensors").exists)
         with (small_disk / "filler").open("wb", buffering=0) as filler:
             block = bytes(1024)

@@ -1,0 +1,176 @@
+"""Healing: the attentions of a converted model are trained on what its source predicts, and nothing else is."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest import (
+    CALIBRATION,
+    MIXTRAL_EXPERTS,
+    QWEN3_EXPERTS,
+    ROOT,
+    CommandLine,
+    RandomModel,
+    Refused,
+    contents,
+    convert,
+    heal,
+    running,
+    wait_for,
+)
+from safetensors.torch import load_file
+
+from mla_converters import distillation
+from mla_converters.evaluation.run import EvalOptions, evaluate
+
+OTHER_TEXT = ROOT / "scripts" / "demo_text.txt"
+CALIBRATED = ("--calibration", CALIBRATION, "--calibration-tokens", 1024, "--refit-steps", 0)
+OPTIONS = ("--text", CALIBRATION, "--text", OTHER_TEXT, "--steps", 60)
+SHAPES = {
+    "llama": RandomModel(bias=True, tied=True),
+    "qwen3": RandomModel("qwen3", heads=4, kv_heads=1),
+    "qwen3_moe": RandomModel("qwen3_moe", experts=QWEN3_EXPERTS),
+    "mixtral": RandomModel("mixtral", experts=MIXTRAL_EXPERTS, dtype=torch.bfloat16),
+}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return RandomModel().save(tmp_path_factory.mktemp("source") / "model")
+
+
+@pytest.fixture(scope="module")
+def mla(source: Path) -> Path:
+    return convert(source, source.with_name("mla"), *CALIBRATED)
+
+
+@pytest.fixture(scope="module")
+def expected(mla: Path) -> dict[str, bytes]:
+    """What a run that nothing disturbs writes."""
+    return contents(heal(mla, mla.with_name("healed"), *OPTIONS))
+
+
+def held_out(folder: Path) -> dict[str, float]:
+    """KL divergence from the source before and after, on text that was not trained on."""
+    return json.loads((folder / "conversion_report.json").read_text())["healing"]["kl_held_out"]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_only_attentions_change_and_predict_better(shape: str, tmp_path: Path) -> None:
+    source = SHAPES[shape].save(tmp_path / "source")
+    mla = convert(source, tmp_path / "mla", *CALIBRATED)
+    healed = heal(mla, tmp_path / "healed", "--text", CALIBRATION, "--steps", 40)
+    kl = held_out(healed)
+    assert 0 < kl["after"] < 0.9 * kl["before"]
+    old, new = (load_file(folder / "model.safetensors") for folder in (mla, healed))
+    assert old.keys() == new.keys()
+    for name, tensor in old.items():
+        assert new[name].dtype == tensor.dtype
+        trained = ".self_attn." in name and not name.endswith("rope_freqs")
+        assert torch.equal(new[name], tensor) != trained, name
+
+
+def test_real_model(command_line: CommandLine, half: Path, healed: Path, smollm2: Path) -> None:
+    """Three windows of text bring SmolLM2 nearer to its source on other text."""
+    kl = held_out(healed)
+    assert 0 < kl["after"] < kl["before"]
+    options = EvalOptions(text=Path(__file__), windows=1, length=512)
+    rows = evaluate([str(half), str(healed)], options, reference=str(smollm2), quiet=True)["models"]
+    assert rows[1]["kl"] < rows[0]["kl"]
+    code, _, _ = command_line("verify", healed, "--source", smollm2)
+    assert code == 0
+
+
+def test_report_and_card(command_line: CommandLine, source: Path, mla: Path, tmp_path: Path) -> None:
+    out, file = tmp_path / "out", tmp_path / "report.json"
+    code, table, complaint = command_line(
+        "heal", mla, out, "--text", CALIBRATION, "--tokens", 4096, "--steps", 8, "--json", file
+    )
+    assert (code, complaint) == (0, "")
+    assert f"vllm serve {out}" in table.replace("\n", "")
+    report, written = json.loads(file.read_text()), json.loads((out / "conversion_report.json").read_text())
+    assert written == json.loads((out / "config.json").read_text())["mla_conversion"]
+    assert report["healing"] == written["healing"]
+    healing = written.pop("healing")
+    assert written == json.loads((mla / "conversion_report.json").read_text())
+    assert (healing["tokens"], healing["window"], healing["steps"]) == (4096, 256, 8)
+    assert healing["command"] == (f"vllm-mla heal {mla} ./mla-healed --text {CALIBRATION} --tokens 4096 --steps 8")
+    card = (out / "README.md").read_text()
+    assert f"8 steps of 4 windows of 256, 4,096 tokens of `{CALIBRATION.name}`" in card
+    assert healing["command"] in card and "Nothing was trained" not in card
+
+
+def test_killed(mla: Path, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after some steps, the same command goes on from them, and ends with the same bytes."""
+    out, folder = tmp_path / "out", tmp_path / "out.partial"
+    with running("heal", mla, out, *OPTIONS) as process:
+        wait_for(process, lambda: list(folder.glob(f"trainer/*/{distillation.COMPLETE}")))
+        process.kill()
+    started_from: list[str] = []
+    train = transformers.Trainer.train
+
+    def spy(self: transformers.Trainer, resume_from_checkpoint: str) -> Any:
+        started_from.append(resume_from_checkpoint)
+        return train(self, resume_from_checkpoint=resume_from_checkpoint)
+
+    monkeypatch.setattr(transformers.Trainer, "train", spy)
+    assert contents(heal(mla, out, *OPTIONS)) == expected
+    assert Path(started_from[0]).parent == folder / "trainer"
+    assert not folder.exists()
+
+
+def test_a_checkpoint_that_was_not_finished_is_passed_over(tmp_path: Path) -> None:
+    for step, whole in ((9, True), (12, True), (15, False)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if whole:
+            (tmp_path / f"checkpoint-{step}" / distillation.COMPLETE).touch()
+    assert distillation._last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-12")
+
+
+def test_other_options_do_not_go_on(mla: Path, refusal: Refused, tmp_path: Path) -> None:
+    out, folder = tmp_path / "out", tmp_path / "out.partial"
+    with running("heal", mla, out, *OPTIONS) as process:
+        wait_for(process, lambda: (folder / "text.safetensors").exists())
+    assert "--learning-rate (0.003 then, 0.002 now)" in refusal("heal", mla, out, *OPTIONS, "--learning-rate", 0.002)
+    assert folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--steps", 0), "--steps is 0, but must be 1 or more"),
+        (("--batch-size", -1), "--batch-size is -1, but must be 1 or more"),
+        (("--learning-rate", "nan"), "--learning-rate is nan, but must be above 0"),
+        (("--learning-rate", 0), "--learning-rate is 0.0, but must be above 0"),
+        (("--learning-rate", 1e30, "--steps", 5), "Training made the model worse"),
+        (("--tokens", 256), "--tokens is 256, but must be at least 512"),
+        (("--text", "nowhere.txt"), "nowhere.txt cannot be read"),
+        (("--text", "chat"), "needs a chat template"),
+        (("--source", "nowhere/at/all"), "nowhere/at/all does not exist"),
+        (("--device", "tpu9"), "which is not a device"),
+        (("--seed", 2**70), "must fit 64 bits"),
+    ],
+)
+def test_refused_options(refusal: Refused, mla: Path, tmp_path: Path, options: tuple, reason: str) -> None:
+    text = () if "--text" in options else ("--text", CALIBRATION)
+    assert reason in refusal("heal", mla, tmp_path / "out", *text, *options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_refused_models(refusal: Refused, source: Path, mla: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert "is not a checkpoint that vllm-mla convert wrote" in refusal("heal", source, out)
+    exact = convert(source, tmp_path / "exact", "--method", "exact")
+    assert "is an exact conversion" in refusal("heal", exact, out)
+    other = RandomModel(hidden=32, heads=2).save(tmp_path / "other")
+    assert "differ in hidden_size, num_attention_heads" in refusal("heal", mla, out, "--source", other)
+    assert "which is MODEL" in refusal("heal", mla, mla, "--force")
+    assert "exists: choose another OUT" in refusal("heal", mla, exact, "--text", CALIBRATION)
+    moved = Path(shutil.copytree(mla, tmp_path / "moved"))
+    (moved / "conversion_report.json").unlink()
+    assert "conversion_report.json" in refusal("heal", moved, out)
+    assert not out.exists()
