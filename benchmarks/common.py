@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -60,8 +61,21 @@ def measured_rows(name: str) -> dict[str, dict[str, Any]]:
 
 def convert(source: Path, out: Path, *options: str) -> dict[str, Any]:
     """Convert in a process of its own, so that peak memory is that of the conversion; the report."""
+    return _made("convert", source, out, *options)
+
+
+def heal(model: Path, *options: str) -> dict[str, Any]:
+    """Heal a converted model in its place, in a process of its own; the report."""
+    healed = model.with_name(f"{model.name}-healed")
+    report = _made("heal", model, healed, *options)
+    shutil.rmtree(model)
+    healed.rename(model)
+    return report
+
+
+def _made(command: str, source: Path, out: Path, *options: str) -> dict[str, Any]:
     report = out.with_suffix(".json")
-    subprocess.run([VLLM_MLA, "convert", source, out, *options, "--force", "--json", report], check=True)
+    subprocess.run([VLLM_MLA, command, source, out, *options, "--force", "--json", report], check=True)
     return json.loads(report.read_text())
 
 

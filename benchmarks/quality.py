@@ -4,9 +4,10 @@
 
 Source: SmolLM2-135M-Instruct. Calibration: WikiText-2's validation split (tokenised form, marks undone), 16 windows
 of 2,048 tokens for ``attention-aware`` with refit and 8 without, 32 of 512 for ``transmla`` and ``mha2mla``; or text
-sampled from the model (``self``), or half of each. Scores: perplexity in float32 of the first 8 windows of 1,024
-tokens of WikiText-2's raw test split, the first 2 of 4,096, and of 8 windows of 1,024 tokens of another domain: the
-source code of Python's ``argparse``. Some also through vLLM.
+sampled from the model (``self``), or half of each. What is healed was converted without refit, and then trained on
+128 windows of 512 tokens of the same text, of which 4 are held out. Scores: perplexity in float32 of the first 8
+windows of 1,024 tokens of WikiText-2's raw test split, the first 2 of 4,096, and of 8 windows of 1,024 tokens of
+another domain: the source code of Python's ``argparse``. Some also through vLLM.
 
 Rows already in the result file are kept: remove it to measure again, or choose rows with ``--only``.
 """
@@ -14,9 +15,11 @@ Rows already in the result file are kept: remove it to measure again, or choose 
 import re
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from common import CODE, RESULTS, convert, cost, evaluate, measured_rows, plain_text, row_parser, write_result
+from common import CODE, RESULTS, convert, cost, evaluate, heal, measured_rows, plain_text, row_parser, write_result
 
 from mla_converters.drawing import png
 
@@ -36,33 +39,55 @@ LABELS = {
     "attention-aware": "attention-aware",
     "closed-form per layer": "attention-aware, closed form, sizes per layer",
     "attention-aware per layer": "attention-aware, sizes per layer",
+    "healed": "attention-aware, closed form, healed",
     "self": "attention-aware, self-calibrated",
     "text and self": "attention-aware, half self-calibrated",
 }
 
 
-def jobs(text: Path) -> dict[str, tuple[int, list[str]]]:
-    """Every row: its name, the cache size, and the options of ``vllm-mla convert``."""
+@dataclass(frozen=True)
+class Job:
+    """What a row measures.
+
+    Attributes:
+        width: numbers cached per token and layer.
+        options: of ``vllm-mla convert``.
+        healing: options of ``vllm-mla heal``; None to leave it out.
+    """
+
+    width: int
+    options: list[str]
+    healing: list[str] | None = None
+
+
+def jobs(text: Path) -> dict[str, Job]:
+    """Every row by its name."""
     plain = ["--calibration", str(text)]
     more = [*plain, "--calibration-tokens", "32768"]
-    rows = {"exact": (384, ["--method", "exact"])}
+    rows = {"exact": Job(384, ["--method", "exact"])}
     for width, (rank, rope) in SPLITS.items():
         split = ["--kv-lora-rank", str(rank), "--qk-rope-head-dim", str(rope)]
         ratio = ["--cache-ratio", str(width / 384)]
-        rows[f"transmla {width}"] = width, ["--method", "transmla", *split, *plain]
-        rows[f"mha2mla {width}"] = width, ["--method", "mha2mla", *split, *plain]
-        rows[f"closed-form {width}"] = width, [*ratio, *plain, "--refit-steps", "0"]
-        rows[f"attention-aware {width}"] = width, [*ratio, *more]
+        rows[f"transmla {width}"] = Job(width, ["--method", "transmla", *split, *plain])
+        rows[f"mha2mla {width}"] = Job(width, ["--method", "mha2mla", *split, *plain])
+        rows[f"closed-form {width}"] = Job(width, [*ratio, *plain, "--refit-steps", "0"])
+        rows[f"attention-aware {width}"] = Job(width, [*ratio, *more])
         for kind in ("closed-form", "attention-aware"):
-            _, options = rows[f"{kind} {width}"]
-            rows[f"{kind} per layer {width}"] = width, [*options, "--layer-sizes", "measured"]
-        rows[f"self {width}"] = width, [*ratio, "--calibration-tokens", "32768"]
-        rows[f"text and self {width}"] = width, [*ratio, *more, "--calibration", "self"]
+            options = rows[f"{kind} {width}"].options
+            rows[f"{kind} per layer {width}"] = Job(width, [*options, "--layer-sizes", "measured"])
+        rows[f"healed {width}"] = Job(width, rows[f"closed-form {width}"].options, ["--text", str(text)])
+        rows[f"self {width}"] = Job(width, [*ratio, "--calibration-tokens", "32768"])
+        rows[f"text and self {width}"] = Job(width, [*ratio, *more, "--calibration", "self"])
     closed_form = ["--kv-lora-rank", "128", "--qk-rope-head-dim", "64", *plain, "--refit-steps", "0"]
-    rows["without none"] = 192, closed_form
-    rows |= {f"without {ingredient}": (192, [*closed_form, "--without", ingredient]) for ingredient in INGREDIENTS}
-    rows["without converted-inputs"] = 192, ["--cache-ratio", "0.5", *more, "--without", "converted-inputs"]
+    rows["without none"] = Job(192, closed_form)
+    rows |= {f"without {ingredient}": Job(192, [*closed_form, "--without", ingredient]) for ingredient in INGREDIENTS}
+    rows["without converted-inputs"] = Job(192, ["--cache-ratio", "0.5", *more, "--without", "converted-inputs"])
     return rows
+
+
+def shown(options: list[str], text: Path) -> str:
+    """Options as a result file has them."""
+    return " ".join(options).replace(str(text), "FILE")
 
 
 def scores(model: Path, test: Path, long_windows: bool = True) -> dict[str, float]:
@@ -106,19 +131,24 @@ def main() -> None:
             out.symlink_to(demo_folder())
             rows["source"] = {"cached": 384, **scores(out, arguments.test)}
             out.unlink()
-        for name, (width, options) in jobs(text).items():
+        for name, job in jobs(text).items():
             if name in rows or not re.search(arguments.only, name):
                 continue
-            report = convert(demo_folder(), out, *options)
+            report = convert(demo_folder(), out, *job.options)
+            healing: dict[str, Any] = {}
+            if job.healing is not None:
+                healed = heal(out, *job.healing)
+                healing = {"options": shown(job.healing, text), "kl": healed["healing"]["kl_held_out"], **cost(healed)}
             rows[name] = {
-                "cached": width,
+                "cached": job.width,
                 "split": f"{report['kv_lora_rank']}+{report['qk_rope_head_dim']}",
                 **({"freqfold": report["freqfold"]} if "freqfold" in report else {}),
-                "options": " ".join(options).replace(str(text), "FILE"),
+                "options": shown(job.options, text),
                 **scores(out, arguments.test, long_windows=not name.startswith("without")),
                 **cost(report),
+                **({"healing": healing} if healing else {}),
             }
-            if name.startswith("attention-aware"):
+            if name.startswith(("attention-aware", "healed")):
                 rows[name]["perplexity_in_vllm"] = round(
                     evaluate(out, arguments.test, "--engine", "vllm")["perplexity"], 3
                 )

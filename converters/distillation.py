@@ -109,6 +109,7 @@ def held_out_kl(model: Distillation, windows: torch.Tensor, device: str) -> floa
 def train(
     model: Distillation,
     windows: torch.Tensor,
+    steps: int,
     options: HealOptions,
     folder: Path,
     advance: Callable[[int, float], None],
@@ -118,19 +119,20 @@ def train(
     Args:
         model: changed in place.
         windows: ``[windows, tokens]`` token ids to train on, each once before any comes again.
-        options: steps, batch, rate, which falls by a cosine, and seed.
+        steps: of Adam.
+        options: batch, rate, which falls by a cosine, and seed.
         folder: for Trainer's checkpoints.
         advance: called with the number of steps done and the last one's loss.
     """
     arguments = OneDevice(
         output_dir=str(folder),
-        max_steps=options.steps,
+        max_steps=steps,
         per_device_train_batch_size=options.batch_size,
         lr_scheduler_type="cosine",
-        warmup_steps=min(WARMUP, options.steps - 1),
+        warmup_steps=min(WARMUP, steps - 1),
         max_grad_norm=0,  # of tensors whose scales are arbitrary, a norm says nothing
         save_strategy="steps",
-        save_steps=max(1, options.steps // SAVES),
+        save_steps=max(1, steps // SAVES),
         save_total_limit=1,
         logging_steps=1,
         logging_nan_inf_filter=False,

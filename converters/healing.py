@@ -133,14 +133,15 @@ def _train(
     dtype = torch.bfloat16 if native_bfloat16(options.device) else torch.float32
     student = load_model(Model(str(model), str(model), read_config(model, False)), dtype, options.device)
     teacher = load_model(Model(source.name, str(source.folder), source.config), dtype, options.device)
-    task = progress.add_task("Healing", total=options.steps)
+    steps = options.steps or -(-len(trained_on) // options.batch_size)
+    task = progress.add_task("Healing", total=steps)
 
     def advance(step: int, loss: float) -> None:
         progress.update(task, completed=step, description=f"Healing, KL {loss:.4f}")
 
     with distillation(student, teacher) as distilled:
         before = work.remembered("before", lambda: torch.tensor([held_out_kl(distilled, held_out, options.device)]))
-        train(distilled, trained_on, options, work.folder / "trainer", advance)
+        train(distilled, trained_on, steps, options, work.folder / "trainer", advance)
         after = held_out_kl(distilled, held_out, options.device)
     if not after < before.item():
         raise ConversionError(
@@ -152,7 +153,7 @@ def _train(
         "text": [Path(origin).name for origin in options.text],
         "tokens": windows.numel(),
         "window": windows.shape[1],
-        "steps": options.steps,
+        "steps": steps,
         "batch_size": options.batch_size,
         "learning_rate": options.learning_rate,
         "seed": options.seed,

@@ -76,7 +76,7 @@ class HealOptions:
     Attributes:
         text: text files, or ``self`` or ``chat`` for what the source writes.
         tokens: how many of them at most; one window in 32 is held out.
-        steps: of Adam.
+        steps: of Adam; None for as many as show each window once.
         batch_size: windows of 512 tokens to a step.
         learning_rate: change of a weight in the first steps, relative to the root mean square of its matrix.
         seed: of text, and of its order.
@@ -85,8 +85,8 @@ class HealOptions:
     """
 
     text: tuple[str, ...] = (SELF,)
-    tokens: int = 131072
-    steps: int = 200
+    tokens: int = 65536
+    steps: int | None = None
     batch_size: int = 4
     learning_rate: float = 0.003
     seed: int = 0
@@ -175,9 +175,8 @@ def check_heal_options(options: HealOptions) -> None:
     """
     check_device(options.device)
     check_seed(options.seed)
-    for name in ("steps", "batch_size"):
-        if getattr(options, name) < 1:
-            option = f"--{name.replace('_', '-')}"
-            raise ConversionError(f"{option} is {getattr(options, name)}, but must be 1 or more.")
+    for option, count in (("--steps", options.steps), ("--batch-size", options.batch_size)):
+        if count is not None and count < 1:
+            raise ConversionError(f"{option} is {count}, but must be 1 or more.")
     if not 0 < options.learning_rate < math.inf:
         raise ConversionError(f"--learning-rate is {options.learning_rate}, but must be above 0, such as 0.003.")

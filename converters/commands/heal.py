@@ -16,9 +16,9 @@ On text like what you will serve, and on the source's own:
 
 `vllm-mla heal ./smol-mla ./smol-healed --text my.txt --text self`
 
-Longer:
+More text:
 
-`vllm-mla heal ./smol-mla ./smol-healed --text my.txt --tokens 1000000 --steps 1000`
+`vllm-mla heal ./smol-mla ./smol-healed --text my.txt --tokens 1000000`
 
 **Memory**: the source's weights, the attentions of MODEL and 12 bytes more for each of their weights, and what one step
 keeps: it grows with --batch-size.
@@ -47,9 +47,12 @@ def heal(
             help="How many tokens at most, in windows of 512; one window in 32 is held out to measure.",
             rich_help_panel="Text",
         ),
-    ] = 131072,
+    ] = 65536,
     seed: Annotated[int, typer.Option(help="Same seed, same output to the byte.", rich_help_panel="Text")] = 0,
-    steps: Annotated[int, typer.Option(help="Steps of Adam.", rich_help_panel="Training")] = 200,
+    steps: Annotated[
+        int | None,
+        typer.Option(help="Steps of Adam. [default: each window once]", rich_help_panel="Training"),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Windows to a step.", rich_help_panel="Training")] = 4,
     learning_rate: Annotated[
         float,
