@@ -1,11 +1,15 @@
 """Training a converted model to predict what its source predicts (knowledge distillation, arXiv 1503.02531)."""
 
+import errno
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
@@ -19,6 +23,7 @@ from mla_converters.refit import keys_and_inputs_apart, relative_rates
 CHUNK = 512  # positions whose logits exist at a time
 WARMUP = 5  # steps
 SAVES = 20  # times, so that an interruption loses at most a twentieth of the steps
+SAVED_BYTES = 12  # of a weight that is trained: itself and Adam's two moments, in float32
 COMPLETE = "trainer_state.json"  # what Trainer writes last of a checkpoint
 
 
@@ -123,6 +128,9 @@ def train(
         options: batch, rate, which falls by a cosine, and seed.
         folder: for Trainer's checkpoints.
         advance: called with the number of steps done and the last one's loss.
+
+    Raises:
+        OSError: the disk is full.
     """
     arguments = OneDevice(
         output_dir=str(folder),
@@ -154,7 +162,12 @@ def train(
         callbacks=[_Steps(advance)],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
+    try:
+        trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
+    except (SafetensorError, RuntimeError) as error:  # either is what a full disk comes out as
+        if shutil.disk_usage(folder).free < SAVED_BYTES * sum(weight.numel() for weight in model.parameters()):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+        raise
 
 
 def _last_checkpoint(folder: Path) -> str | None:

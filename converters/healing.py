@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from mla_converters.card import CARD, REPORT, write_card
 from mla_converters.checkpoint import INDEX, Checkpoint
-from mla_converters.distillation import distillation, held_out_kl, train
+from mla_converters.distillation import SAVED_BYTES, distillation, held_out_kl, train
 from mla_converters.errors import ConversionError
 from mla_converters.evaluation.hf_engine import load_model
 from mla_converters.evaluation.models import Model, read_config
@@ -28,7 +28,7 @@ from mla_converters.training_text import hold_out, training_windows
 from mla_converters.verification import converted_config
 from mla_converters.work import Work, work_folder
 
-SAVED_COPIES = 6  # of what is trained, in float32: itself and Adam's two moments, twice while a save replaces another
+SAVES = 2  # a new one is written before the old one goes
 ATTENTION = ".self_attn."  # in the names of what is trained
 
 
@@ -119,7 +119,7 @@ def _check_pair(model: Path, config: dict[str, Any], source: Source) -> None:
 def _disk_bytes(checkpoint: Checkpoint) -> int:
     tensors = {name: checkpoint.meta(name) for name in checkpoint.names()}
     weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    return weights + SAVED_COPIES * sum(4 * tensor.numel() for name, tensor in tensors.items() if ATTENTION in name)
+    return weights + SAVES * sum(SAVED_BYTES * tensor.numel() for name, tensor in tensors.items() if ATTENTION in name)
 
 
 def _train(

@@ -1,5 +1,6 @@
 """Shared fixtures: a real pretrained model and its conversions, and small random models."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -106,6 +107,26 @@ def wait_for(process: subprocess.Popen[str], seen: Callable[[], object]) -> None
     while process.poll() is None and not seen():
         time.sleep(0.01)
     assert process.returncode is None, process.communicate()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of three megabytes."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "none", disk], capture_output=True, check=False)
+    if mount.returncode:
+        pytest.skip("mounting a file system takes root")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def fill(disk: Path, process: subprocess.Popen[str]) -> None:
+    """Take all space on a disk, while a process is running."""
+    block = bytes(1024)
+    with (disk / "filler").open("wb", buffering=0) as filler, contextlib.suppress(OSError):
+        while process.poll() is None:
+            filler.write(block)
 
 
 @pytest.fixture

@@ -18,7 +18,9 @@ from conftest import (
     Refused,
     contents,
     convert,
+    fill,
     heal,
+    load,
     running,
     wait_for,
 )
@@ -137,6 +139,28 @@ def test_other_options_do_not_go_on(mla: Path, refusal: Refused, tmp_path: Path)
         wait_for(process, lambda: (folder / "text.safetensors").exists())
     assert "--learning-rate (0.003 then, 0.002 now)" in refusal("heal", mla, out, *OPTIONS, "--learning-rate", 0.002)
     assert folder.exists()
+
+
+def test_disk_that_fills_up(mla: Path, expected: dict[str, bytes], small_disk: Path) -> None:
+    """Space that somebody else takes in the middle ends the run in one sentence; with room again, it goes on."""
+    out, folder = small_disk / "out", small_disk / "out.partial"
+    with running("heal", mla, out, *OPTIONS) as process:
+        wait_for(process, lambda: list(folder.glob(f"trainer/*/{distillation.COMPLETE}")))
+        fill(small_disk, process)
+        _, complaint = process.communicate(timeout=60)
+    assert process.returncode == 2, complaint
+    (line,) = complaint.strip().splitlines()
+    assert "No space left on device" in line and "goes on from" in line
+    (small_disk / "filler").unlink()
+    assert contents(heal(mla, out, *OPTIONS)) == expected
+
+
+def test_what_both_models_have_is_in_memory_once(smollm2: Path, half: Path) -> None:
+    student, teacher = load(half), load(smollm2)
+    with distillation.distillation(student, teacher):
+        own = {tensor.data_ptr() for tensor in student.parameters()}
+        apart = {name for name, tensor in teacher.named_parameters() if tensor.data_ptr() not in own}
+    assert apart == {name for name, _ in teacher.named_parameters() if ".self_attn." in name}
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from conftest import (
     Refused,
     contents,
     convert,
+    fill,
     hear_interrupts,
     running,
     vllm_mla,
@@ -181,18 +181,6 @@ def test_folder_of_somebody_else(refusal: Refused, source: Path, tmp_path: Path)
     assert [path.name for path in (tmp_path / "out.partial").iterdir()] == ["thesis.txt"]
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of three megabytes."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "none", disk], capture_output=True, check=False)
-    if mount.returncode:
-        pytest.skip("mounting a file system takes root")
-    yield disk
-    subprocess.run(["umount", disk], check=True)
-
-
 def test_too_small_disk(refusal: Refused, small_disk: Path, tmp_path: Path) -> None:
     """Too little space is seen before the work starts."""
     source = RandomModel(hidden=512, layers=8).save(tmp_path / "source")
@@ -206,13 +194,7 @@ def test_disk_that_fills_up(source: Path, small_disk: Path) -> None:
     out, folder = small_disk / "out", small_disk / "out.partial"
     with running("convert", source, out, *OPTIONS) as process:
         wait_for(process, (folder / "layers.safetensors").exists)
-        with (small_disk / "filler").open("wb", buffering=0) as filler:
-            block = bytes(1024)
-            try:
-                while process.poll() is None:
-                    filler.write(block)
-            except OSError:
-                pass
+        fill(small_disk, process)
         _, complaint = process.communicate(timeout=60)
     assert process.returncode == 2, complaint
     (line,) = complaint.strip().splitlines()
