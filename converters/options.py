@@ -87,8 +87,8 @@ class HealOptions:
     text: tuple[str, ...] = (SELF,)
     tokens: int = 65536
     steps: int | None = None
-    batch_size: int = 4
-    learning_rate: float = 0.003
+    batch_size: int = 2
+    learning_rate: float = 0.002
     seed: int = 0
     device: str = "cpu"
     trust_remote_code: bool = False
@@ -179,4 +179,4 @@ def check_heal_options(options: HealOptions) -> None:
         if count is not None and count < 1:
             raise ConversionError(f"{option} is {count}, but must be 1 or more.")
     if not 0 < options.learning_rate < math.inf:
-        raise ConversionError(f"--learning-rate is {options.learning_rate}, but must be above 0, such as 0.003.")
+        raise ConversionError(f"--learning-rate is {options.learning_rate}, but must be above 0, such as 0.002.")

@@ -102,7 +102,7 @@ def test_report_and_card(command_line: CommandLine, source: Path, mla: Path, tmp
     assert (healing["tokens"], healing["window"], healing["steps"]) == (4096, 256, 8)
     assert healing["command"] == (f"vllm-mla heal {mla} ./mla-healed --text {CALIBRATION} --tokens 4096 --steps 8")
     card = (out / "README.md").read_text()
-    assert f"8 steps of 4 windows of 256, 4,096 tokens of `{CALIBRATION.name}`" in card
+    assert f"8 steps of 2 windows of 256, 4,096 tokens of `{CALIBRATION.name}`" in card
     assert healing["command"] in card and "Nothing was trained" not in card
 
 
@@ -137,7 +137,7 @@ def test_other_options_do_not_go_on(mla: Path, refusal: Refused, tmp_path: Path)
     out, folder = tmp_path / "out", tmp_path / "out.partial"
     with running("heal", mla, out, *OPTIONS) as process:
         wait_for(process, lambda: (folder / "text.safetensors").exists())
-    assert "--learning-rate (0.003 then, 0.002 now)" in refusal("heal", mla, out, *OPTIONS, "--learning-rate", 0.002)
+    assert "--learning-rate (0.002 then, 0.001 now)" in refusal("heal", mla, out, *OPTIONS, "--learning-rate", 0.001)
     assert folder.exists()
 
 

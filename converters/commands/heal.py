@@ -53,7 +53,7 @@ def heal(
         int | None,
         typer.Option(help="Steps of Adam. [default: each window once]", rich_help_panel="Training"),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Windows to a step.", rich_help_panel="Training")] = 4,
+    batch_size: Annotated[int, typer.Option(help="Windows to a step.", rich_help_panel="Training")] = 2,
     learning_rate: Annotated[
         float,
         typer.Option(
@@ -61,7 +61,7 @@ def heal(
             "cosine.",
             rich_help_panel="Training",
         ),
-    ] = 0.003,
+    ] = 0.002,
     device: Annotated[
         str | None, typer.Option(help="Where to train: cpu or cuda. [default: the GPU, if there is one]")
     ] = None,
