@@ -19,6 +19,7 @@ from mla_converters.families import architecture_names
 from mla_converters.identity import VERSIONS, healing_identity
 from mla_converters.json_files import read_json_object, write_json
 from mla_converters.layers import native_bfloat16
+from mla_converters.locate import local_path
 from mla_converters.manifest import MANIFEST, write_manifest
 from mla_converters.memory import peak_rss_bytes
 from mla_converters.options import HealOptions, Method, check_heal_options, given_options
@@ -63,7 +64,7 @@ def heal(
     config, report = _converted(model)
     if out.resolve() == model.resolve():
         raise ConversionError(f"OUT is {out}, which is MODEL: give a folder of its own.")
-    name, revision = (source, None) if source else (report["source"], report.get("revision"))
+    name, revision = (source, None) if source else _recorded_source(model, report)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with (
         Progress(*columns, disable=quiet) as progress,
@@ -101,6 +102,17 @@ def _converted(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if report.get("method") == Method.EXACT:
         raise ConversionError(f"{folder} is an exact conversion: nothing was lost that could be healed.")
     return config, report
+
+
+def _recorded_source(model: Path, report: dict[str, Any]) -> tuple[str, str | None]:
+    """What a model says it was converted from, and the revision."""
+    try:
+        local_path(report["source"])
+    except ConversionError as error:
+        raise ConversionError(
+            f"{model} was converted from {report['source']}, which is gone: say where with --source."
+        ) from error
+    return report["source"], report.get("revision")
 
 
 def _check_pair(model: Path, config: dict[str, Any], source: Source) -> None:

@@ -84,7 +84,7 @@ def sampled_texts(
     # transformers 5.24 renames the argument.
     argument = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     batches = first[:, None].split(BATCH)
-    task = progress.add_task("Sampling calibration text", total=len(batches) * (length - 1))
+    task = progress.add_task("Sampling text", total=len(batches) * (length - 1))
     texts = []
     for ids in batches:
         cache = Cache(layers=[ReservedLayer(length) for _ in range(source.config.num_hidden_layers)])

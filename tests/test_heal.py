@@ -61,6 +61,10 @@ def held_out(folder: Path) -> dict[str, float]:
     return json.loads((folder / "conversion_report.json").read_text())["healing"]["kl_held_out"]
 
 
+def change_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_only_attentions_change_and_predict_better(shape: str, tmp_path: Path) -> None:
     source = SHAPES[shape].save(tmp_path / "source")
@@ -195,6 +199,10 @@ def test_refused_models(refusal: Refused, source: Path, mla: Path, tmp_path: Pat
     assert "which is MODEL" in refusal("heal", mla, mla, "--force")
     assert "exists: choose another OUT" in refusal("heal", mla, exact, "--text", CALIBRATION)
     moved = Path(shutil.copytree(mla, tmp_path / "moved"))
+    change_json(moved / "config.json", kv_lora_rank=6)
+    assert "shapes differ from what its config.json asks for" in refusal("heal", moved, out, "--text", CALIBRATION)
+    change_json(moved / "conversion_report.json", source="../gone")
+    assert "was converted from ../gone, which is gone: say where with --source" in refusal("heal", moved, out)
     (moved / "conversion_report.json").unlink()
     assert "conversion_report.json" in refusal("heal", moved, out)
     assert not out.exists()

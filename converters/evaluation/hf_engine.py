@@ -63,6 +63,8 @@ def load_model(model: Model, dtype: torch.dtype, device: str) -> torch.nn.Module
         network.to(device)
     except Exception as error:  # transformers raises whatever the files provoke
         reason = str(error).strip().split("\n")[0]
+        if "ignore_mismatched_sizes" in reason:  # an argument of transformers, and no help to the user
+            reason = "shapes differ from what its config.json asks for."
         raise ConversionError(f"The weights of {model.name} cannot be loaded: {reason}") from error
     # transformers would fill them with random numbers, and the score would be of another model.
     if info["missing_keys"]:
