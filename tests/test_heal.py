@@ -26,7 +26,8 @@ from conftest import (
 )
 from safetensors.torch import load_file
 
-from mla_converters import distillation
+from mla_converters import distillation, healing
+from mla_converters.evaluation.models import Model
 from mla_converters.evaluation.run import EvalOptions, evaluate
 
 OTHER_TEXT = ROOT / "scripts" / "demo_text.txt"
@@ -89,6 +90,29 @@ def test_real_model(command_line: CommandLine, half: Path, healed: Path, smollm2
     assert rows[1]["kl"] < rows[0]["kl"]
     code, _, _ = command_line("verify", healed, "--source", smollm2)
     assert code == 0
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_with_and_without_bfloat16(native: bool, mla: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the machine has it, all but the trained weights is in bfloat16; here as if it had, and as if it had not."""
+    dtypes: set[torch.dtype] = set()
+    load_model = healing.load_model
+
+    def spy(model: Model, dtype: torch.dtype, device: str) -> torch.nn.Module:
+        dtypes.add(dtype)
+        return load_model(model, dtype, device)
+
+    monkeypatch.setattr(healing, "load_model", spy)
+    for module in (healing, distillation):
+        monkeypatch.setattr(module, "native_bfloat16", lambda device: native)
+    healed = heal(mla, tmp_path / "healed", "--text", CALIBRATION, "--steps", 40)
+    assert dtypes == {torch.bfloat16 if native else torch.float32}
+    kl = held_out(healed)
+    assert kl["after"] < 0.9 * kl["before"]
+    weights = load_file(healed / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    trained = weights["model.layers.0.self_attn.o_proj.weight"]
+    assert not torch.equal(trained, trained.bfloat16().float())
 
 
 def test_report_and_card(command_line: CommandLine, source: Path, mla: Path, tmp_path: Path) -> None:
