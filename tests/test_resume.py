@@ -107,7 +107,7 @@ def test_other_options_do_not_go_on(
 
 def test_another_source_does_not_go_on(refusal: Refused, source: Path, tmp_path: Path) -> None:
     copy, out = shutil.copytree(source, tmp_path / "source"), tmp_path / "out"
-    with running(copy, out, *OPTIONS) as process:
+    with running("convert", copy, out, *OPTIONS) as process:
         wait_for(process, (tmp_path / "out.partial" / "calibration.safetensors").exists)
     os.utime(copy / "model.safetensors", (1, 1))
     assert "differs in model.safetensors (" in refusal("convert", copy, out, *OPTIONS)
@@ -155,7 +155,7 @@ def test_vanished_shard(source: Path, expected: dict[str, bytes], tmp_path: Path
     """A source file that goes in the middle ends the run in one sentence; when it is back, the run goes on."""
     copy, out = shutil.copytree(source, tmp_path / source.name), tmp_path / "out"
     shard, away = copy / "model.safetensors", tmp_path / "away"
-    with running(copy, out, *OPTIONS) as process:
+    with running("convert", copy, out, *OPTIONS) as process:
         wait_for(process, (tmp_path / "out.partial" / "layers.safetensors").exists)
         shard.rename(away)
         _, complaint = process.communicate(timeout=60)
