@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from mla_converters.layers import calibration_autocast
+from mla_converters.refit import relative_rates
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 from demo_model import demo_folder
@@ -80,11 +81,7 @@ def fit_layers(model: PreTrainedModel, copy: PreTrainedModel, windows: torch.Ten
             inputs = teacher.input_layernorm(hidden)
             expected = torch.cat([teacher.self_attn(x, turns, None)[0] for x in inputs.split(BATCH)])
             start(teacher.self_attn, student.self_attn, inputs[:BATCH])
-        groups = [
-            {"params": [weight], "lr": LAYER_RATE * weight.detach().square().mean().sqrt().item()}
-            for weight in student.self_attn.parameters()
-        ]
-        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
+        optimizer = torch.optim.Adam(relative_rates(student.self_attn.parameters(), LAYER_RATE), betas=(0.9, 0.99))
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, LAYER_STEPS)
         for step in range(LAYER_STEPS):
             batch = slice(step * BATCH % len(windows), step * BATCH % len(windows) + BATCH)

@@ -1,15 +1,15 @@
 """Calibration tokens: cut from a text file, sampled from the model itself, or random."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from rich.progress import Progress
 
 from mla_converters.chat import ChatTemplate, chat_template
 from mla_converters.errors import ConversionError
-from mla_converters.sampling import LENGTH as TEXT
-from mla_converters.sampling import sampled_texts
+from mla_converters.sampling import LENGTH, sampled_texts
 from mla_converters.source import Source
 
 SELF = "self"
@@ -19,6 +19,8 @@ CHAT = "chat"
 WRITTEN = (SELF, CHAT)
 WINDOW = 512
 """Tokens in the shortest calibration window."""
+Text: TypeAlias = torch.Tensor | ChatTemplate | None
+"""Token ids ``[tokens]`` of a file, or what a conversation is written into; None for what the model writes freely."""
 
 
 def calibration_windows(
@@ -45,28 +47,60 @@ def calibration_windows(
         raise ConversionError(
             f"--calibration-tokens is {tokens}, but must be at least {WINDOW * len(origins)} (one window{each})."
         )
-    texts = [None if origin in WRITTEN else token_ids(source, Path(origin)) for origin in origins]
-    templates = [chat_template(source.tokenizer, TEXT) if origin == CHAT else None for origin in origins]
+    texts = read_texts(source, origins)
     length = max(WINDOW, min(length, share, source.config.max_position_embeddings))
-    if any(ids is not None and len(ids) <= length for ids in texts):
+    if any(isinstance(text, torch.Tensor) and len(text) <= length for text in texts):
         length = WINDOW
     generator = torch.Generator().manual_seed(seed)
     count = share // length
-    windows = [
-        sample(source, count, length, generator, progress, template)
-        if ids is None
-        else _cut(ids, count, length, generator)
-        for ids, template in zip(texts, templates, strict=True)
-    ]
+    windows = text_windows(source, texts, count, length, _cut, generator, progress)
     return torch.stack(windows, dim=1).flatten(0, 1)
 
 
-def token_ids(source: Source, path: Path) -> torch.Tensor:
-    """Token ids ``[tokens]`` of a UTF-8 text file.
+def read_texts(source: Source, origins: Sequence[str]) -> list[Text]:
+    """What is needed of each origin before anything is sampled.
 
     Raises:
-        ConversionError: it cannot be read, or has not more than ``WINDOW``.
+        ConversionError: a text cannot be read or is too short, or the model has no chat template.
     """
+    return [_read_text(source, origin) for origin in origins]
+
+
+def _read_text(source: Source, origin: str) -> Text:
+    if origin == CHAT:
+        return chat_template(source.tokenizer, LENGTH)
+    return None if origin == SELF else _token_ids(source, Path(origin))
+
+
+def text_windows(
+    source: Source,
+    texts: list[Text],
+    count: int,
+    length: int,
+    cut: Callable[[torch.Tensor, int, int, torch.Generator], torch.Tensor],
+    generator: torch.Generator,
+    progress: Progress,
+) -> list[torch.Tensor]:
+    """Windows ``[count, length]`` of each text.
+
+    Args:
+        source: the model.
+        texts: of :func:`read_texts`.
+        count: windows of each.
+        length: tokens in a window.
+        cut: from token ids, count, length and generator to windows, fewer if there are not so many.
+        generator: for cutting and sampling.
+        progress: for the bar.
+    """
+    return [
+        cut(text, count, length, generator)
+        if isinstance(text, torch.Tensor)
+        else _sample(source, count, length, generator, progress, text)
+        for text in texts
+    ]
+
+
+def _token_ids(source: Source, path: Path) -> torch.Tensor:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -105,7 +139,7 @@ def _special_ids(source: Source) -> torch.Tensor:
     return torch.tensor(special, dtype=torch.long)
 
 
-def sample(
+def _sample(
     source: Source,
     count: int,
     length: int,
@@ -114,7 +148,7 @@ def sample(
     template: ChatTemplate | None,
 ) -> torch.Tensor:
     """Windows ``[count, length]`` of texts that the model writes, as many in each as have room, one after another."""
-    per_window = max(1, length // TEXT)
+    per_window = max(1, length // LENGTH)
     if template:
         first, never = torch.full((count * per_window,), template.opening[0]), torch.empty(0, dtype=torch.long)
     else:

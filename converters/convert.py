@@ -7,21 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from mla_converters.attention_aware_run import random_count
 from mla_converters.budget import CacheBudget
-from mla_converters.card import source_card, write_card
+from mla_converters.card import source_card
 from mla_converters.converted_weights import planned_tensors, write_weights
 from mla_converters.errors import ConversionError
 from mla_converters.families import active_window, window_refusal
 from mla_converters.identity import VERSIONS, conversion_identity
-from mla_converters.json_files import write_json
 from mla_converters.locate import local_path
-from mla_converters.manifest import write_manifest
-from mla_converters.memory import peak_rss_bytes
 from mla_converters.method_run import Prepared, asked_budget, prepare
 from mla_converters.options import DTYPES, Method, Options, check_options, command_line
+from mla_converters.outcome import describe_model, outcome, progress_bars
 from mla_converters.record import record_bytes
 from mla_converters.shards import Shards
 from mla_converters.source import Source, open_source
@@ -58,9 +56,8 @@ def convert(
     """
     started = time.monotonic()
     check_options(options)
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with (
-        Progress(*columns, disable=quiet) as progress,
+        progress_bars(quiet) as progress,
         open_source(source, revision, options.trust_remote_code) as opened,
     ):
         context, budget = _context(opened, options), asked_budget(opened, options)
@@ -75,16 +72,8 @@ def convert(
                 ) from error
             _copy_side_files(opened, work.model)
             config = _mla_config(opened, prepared.budget, context, options, details)
-            write_json(work.model / "config.json", config)
-            write_json(work.model / "conversion_report.json", config["mla_conversion"])
-            write_card(work.model)
-            write_manifest(work.model)
-    return {
-        **config["mla_conversion"],
-        "out": str(out),
-        "seconds": round(time.monotonic() - started, 1),
-        "peak_rss_bytes": peak_rss_bytes(),
-    }
+            describe_model(work.model, config)
+    return outcome(config["mla_conversion"], out, started)
 
 
 def _context(source: Source, options: Options) -> int:

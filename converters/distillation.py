@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from mla_converters.layers import native_bfloat16
+from mla_converters.layers import calibration_autocast, native_bfloat16
 from mla_converters.options import HealOptions
 from mla_converters.refit import keys_and_inputs_apart, relative_rates
 
@@ -106,7 +106,7 @@ def distillation(student: PreTrainedModel, teacher: PreTrainedModel) -> Iterator
 @torch.no_grad()
 def held_out_kl(model: Distillation, windows: torch.Tensor, device: str) -> float:
     """Mean ``KL(teacher || student)`` over ``[windows, tokens]``, nats per token."""
-    with torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=native_bfloat16(device)):
+    with calibration_autocast(device):
         losses = [model(window[None].to(device))["loss"].item() for window in windows]
     return sum(losses) / len(losses)
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
-from mla_converters.card import CARD, REPORT, write_card
+from mla_converters.card import CARD, REPORT
 from mla_converters.checkpoint import INDEX, Checkpoint
 from mla_converters.distillation import SAVED_BYTES, distillation, held_out_kl, train
 from mla_converters.errors import ConversionError
@@ -17,12 +17,12 @@ from mla_converters.evaluation.hf_engine import load_model
 from mla_converters.evaluation.models import Model, read_config
 from mla_converters.families import architecture_names
 from mla_converters.identity import VERSIONS, healing_identity
-from mla_converters.json_files import read_json_object, write_json
+from mla_converters.json_files import read_json_object
 from mla_converters.layers import native_bfloat16
 from mla_converters.locate import local_path
-from mla_converters.manifest import MANIFEST, write_manifest
-from mla_converters.memory import peak_rss_bytes
+from mla_converters.manifest import MANIFEST
 from mla_converters.options import HealOptions, Method, check_heal_options, given_options
+from mla_converters.outcome import describe_model, outcome, progress_bars
 from mla_converters.shards import Shards
 from mla_converters.source import Source, open_source
 from mla_converters.training_text import hold_out, training_windows
@@ -65,9 +65,8 @@ def heal(
     if out.resolve() == model.resolve():
         raise ConversionError(f"OUT is {out}, which is MODEL: give a folder of its own.")
     name, revision = (source, None) if source else _recorded_source(model, report)
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with (
-        Progress(*columns, disable=quiet) as progress,
+        progress_bars(quiet) as progress,
         open_source(name, revision, options.trust_remote_code) as teacher,
     ):
         _check_pair(model, config, teacher)
@@ -78,16 +77,8 @@ def heal(
             _write_weights(checkpoint, healed, work.model)
             _copy_others(model, checkpoint, work.model)
             report["healing"] = {"command": _command_line(model, source, options), **details}
-            write_json(work.model / "config.json", config | {"mla_conversion": report})
-            write_json(work.model / REPORT, report)
-            write_card(work.model)
-            write_manifest(work.model)
-    return {
-        **report,
-        "out": str(out),
-        "seconds": round(time.monotonic() - started, 1),
-        "peak_rss_bytes": peak_rss_bytes(),
-    }
+            describe_model(work.model, config | {"mla_conversion": report})
+    return outcome(report, out, started)
 
 
 def _converted(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -1,15 +1,12 @@
 """Token windows to train on: all of a text file, or what the model writes."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from rich.progress import Progress
 
-from mla_converters.calibration import CHAT, WINDOW, WRITTEN, sample, token_ids
-from mla_converters.chat import chat_template
+from mla_converters.calibration import WINDOW, read_texts, text_windows
 from mla_converters.errors import ConversionError
-from mla_converters.sampling import LENGTH as TEXT
 from mla_converters.source import Source
 
 HELD_OUT = 32  # one window in so many is not trained on
@@ -40,16 +37,9 @@ def training_windows(
     if share * len(origins) < LEAST:
         needed = length * max(LEAST, len(origins))
         raise ConversionError(f"--tokens is {tokens}, but must be at least {needed}: windows of {length}.")
-    texts = [None if origin in WRITTEN else token_ids(source, Path(origin)) for origin in origins]
-    templates = [chat_template(source.tokenizer, TEXT) if origin == CHAT else None for origin in origins]
+    texts = read_texts(source, origins)
     generator = torch.Generator().manual_seed(seed)
-    parts = [
-        sample(source, share, length, generator, progress, template)
-        if ids is None
-        else _cut(ids, share, length, generator)
-        for ids, template in zip(texts, templates, strict=True)
-    ]
-    windows = torch.cat(parts)
+    windows = torch.cat(text_windows(source, texts, share, length, _cut, generator, progress))
     if len(windows) < LEAST:
         raise ConversionError(f"There are {windows.numel()} tokens of --text, but {LEAST * length} are needed.")
     return windows[torch.randperm(len(windows), generator=generator)]

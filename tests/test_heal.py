@@ -26,7 +26,7 @@ from conftest import (
 )
 from safetensors.torch import load_file
 
-from mla_converters import distillation, healing
+from mla_converters import distillation, healing, layers
 from mla_converters.evaluation.hf_engine import kl_per_token
 from mla_converters.evaluation.models import Model
 
@@ -112,7 +112,7 @@ def test_with_and_without_bfloat16(native: bool, mla: Path, tmp_path: Path, monk
         return load_model(model, dtype, device)
 
     monkeypatch.setattr(healing, "load_model", spy)
-    for module in (healing, distillation):
+    for module in (healing, distillation, layers):
         monkeypatch.setattr(module, "native_bfloat16", lambda device: native)
     healed = heal(mla, tmp_path / "healed", "--text", CALIBRATION, "--steps", 40)
     assert dtypes == {torch.bfloat16 if native else torch.float32}

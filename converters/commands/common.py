@@ -3,10 +3,26 @@
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from mla_converters.errors import ConversionError
 from mla_converters.evaluation.optional import require
+
+NewFolder = Annotated[Path, typer.Argument(help="Folder to create. It appears when it is complete.")]
+TrustTokenizer = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the tokenizer. Read it first.")
+]
+ReportFile = Annotated[Path | None, typer.Option("--json", help="Write the report here, for machines.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")]
+
+
+def chosen_device(device: str | None) -> str:
+    """The device that was asked for; or the GPU, if there is one."""
+    from torch import cuda  # `--help` should not wait for it
+
+    return device or ("cuda" if cuda.is_available() else "cpu")
 
 
 def check_choice(option: str, value: str, choices: Iterable[str]) -> None:

@@ -1,13 +1,22 @@
 """``vllm-mla convert``."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from mla_converters.commands.common import check_choice, check_output, quiet_transformers, write_report
+from mla_converters.commands.common import (
+    Force,
+    NewFolder,
+    ReportFile,
+    TrustTokenizer,
+    check_choice,
+    check_output,
+    chosen_device,
+    quiet_transformers,
+    write_report,
+)
 from mla_converters.errors import ConversionError
 
 EPILOG = """
@@ -28,7 +37,7 @@ DeepSeek's sizes, which have the fastest GPU kernels, calibrated on your text an
 
 def convert(
     source: Annotated[str, typer.Argument(help="Hugging Face folder, hub id, or .gguf file.")],
-    out: Annotated[Path, typer.Argument(help="Folder to create. It appears when it is complete.")],
+    out: NewFolder,
     method: Annotated[
         str,
         typer.Option(
@@ -121,11 +130,9 @@ def convert(
     device: Annotated[
         str | None, typer.Option(help="Where layers run: cpu, cuda, cuda:1 … [default: the GPU, if there is one]")
     ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the tokenizer. Read it first.")
-    ] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report here, for machines.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
+    trust_remote_code: TrustTokenizer = False,
+    json_file: ReportFile = None,
+    force: Force = False,
     push_to_hub: Annotated[
         str | None, typer.Option(metavar="ORG/NAME", help="Upload OUT to a new repository.", rich_help_panel="Hub")
     ] = None,
@@ -142,8 +149,6 @@ def convert(
 
     if push_to_hub:
         check_push(push_to_hub)
-    from torch import cuda
-
     from mla_converters.attention_aware_run import Ingredient
     from mla_converters.card import update_card
     from mla_converters.convert import convert as run
@@ -181,7 +186,7 @@ def convert(
         calibration_tokens=calibration_tokens,
         seed=seed,
         dtype=dtype,
-        device=device or ("cuda" if cuda.is_available() else "cpu"),
+        device=chosen_device(device),
         max_context=max_context,
         trust_remote_code=trust_remote_code,
     )

@@ -7,7 +7,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mla_converters.commands.common import check_output, quiet_transformers, write_report
+from mla_converters.commands.common import (
+    Force,
+    NewFolder,
+    ReportFile,
+    TrustTokenizer,
+    check_output,
+    chosen_device,
+    quiet_transformers,
+    write_report,
+)
 
 EPILOG = """
 **Examples**
@@ -29,7 +38,7 @@ keeps: it grows with --batch-size.
 
 def heal(
     model: Annotated[Path, typer.Argument(help="Folder that `vllm-mla convert` wrote.")],
-    out: Annotated[Path, typer.Argument(help="Folder to create. It appears when it is complete.")],
+    out: NewFolder,
     source: Annotated[
         str | None, typer.Option(help="What MODEL was converted from. [default: what MODEL says it was]")
     ] = None,
@@ -65,11 +74,9 @@ def heal(
     device: Annotated[
         str | None, typer.Option(help="Where to train: cpu or cuda. [default: the GPU, if there is one]")
     ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the tokenizer. Read it first.")
-    ] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report here, for machines.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
+    trust_remote_code: TrustTokenizer = False,
+    json_file: ReportFile = None,
+    force: Force = False,
 ) -> None:
     """Train the attentions of MODEL to predict what its source predicts (distillation), and write OUT.
 
@@ -77,8 +84,6 @@ def heal(
     """
     check_output("--json", json_file)
     # Imported here, not above: `--help` should not wait for torch.
-    from torch import cuda
-
     from mla_converters.healing import heal as run
     from mla_converters.options import HealOptions
 
@@ -90,7 +95,7 @@ def heal(
         batch_size=batch_size,
         learning_rate=learning_rate,
         seed=seed,
-        device=device or ("cuda" if cuda.is_available() else "cpu"),
+        device=chosen_device(device),
         trust_remote_code=trust_remote_code,
     )
     report = run(model, out, options, source=source, force=force, quiet=not Console(stderr=True).is_terminal)

@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mla_converters.commands.common import check_output, quiet_transformers, write_report
+from mla_converters.commands.common import TrustTokenizer, check_output, quiet_transformers, write_report
 
 EPILOG = """
 **Examples**
@@ -29,9 +29,7 @@ def verify(
     source: Annotated[
         str | None, typer.Option(help="What it was converted from: compares predictions on a short text, in float32.")
     ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the tokenizer. Read it first.")
-    ] = False,
+    trust_remote_code: TrustTokenizer = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here, for machines.")] = None,
 ) -> None:
     """Check that the converted checkpoint OUT is whole: files, configuration, tensors, tokenizer, predictions."""
