@@ -15,6 +15,7 @@ Rows already in the result file are kept: remove it to measure again, or choose 
 import re
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ COMMAND = "python benchmarks/quality.py --valid wiki.valid.tokens --test wiki.te
 SPLITS = {192: (128, 64), 128: (96, 32), 96: (64, 32), 48: (32, 16)}
 # Perplexity of checkpoints that TransMLA's own code wrote, with the same calibration text and scoring.
 TRANSMLA_OWN_CODE = {192: 55.72, 128: 96.4, 96: 155.2, 48: 436.5}
+# What is healed is converted and healed on: by the end of the row's name.
+TEXTS = {"": ("FILE",), " self": ("self",), " text and self": ("FILE", "self")}
 INGREDIENTS = ("mean-phase", "attention-weights", "metric", "random-tokens", "joint-choice", "search")
 LABELS = {
     "transmla": "TransMLA (ours)",
@@ -40,6 +43,9 @@ LABELS = {
     "closed-form per layer": "attention-aware, closed form, sizes per layer",
     "attention-aware per layer": "attention-aware, sizes per layer",
     "healed": "attention-aware, closed form, healed",
+    "healed self": "attention-aware, closed form, self-calibrated, healed on self",
+    "healed text and self": "attention-aware, closed form, half self-calibrated, healed on both",
+    "healed per layer": "attention-aware, closed form, sizes per layer, healed",
     "self": "attention-aware, self-calibrated",
     "text and self": "attention-aware, half self-calibrated",
 }
@@ -75,14 +81,24 @@ def jobs(text: Path) -> dict[str, Job]:
         for kind in ("closed-form", "attention-aware"):
             options = rows[f"{kind} {width}"].options
             rows[f"{kind} per layer {width}"] = Job(width, [*options, "--layer-sizes", "measured"])
-        rows[f"healed {width}"] = Job(width, rows[f"closed-form {width}"].options, ["--text", str(text)])
         rows[f"self {width}"] = Job(width, [*ratio, "--calibration-tokens", "32768"])
         rows[f"text and self {width}"] = Job(width, [*ratio, *more, "--calibration", "self"])
+        for kind, texts in TEXTS.items():
+            texts = [str(text) if origin == "FILE" else origin for origin in texts]
+            closed_form = [*ratio, *each("--calibration", texts), "--refit-steps", "0"]
+            rows[f"healed{kind} {width}"] = Job(width, closed_form, each("--text", texts))
+        per_layer = rows[f"closed-form per layer {width}"].options
+        rows[f"healed per layer {width}"] = Job(width, per_layer, ["--text", str(text)])
     closed_form = ["--kv-lora-rank", "128", "--qk-rope-head-dim", "64", *plain, "--refit-steps", "0"]
     rows["without none"] = Job(192, closed_form)
     rows |= {f"without {ingredient}": Job(192, [*closed_form, "--without", ingredient]) for ingredient in INGREDIENTS}
     rows["without converted-inputs"] = Job(192, ["--cache-ratio", "0.5", *more, "--without", "converted-inputs"])
     return rows
+
+
+def each(option: str, values: Sequence[str]) -> list[str]:
+    """An option given once with each value."""
+    return [word for value in values for word in (option, value)]
 
 
 def shown(options: list[str], text: Path) -> str:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import FunctionCtx
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -50,16 +50,38 @@ class Distillation(nn.Module):
         with torch.no_grad():
             expected = teacher.model(input_ids=input_ids, use_cache=False).last_hidden_state
         hidden = student.model(input_ids=input_ids, use_cache=False).last_hidden_state
-        # Logits are by far the largest tensors: those of a chunk are computed twice, and never kept.
-        pairs = zip(hidden.flatten(0, 1).split(CHUNK), expected.flatten(0, 1).split(CHUNK), strict=True)
-        losses = [checkpoint(self._divergence, *pair, use_reentrant=False) for pair in pairs]
-        return {"loss": torch.stack(losses).sum() / input_ids.numel()}
+        return {"loss": _Divergence.apply(hidden, expected, student.lm_head, teacher.lm_head) / input_ids.numel()}
 
-    def _divergence(self, hidden: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-        student, teacher = self._models
-        with torch.no_grad():
-            target = teacher.lm_head(expected).float().log_softmax(-1)
-        return F.kl_div(student.lm_head(hidden).float().log_softmax(-1), target, reduction="sum", log_target=True)
+
+class _Divergence(torch.autograd.Function):
+    """``KL(teacher || student)`` from hidden states ``[windows, tokens, D]``, summed over positions, nats.
+
+    Logits are by far the largest tensors. So there are only those of a chunk at a time, and while they are there, the
+    gradient to the hidden states is computed too: it is small enough to be kept, and nothing is computed twice.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, hidden: torch.Tensor, expected: torch.Tensor, student: nn.Module, teacher: nn.Module
+    ) -> torch.Tensor:
+        total, gradient = hidden.new_zeros((), dtype=torch.float32), torch.empty_like(hidden)
+        chunks = (tensor.flatten(0, 1).split(CHUNK) for tensor in (hidden, expected, gradient))
+        for states, target_states, result in zip(*chunks, strict=True):
+            target = teacher(target_states).float().log_softmax(-1)
+            with torch.set_grad_enabled(ctx.needs_input_grad[0]):
+                states = states.detach().requires_grad_(ctx.needs_input_grad[0])
+                logits = student(states).float().log_softmax(-1)
+                loss = F.kl_div(logits, target, reduction="sum", log_target=True)
+            if ctx.needs_input_grad[0]:
+                result.copy_(*torch.autograd.grad(loss, states))
+            total += loss.detach()
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return outer * gradient, None, None, None
 
 
 class _Steps(TrainerCallback):
