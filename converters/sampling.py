@@ -88,15 +88,18 @@ def sampled_texts(
     texts = []
     for ids in batches:
         cache = Cache(layers=[ReservedLayer(length) for _ in range(source.config.num_hidden_layers)])
-        tokens = [ids]
+        # In one piece: a small tensor that stayed of each step would take a bite out of the room that the step's logits
+        # left on the heap, and the next step's would need new room.
+        tokens = ids.repeat(1, length)
         conversations = Conversations(template, len(ids)) if template else None
-        while len(tokens) < length:
-            logits = model(tokens[-1], **{argument: cache}, use_cache=True).logits[:, -1].float()
+        for position in range(1, length):
+            last = tokens[:, position - 1 : position]
+            logits = model(last, **{argument: cache}, use_cache=True).logits[:, -1].float()
             if not torch.isfinite(logits).all():
                 raise ConversionError(f"The model in {source.folder} gives logits that are not numbers: it is broken.")
             probabilities = logits.index_fill(1, never, float("-inf")).softmax(-1)
             sampled = torch.multinomial(probabilities, 1, generator=generator)
-            tokens.append(conversations.follow(sampled) if conversations else sampled)
+            tokens[:, position : position + 1] = conversations.follow(sampled) if conversations else sampled
             progress.advance(task)
-        texts.append(torch.cat(tokens, dim=1))
+        texts.append(tokens)
     return torch.cat(texts)
