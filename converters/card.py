@@ -156,7 +156,7 @@ def _conversion(report: dict[str, Any]) -> str:
         kl = healing["kl_held_out"]
         lines.append(
             f"- Healed: attentions trained on the source's predictions for {healing['steps']} steps of "
-            f"{healing['batch_size']} windows of {healing['window']}, {healing['tokens']:,} tokens of "
+            f"{healing['batch_size']} x {healing['window']:,} tokens; text: {healing['tokens']:,} tokens of "
             f"{' and '.join(map(_origin, healing['text']))}; KL divergence on text held out {kl['before']:.4f} before, "
             f"{kl['after']:.4f} after"
         )

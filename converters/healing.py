@@ -130,7 +130,7 @@ def _train(
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The trained tensors by name, and what the report says of the training."""
     windows = work.remembered(
-        "text", lambda: training_windows(source, options.text, options.tokens, options.seed, progress)
+        "text", lambda: training_windows(source, options.text, options.tokens, options.length, options.seed, progress)
     )
     trained_on, held_out = hold_out(windows)
     dtype = torch.bfloat16 if native_bfloat16(options.device) else torch.float32

@@ -77,7 +77,8 @@ class HealOptions:
         text: text files, or ``self`` or ``chat`` for what the source writes.
         tokens: how many of them at most; one window in 32 is held out.
         steps: of Adam; None for as many as show each window once.
-        batch_size: windows of 512 tokens to a step.
+        length: tokens in a window, or as many as the source's context has.
+        batch_size: windows to a step.
         learning_rate: change of a weight in the first steps, relative to the root mean square of its matrix.
         seed: of text, and of its order.
         device: where both models are.
@@ -87,7 +88,8 @@ class HealOptions:
     text: tuple[str, ...] = (SELF,)
     tokens: int = 65536
     steps: int | None = None
-    batch_size: int = 2
+    length: int = 1024
+    batch_size: int = 1
     learning_rate: float = 0.002
     seed: int = 0
     device: str = "cpu"
@@ -175,8 +177,9 @@ def check_heal_options(options: HealOptions) -> None:
     """
     check_device(options.device)
     check_seed(options.seed)
-    for option, count in (("--steps", options.steps), ("--batch-size", options.batch_size)):
+    for name in ("length", "steps", "batch_size"):
+        count = getattr(options, name)
         if count is not None and count < 1:
-            raise ConversionError(f"{option} is {count}, but must be 1 or more.")
+            raise ConversionError(f"--{name.replace('_', '-')} is {count}, but must be 1 or more.")
     if not 0 < options.learning_rate < math.inf:
         raise ConversionError(f"--learning-rate is {options.learning_rate}, but must be above 0, such as 0.002.")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from rich.progress import Progress
 
-from mla_converters.calibration import WINDOW, read_texts, text_windows
+from mla_converters.calibration import read_texts, text_windows
 from mla_converters.errors import ConversionError
 from mla_converters.source import Source
 
@@ -14,7 +14,7 @@ LEAST = 2  # windows: one to train on, one held out
 
 
 def training_windows(
-    source: Source, origins: Sequence[str], tokens: int, seed: int, progress: Progress
+    source: Source, origins: Sequence[str], tokens: int, length: int, seed: int, progress: Progress
 ) -> torch.Tensor:
     """Token ids to train on.
 
@@ -22,17 +22,17 @@ def training_windows(
         source: the model.
         origins: UTF-8 text files, cut end to end, or ``self`` or ``chat`` for what the model writes.
         tokens: at most so many of all together, an equal share of each; a shorter file gives what it has.
+        length: tokens in a window, or the model's context if that is less.
         seed: which windows of a longer file, and what to sample.
         progress: for the bar.
 
     Returns:
-        ``[windows, length]`` int64, in random order; the length is :data:`WINDOW`, or the model's context if that is
-        less.
+        ``[windows, length]`` int64, in random order.
 
     Raises:
         ConversionError: a text cannot be read, there is too little of all, or the model has no chat template.
     """
-    length = min(WINDOW, source.config.max_position_embeddings)
+    length = min(length, source.config.max_position_embeddings)
     share = tokens // len(origins) // length
     if share * len(origins) < LEAST:
         needed = length * max(LEAST, len(origins))
@@ -41,7 +41,10 @@ def training_windows(
     generator = torch.Generator().manual_seed(seed)
     windows = torch.cat(text_windows(source, texts, share, length, _cut, generator, progress))
     if len(windows) < LEAST:
-        raise ConversionError(f"There are {windows.numel()} tokens of --text, but {LEAST * length} are needed.")
+        raise ConversionError(
+            f"--text gives {len(windows)} windows of {length} tokens, but {LEAST} are needed: give more text, or a "
+            "smaller --length."
+        )
     return windows[torch.randperm(len(windows), generator=generator)]
 
 

@@ -139,7 +139,7 @@ def test_report_and_card(command_line: CommandLine, source: Path, mla: Path, tmp
     assert (healing["tokens"], healing["window"], healing["steps"]) == (4096, 256, 8)
     assert healing["command"] == (f"vllm-mla heal {mla} ./mla-healed --text {CALIBRATION} --tokens 4096 --steps 8")
     card = (out / "README.md").read_text()
-    assert f"8 steps of 2 windows of 256, 4,096 tokens of `{CALIBRATION.name}`" in card
+    assert f"8 steps of 1 x 256 tokens; text: 4,096 tokens of `{CALIBRATION.name}`" in card
     assert healing["command"] in card and "Nothing was trained" not in card
 
 
@@ -204,6 +204,7 @@ def test_what_both_models_have_is_in_memory_once(smollm2: Path, half: Path) -> N
     ("options", "reason"),
     [
         (("--steps", 0), "--steps is 0, but must be 1 or more"),
+        (("--length", 0), "--length is 0, but must be 1 or more"),
         (("--batch-size", -1), "--batch-size is -1, but must be 1 or more"),
         (("--learning-rate", "nan"), "--learning-rate is nan, but must be above 0"),
         (("--learning-rate", 0), "--learning-rate is 0.0, but must be above 0"),

@@ -30,7 +30,7 @@ More text:
 `vllm-mla heal ./smol-mla ./smol-healed --text my.txt --tokens 1000000`
 
 **Memory**: the source's weights, the attentions of MODEL and 12 bytes more for each of their weights, and what one step
-keeps: it grows with --batch-size.
+keeps: it grows with --length and --batch-size.
 
 **Next**: `vllm serve OUT`
 """
@@ -53,16 +53,23 @@ def heal(
     tokens: Annotated[
         int,
         typer.Option(
-            help="How many tokens at most, in windows of 512; one window in 32 is held out to measure.",
+            help="How many tokens at most, in windows; one in 32 is held out to measure.",
             rich_help_panel="Text",
         ),
     ] = 65536,
     seed: Annotated[int, typer.Option(help="Same seed, same output to the byte.", rich_help_panel="Text")] = 0,
+    length: Annotated[
+        int,
+        typer.Option(
+            help="Tokens in a window: longer ones teach longer distances. At most the source's context.",
+            rich_help_panel="Text",
+        ),
+    ] = 1024,
     steps: Annotated[
         int | None,
         typer.Option(help="Steps of Adam. [default: each window once]", rich_help_panel="Training"),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Windows to a step.", rich_help_panel="Training")] = 2,
+    batch_size: Annotated[int, typer.Option(help="Windows to a step.", rich_help_panel="Training")] = 1,
     learning_rate: Annotated[
         float,
         typer.Option(
@@ -91,6 +98,7 @@ def heal(
     options = HealOptions(
         text=tuple(text or HealOptions.text),
         tokens=tokens,
+        length=length,
         steps=steps,
         batch_size=batch_size,
         learning_rate=learning_rate,
