@@ -174,7 +174,7 @@ def main() -> None:
             for name, (run, ratio) in names.items():
                 report = convert(source, out, "--cache-ratio", str(ratio), "--calibration", str(text), *RUNS[run])
                 if run == "healed":
-                    heal(out, "--text", str(text), "--length", "512", "--batch-size", "2")
+                    heal(out, "--text", str(text))
                 perplexity = evaluate(out, arguments.test)["perplexity"]
                 rows[name] = {
                     "split": f"{report['kv_lora_rank']}+{report['qk_rope_head_dim']}",

@@ -88,8 +88,8 @@ class HealOptions:
     text: tuple[str, ...] = (SELF,)
     tokens: int = 65536
     steps: int | None = None
-    length: int = 1024
-    batch_size: int = 1
+    length: int = 512
+    batch_size: int = 2
     learning_rate: float = 0.002
     seed: int = 0
     device: str = "cpu"

@@ -197,7 +197,7 @@ def half(smollm2: Path, shared: Path) -> Path:
 @pytest.fixture(scope="session")
 def healed(half: Path, shared: Path) -> Path:
     """The same, healed on few tokens."""
-    few = ("--text", CALIBRATION, "--tokens", 2048, "--length", 512, "--steps", 3, "--learning-rate", 1e-4)
+    few = ("--text", CALIBRATION, "--tokens", 2048, "--batch-size", 1, "--steps", 3, "--learning-rate", 1e-4)
     return once("heal", half, shared / "healed", *few)
 
 

@@ -139,7 +139,7 @@ def test_report_and_card(command_line: CommandLine, source: Path, mla: Path, tmp
     assert (healing["tokens"], healing["window"], healing["steps"]) == (4096, 256, 8)
     assert healing["command"] == (f"vllm-mla heal {mla} ./mla-healed --text {CALIBRATION} --tokens 4096 --steps 8")
     card = (out / "README.md").read_text()
-    assert f"8 steps of 1 x 256 tokens; text: 4,096 tokens of `{CALIBRATION.name}`" in card
+    assert f"8 steps of 2 x 256 tokens; text: 4,096 tokens of `{CALIBRATION.name}`" in card
     assert healing["command"] in card and "Nothing was trained" not in card
 
 

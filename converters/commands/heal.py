@@ -61,15 +61,15 @@ def heal(
     length: Annotated[
         int,
         typer.Option(
-            help="Tokens in a window: longer ones teach longer distances. At most the source's context.",
+            help="Tokens in a window, at most the source's context.",
             rich_help_panel="Text",
         ),
-    ] = 1024,
+    ] = 512,
     steps: Annotated[
         int | None,
         typer.Option(help="Steps of Adam. [default: each window once]", rich_help_panel="Training"),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Windows to a step.", rich_help_panel="Training")] = 1,
+    batch_size: Annotated[int, typer.Option(help="Windows to a step.", rich_help_panel="Training")] = 2,
     learning_rate: Annotated[
         float,
         typer.Option(
