@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from common import CODE, RESULTS, convert, cost, evaluate, heal, measured_rows, plain_text, row_parser, write_result
+from matplotlib import colormaps
 
 from mla_converters.drawing import png
 
@@ -129,7 +130,9 @@ def scores(model: Path, test: Path, long_windows: bool = True) -> dict[str, floa
 def draw(rows: dict[str, dict], path: Path) -> None:
     """Perplexity against cache size, a line for each method."""
     with png(path) as figure:
+        figure.set_size_inches(7, 7)
         axes = figure.add_subplot()
+        axes.set_prop_cycle(color=colormaps["tab20"].colors)  # as many as there are labels, and more
         axes.plot(*zip(*TRANSMLA_OWN_CODE.items(), strict=True), "x--", color="gray", label="TransMLA's own code")
         for kind, label in LABELS.items():
             points = [(width, rows[name]["perplexity"]) for width in SPLITS if (name := f"{kind} {width}") in rows]
@@ -139,7 +142,7 @@ def draw(rows: dict[str, dict], path: Path) -> None:
         axes.set_yscale("log")
         axes.set_xlabel("numbers cached per token and layer")
         axes.set_ylabel("WikiText-2 perplexity")
-        axes.legend(fontsize="small")
+        figure.legend(loc="outside lower center", ncols=2, fontsize="x-small")
         axes.grid(alpha=0.3, which="both")
 
 
