@@ -64,18 +64,20 @@ class _Divergence(torch.autograd.Function):
     def forward(
         ctx: FunctionCtx, hidden: torch.Tensor, expected: torch.Tensor, student: nn.Module, teacher: nn.Module
     ) -> torch.Tensor:
-        total, gradient = hidden.new_zeros((), dtype=torch.float32), torch.empty_like(hidden)
-        chunks = (tensor.flatten(0, 1).split(CHUNK) for tensor in (hidden, expected, gradient))
-        for states, target_states, result in zip(*chunks, strict=True):
+        trains = ctx.needs_input_grad[0]
+        total, gradients = hidden.new_zeros((), dtype=torch.float32), []
+        chunks = (tensor.flatten(0, 1).split(CHUNK) for tensor in (hidden, expected))
+        for states, target_states in zip(*chunks, strict=True):
             target = teacher(target_states).float().log_softmax(-1)
-            with torch.set_grad_enabled(ctx.needs_input_grad[0]):
-                states = states.detach().requires_grad_(ctx.needs_input_grad[0])
-                logits = student(states).float().log_softmax(-1)
-                loss = F.kl_div(logits, target, reduction="sum", log_target=True)
-            if ctx.needs_input_grad[0]:
-                result.copy_(*torch.autograd.grad(loss, states))
+            with torch.set_grad_enabled(trains):
+                states = states.detach().requires_grad_(trains)
+                predicted = student(states).float().log_softmax(-1)
+                loss = F.kl_div(predicted, target, reduction="sum", log_target=True)
+            if trains:
+                gradients += torch.autograd.grad(loss, states)
             total += loss.detach()
-        ctx.save_for_backward(gradient)
+        if trains:
+            ctx.save_for_backward(torch.cat(gradients).view(hidden.shape))
         return total
 
     @staticmethod

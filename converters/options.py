@@ -177,9 +177,9 @@ def check_heal_options(options: HealOptions) -> None:
     """
     check_device(options.device)
     check_seed(options.seed)
-    for name in ("length", "steps", "batch_size"):
-        count = getattr(options, name)
+    counts = {"--length": options.length, "--steps": options.steps, "--batch-size": options.batch_size}
+    for option, count in counts.items():
         if count is not None and count < 1:
-            raise ConversionError(f"--{name.replace('_', '-')} is {count}, but must be 1 or more.")
+            raise ConversionError(f"{option} is {count}, but must be 1 or more.")
     if not 0 < options.learning_rate < math.inf:
         raise ConversionError(f"--learning-rate is {options.learning_rate}, but must be above 0, such as 0.002.")

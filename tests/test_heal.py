@@ -101,6 +101,21 @@ def test_loss_is_the_divergence_of_evaluations(source: Path, mla: Path) -> None:
         assert loss == pytest.approx(torch.cat([kl_per_token(*pair) for pair in pairs]).mean().item(), rel=1e-4)
 
 
+def test_gradient_is_that_of_all_logits_at_once(source: Path, mla: Path) -> None:
+    teacher, student = load(source), load(mla)
+    ids = torch.randint(0, teacher.config.vocab_size, (3, 256), generator=torch.Generator().manual_seed(0))
+    assert ids.numel() > distillation.CHUNK and ids.numel() % distillation.CHUNK
+    with distillation.distillation(student, teacher) as distilled:
+        distilled(ids)["loss"].backward()
+        gradients = [weight.grad.clone() for weight in distilled.trained]
+        student.zero_grad()
+        expected, predicted = (model(ids).logits.log_softmax(-1).flatten(0, 1) for model in (teacher, student))
+        torch.nn.functional.kl_div(predicted, expected, reduction="batchmean", log_target=True).backward()
+        for gradient, weight in zip(gradients, distilled.trained, strict=True):
+            assert gradient.abs().max() > 0
+            torch.testing.assert_close(gradient, weight.grad, rtol=1e-4, atol=1e-7)
+
+
 @pytest.mark.parametrize("native", [True, False])
 def test_with_and_without_bfloat16(native: bool, mla: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the machine has it, all but the trained weights is in bfloat16; here as if it had, and as if it had not."""
