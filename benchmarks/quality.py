@@ -5,7 +5,8 @@
 Source: SmolLM2-135M-Instruct. Calibration: WikiText-2's validation split (tokenised form, marks undone), 16 windows
 of 2,048 tokens for ``attention-aware`` with refit and 8 without, 32 of 512 for ``transmla`` and ``mha2mla``; or text
 sampled from the model (``self``), or half of each. What is healed was converted without refit, and then trained on
-128 windows of 512 tokens of the same text, of which 4 are held out; ``long``: 64 windows of 1,024, 2 held out.
+128 windows of 512 tokens of the same text, of which 4 are held out; ``long``: 64 windows of 1,024, 2 held out;
+``pairs``: two windows to a step.
 Scores: perplexity in float32 of the first 8 windows of 1,024 tokens of WikiText-2's raw test split, the first 2 of
 4,096, and of 8 windows of 1,024 tokens of another domain: the source code of Python's ``argparse``. Some also through
 vLLM.
@@ -34,13 +35,16 @@ COMMAND = "python benchmarks/quality.py --valid wiki.valid.tokens --test wiki.te
 SPLITS = {192: (128, 64), 128: (96, 32), 96: (64, 32), 48: (32, 16)}
 # Perplexity of checkpoints that TransMLA's own code wrote, with the same calibration text and scoring.
 TRANSMLA_OWN_CODE = {192: 55.72, 128: 96.4, 96: 155.2, 48: 436.5}
-LONG = ["--length", "1024", "--batch-size", "1"]
+LONG = ["--length", "1024", "--learning-rate", "0.002"]
+PAIRS = ["--batch-size", "2", "--learning-rate", "0.002"]
 # Of what is healed: the texts for converting and healing, and how.
 HEALINGS: dict[str, tuple[tuple[str, ...], list[str]]] = {
     "healed": (("FILE",), []),
     "healed self": (("self",), []),
     "healed text and self": (("FILE", "self"), []),
     "healed long": (("FILE",), LONG),
+    "healed pairs": (("FILE",), PAIRS),
+    "healed self pairs": (("self",), PAIRS),
 }
 INGREDIENTS = ("mean-phase", "attention-weights", "metric", "random-tokens", "joint-choice", "search")
 LABELS = {

@@ -11,7 +11,7 @@ from rich.progress import Progress
 
 from mla_converters.card import CARD, REPORT
 from mla_converters.checkpoint import INDEX, Checkpoint
-from mla_converters.distillation import SAVED_BYTES, distillation, held_out_kl, train
+from mla_converters.distillation import SAVED_BYTES, distillation, held_out_kl, suited_rate, train
 from mla_converters.errors import ConversionError
 from mla_converters.evaluation.hf_engine import load_model
 from mla_converters.evaluation.models import Model, read_config
@@ -29,6 +29,7 @@ from mla_converters.training_text import hold_out, training_windows
 from mla_converters.verification import converted_config
 from mla_converters.work import Work, work_folder
 
+NOTHING = 1e-5  # nats per token from the source; rounding alone gives a tenth of it
 SAVES = 2  # a new one is written before the old one goes
 ATTENTION = ".self_attn."  # in the names of what is trained
 
@@ -144,7 +145,13 @@ def _train(
 
     with distillation(student, teacher) as distilled:
         before = work.remembered("before", lambda: torch.tensor([held_out_kl(distilled, held_out, options.device)]))
-        train(distilled, trained_on, steps, options, work.folder / "trainer", advance)
+        if before.item() < NOTHING:
+            raise ConversionError(
+                f"{model} predicts what its source predicts, to {before.item():.0e} nats per token on text held out: "
+                "nothing was lost that could be healed."
+            )
+        rate = options.learning_rate or suited_rate(before.item())
+        train(distilled, trained_on, steps, rate, options, work.folder / "trainer", advance)
         after = held_out_kl(distilled, held_out, options.device)
     if not after < before.item():
         raise ConversionError(
@@ -158,7 +165,7 @@ def _train(
         "window": windows.shape[1],
         "steps": steps,
         "batch_size": options.batch_size,
-        "learning_rate": options.learning_rate,
+        "learning_rate": rate,
         "seed": options.seed,
         "kl_held_out": {"before": round(before.item(), 6), "after": round(after, 6)},
         "versions": VERSIONS,

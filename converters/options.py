@@ -79,7 +79,8 @@ class HealOptions:
         steps: of Adam; None for as many as show each window once.
         length: tokens in a window, or as many as the source's context has.
         batch_size: windows to a step.
-        learning_rate: change of a weight in the first steps, relative to the root mean square of its matrix.
+        learning_rate: change of a weight in the first steps, relative to the root mean square of its matrix; None for
+            one that follows from how much was lost.
         seed: of text, and of its order.
         device: where both models are.
         trust_remote_code: whether code that comes with the tokenizer may run.
@@ -89,8 +90,8 @@ class HealOptions:
     tokens: int = 65536
     steps: int | None = None
     length: int = 512
-    batch_size: int = 2
-    learning_rate: float = 0.002
+    batch_size: int = 1
+    learning_rate: float | None = None
     seed: int = 0
     device: str = "cpu"
     trust_remote_code: bool = False
@@ -181,5 +182,5 @@ def check_heal_options(options: HealOptions) -> None:
     for option, count in counts.items():
         if count is not None and count < 1:
             raise ConversionError(f"{option} is {count}, but must be 1 or more.")
-    if not 0 < options.learning_rate < math.inf:
-        raise ConversionError(f"--learning-rate is {options.learning_rate}, but must be above 0, such as 0.002.")
+    if options.learning_rate is not None and not 0 < options.learning_rate < math.inf:
+        raise ConversionError(f"--learning-rate is {options.learning_rate}, but must be above 0, such as 0.001.")

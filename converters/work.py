@@ -156,11 +156,12 @@ def _go_on(folder: Path) -> str:
 
 def _differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What differs, as ``name (then, now)``."""
-    return [
-        f"{name} ({then.get(name)} then, {now.get(name)} now)"
-        for name in sorted(then.keys() | now.keys())
-        if then.get(name) != now.get(name)
-    ]
+    shown = {name: [_shown(run.get(name)) for run in (then, now)] for name in sorted(then.keys() | now.keys())}
+    return [f"{name} ({before} then, {after} now)" for name, (before, after) in shown.items() if before != after]
+
+
+def _shown(value: object) -> object:
+    return "not given" if value is None else value
 
 
 def _remove(path: Path) -> None:

@@ -62,6 +62,11 @@ def held_out(folder: Path) -> dict[str, float]:
     return json.loads((folder / "conversion_report.json").read_text())["healing"]["kl_held_out"]
 
 
+def learning_rate(folder: Path) -> float:
+    """What it was healed at."""
+    return json.loads((folder / "conversion_report.json").read_text())["healing"]["learning_rate"]
+
+
 def change_json(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
@@ -73,6 +78,7 @@ def test_only_attentions_change_and_predict_better(shape: str, tmp_path: Path) -
     healed = heal(mla, tmp_path / "healed", "--text", CALIBRATION, "--steps", 40)
     kl = held_out(healed)
     assert 0 < kl["after"] < 0.9 * kl["before"]
+    assert learning_rate(healed) == pytest.approx(distillation.suited_rate(kl["before"]), rel=1e-3)
     old, new = (load_file(folder / "model.safetensors") for folder in (mla, healed))
     assert old.keys() == new.keys()
     for name, tensor in old.items():
@@ -85,6 +91,7 @@ def test_real_model(command_line: CommandLine, healed: Path, smollm2: Path) -> N
     """Three windows of text bring SmolLM2 nearer to its source."""
     kl = held_out(healed)
     assert 0 < kl["after"] < kl["before"]
+    assert learning_rate(healed) == 1e-4
     code, _, _ = command_line("verify", healed, "--source", smollm2)
     assert code == 0
 
@@ -189,7 +196,8 @@ def test_other_options_do_not_go_on(mla: Path, refusal: Refused, tmp_path: Path)
     out, folder = tmp_path / "out", tmp_path / "out.partial"
     with running("heal", mla, out, *OPTIONS) as process:
         wait_for(process, lambda: (folder / "text.safetensors").exists())
-    assert "--learning-rate (0.002 then, 0.001 now)" in refusal("heal", mla, out, *OPTIONS, "--learning-rate", 0.001)
+    complaint = refusal("heal", mla, out, *OPTIONS, "--learning-rate", 0.001)
+    assert "--learning-rate (not given then, 0.001 now)" in complaint
     assert folder.exists()
 
 
@@ -243,6 +251,8 @@ def test_refused_models(refusal: Refused, source: Path, mla: Path, tmp_path: Pat
     assert "is not a checkpoint that vllm-mla convert wrote" in refusal("heal", source, out)
     exact = convert(source, tmp_path / "exact", "--method", "exact")
     assert "is an exact conversion" in refusal("heal", exact, out)
+    whole = convert(source, tmp_path / "whole", "--cache-ratio", 1, *CALIBRATED)
+    assert "nothing was lost that could be healed" in refusal("heal", whole, out, "--text", CALIBRATION)
     other = RandomModel(hidden=32, heads=2).save(tmp_path / "other")
     assert "differ in hidden_size, num_attention_heads" in refusal("heal", mla, out, "--source", other)
     assert "which is MODEL" in refusal("heal", mla, mla, "--force")

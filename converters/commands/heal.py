@@ -69,15 +69,15 @@ def heal(
         int | None,
         typer.Option(help="Steps of Adam. [default: each window once]", rich_help_panel="Training"),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Windows to a step.", rich_help_panel="Training")] = 2,
+    batch_size: Annotated[int, typer.Option(help="Windows to a step.", rich_help_panel="Training")] = 1,
     learning_rate: Annotated[
-        float,
+        float | None,
         typer.Option(
             help="Change of a weight in the first steps, relative to the root mean square of its matrix; falls by a "
-            "cosine.",
+            "cosine. [default: from how much was lost]",
             rich_help_panel="Training",
         ),
-    ] = 0.002,
+    ] = None,
     device: Annotated[
         str | None, typer.Option(help="Where to train: cpu or cuda. [default: the GPU, if there is one]")
     ] = None,
