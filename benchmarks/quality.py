@@ -22,7 +22,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import CODE, RESULTS, convert, cost, evaluate, heal, measured_rows, plain_text, row_parser, write_result
+from common import (
+    CODE,
+    PAIRS,
+    RESULTS,
+    convert,
+    cost,
+    evaluate,
+    heal,
+    measured_rows,
+    plain_text,
+    row_parser,
+    write_result,
+)
 from matplotlib import colormaps
 
 from mla_converters.drawing import png
@@ -35,13 +47,12 @@ COMMAND = "python benchmarks/quality.py --valid wiki.valid.tokens --test wiki.te
 SPLITS = {192: (128, 64), 128: (96, 32), 96: (64, 32), 48: (32, 16)}
 # Perplexity of checkpoints that TransMLA's own code wrote, with the same calibration text and scoring.
 TRANSMLA_OWN_CODE = {192: 55.72, 128: 96.4, 96: 155.2, 48: 436.5}
-LONG = ["--length", "1024", "--learning-rate", "0.002"]
-PAIRS = ["--batch-size", "2", "--learning-rate", "0.002"]
+LONG = ("--length", "1024", "--learning-rate", "0.002")
 # Of what is healed: the texts for converting and healing, and how.
-HEALINGS: dict[str, tuple[tuple[str, ...], list[str]]] = {
-    "healed": (("FILE",), []),
-    "healed self": (("self",), []),
-    "healed text and self": (("FILE", "self"), []),
+HEALINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "healed": (("FILE",), ()),
+    "healed self": (("self",), ()),
+    "healed text and self": (("FILE", "self"), ()),
     "healed long": (("FILE",), LONG),
     "healed pairs": (("FILE",), PAIRS),
     "healed self pairs": (("self",), PAIRS),
