@@ -12,7 +12,7 @@ import transformers
 import vllm_mla_plugin
 from mla_converters.calibration import WRITTEN
 from mla_converters.locate import local_path
-from mla_converters.options import HealOptions, Options, as_json
+from mla_converters.options import HealOptions, Options, as_json, option_name
 from mla_converters.source import Source
 
 VERSIONS = {
@@ -53,7 +53,7 @@ def _source_identity(source: Source) -> dict[str, Any]:
 
 
 def _options_identity(options: Options | HealOptions) -> dict[str, Any]:
-    return {f"--{name.replace('_', '-')}": as_json(value) for name, value in asdict(options).items()}
+    return {option_name(name): as_json(value) for name, value in asdict(options).items()}
 
 
 def _texts_identity(kind: str, origins: tuple[str, ...]) -> dict[str, str]:

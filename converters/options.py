@@ -110,6 +110,11 @@ def command_line(source: str, revision: str | None, options: Options) -> str:
     return shlex.join([*words, *(["--revision", revision] if revision else [])])
 
 
+def option_name(field: str) -> str:
+    """What a command line calls a field of the options."""
+    return f"--{field.replace('_', '-')}"
+
+
 def given_options(options: Any) -> list[str]:
     """What a command line says of options that differ from their defaults.
 
@@ -122,7 +127,7 @@ def given_options(options: Any) -> list[str]:
         if value != field.default:
             given = as_json(value)
             for item in given if isinstance(given, list) else [given]:
-                words += [f"--{field.name.replace('_', '-')}", *([] if item is True else [str(item)])]
+                words += [option_name(field.name), *([] if item is True else [str(item)])]
     return words
 
 

@@ -148,9 +148,8 @@ def test_with_and_without_bfloat16(native: bool, mla: Path, tmp_path: Path, monk
 
 def test_report_and_card(command_line: CommandLine, source: Path, mla: Path, tmp_path: Path) -> None:
     out, file = tmp_path / "out", tmp_path / "report.json"
-    code, table, complaint = command_line(
-        "heal", mla, out, "--text", CALIBRATION, "--tokens", 4096, "--steps", 8, "--json", file
-    )
+    options = ("--text", CALIBRATION, "--tokens", 4096, "--steps", 8, "--batch-size", 2)
+    code, table, complaint = command_line("heal", mla, out, *options, "--json", file)
     assert (code, complaint) == (0, "")
     assert f"vllm serve {out}" in table.replace("\n", "")
     report, written = json.loads(file.read_text()), json.loads((out / "conversion_report.json").read_text())
@@ -159,7 +158,7 @@ def test_report_and_card(command_line: CommandLine, source: Path, mla: Path, tmp
     healing = written.pop("healing")
     assert written == json.loads((mla / "conversion_report.json").read_text())
     assert (healing["tokens"], healing["window"], healing["steps"]) == (4096, 256, 8)
-    assert healing["command"] == (f"vllm-mla heal {mla} ./mla-healed --text {CALIBRATION} --tokens 4096 --steps 8")
+    assert healing["command"] == f"vllm-mla heal {mla} ./mla-healed {' '.join(map(str, options))}"
     card = (out / "README.md").read_text()
     assert f"8 steps of 2 x 256 tokens; text: 4,096 tokens of `{CALIBRATION.name}`" in card
     assert healing["command"] in card and "Nothing was trained" not in card
