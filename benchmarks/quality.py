@@ -67,7 +67,7 @@ LABELS = {
     "attention-aware per layer": "attention-aware, sizes per layer",
     "healed": "attention-aware, closed form, healed",
     "healed self": "attention-aware, closed form, self-calibrated, healed on self",
-    "healed self pairs": "the same, two windows to a step",
+    "healed self pairs": "attention-aware, closed form, self-calibrated, healed on self in pairs",
     "healed text and self": "attention-aware, closed form, half self-calibrated, healed on both",
     "healed long": "attention-aware, closed form, healed in windows of 1,024",
     "healed per layer": "attention-aware, closed form, sizes per layer, healed",

@@ -141,7 +141,7 @@ def suited_rate(divergence: float) -> float:
     """A learning rate for a model that is so many nats per token from its source: the more was lost, the further have
     weights to go. Measured in steps of 512 tokens, at 0.16 nats (0.001 better than 0.002) and at 1.9 (0.002 better than
     0.001)."""
-    return RATE * math.sqrt(max(0.0, divergence))
+    return RATE * math.sqrt(divergence)
 
 
 def train(

@@ -57,14 +57,14 @@ def expected(mla: Path) -> dict[str, bytes]:
     return contents(heal(mla, mla.with_name("healed"), *OPTIONS))
 
 
+def reported(folder: Path) -> dict[str, Any]:
+    """What the report says of the healing."""
+    return json.loads((folder / "conversion_report.json").read_text())["healing"]
+
+
 def held_out(folder: Path) -> dict[str, float]:
     """KL divergence from the source before and after, on text that was not trained on."""
-    return json.loads((folder / "conversion_report.json").read_text())["healing"]["kl_held_out"]
-
-
-def learning_rate(folder: Path) -> float:
-    """What it was healed at."""
-    return json.loads((folder / "conversion_report.json").read_text())["healing"]["learning_rate"]
+    return reported(folder)["kl_held_out"]
 
 
 def change_json(path: Path, **changes: object) -> None:
@@ -78,7 +78,7 @@ def test_only_attentions_change_and_predict_better(shape: str, tmp_path: Path) -
     healed = heal(mla, tmp_path / "healed", "--text", CALIBRATION, "--steps", 40)
     kl = held_out(healed)
     assert 0 < kl["after"] < 0.9 * kl["before"]
-    assert learning_rate(healed) == pytest.approx(distillation.suited_rate(kl["before"]), rel=1e-3)
+    assert reported(healed)["learning_rate"] == pytest.approx(distillation.suited_rate(kl["before"]), rel=1e-3)
     old, new = (load_file(folder / "model.safetensors") for folder in (mla, healed))
     assert old.keys() == new.keys()
     for name, tensor in old.items():
@@ -91,7 +91,7 @@ def test_real_model(command_line: CommandLine, healed: Path, smollm2: Path) -> N
     """Three windows of text bring SmolLM2 nearer to its source."""
     kl = held_out(healed)
     assert 0 < kl["after"] < kl["before"]
-    assert learning_rate(healed) == 1e-4
+    assert reported(healed)["learning_rate"] == 1e-4
     code, _, _ = command_line("verify", healed, "--source", smollm2)
     assert code == 0
 
