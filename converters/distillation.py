@@ -191,7 +191,7 @@ def train(
         arguments,
         train_dataset=[{"input_ids": window} for window in windows],
         optimizers=(
-            torch.optim.Adam(relative_rates(model.parameters(), rate), betas=(0.9, 0.95)),
+            torch.optim.Adam(relative_rates(model.parameters(), rate), betas=(0.9, 0.975)),
             None,
         ),
         callbacks=[_Steps(advance)],

@@ -89,7 +89,7 @@ class HealOptions:
     text: tuple[str, ...] = (SELF,)
     tokens: int = 65536
     steps: int | None = None
-    length: int = 512
+    length: int = 256
     batch_size: int = 1
     learning_rate: float | None = None
     seed: int = 0

@@ -64,7 +64,7 @@ def heal(
             help="Tokens in a window, at most the source's context.",
             rich_help_panel="Text",
         ),
-    ] = 512,
+    ] = 256,
     steps: Annotated[
         int | None,
         typer.Option(help="Steps of Adam. [default: each window once]", rich_help_panel="Training"),
