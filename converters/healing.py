@@ -11,7 +11,15 @@ from rich.progress import Progress
 
 from mla_converters.card import CARD, REPORT
 from mla_converters.checkpoint import INDEX, Checkpoint
-from mla_converters.distillation import SAVED_BYTES, distillation, held_out_kl, suited_rate, train
+from mla_converters.distillation import (
+    LONGEST,
+    SAVED_BYTES,
+    distillation,
+    held_out_kl,
+    suited_length,
+    suited_rate,
+    train,
+)
 from mla_converters.errors import ConversionError
 from mla_converters.evaluation.hf_engine import load_model
 from mla_converters.evaluation.models import Model, read_config
@@ -25,7 +33,7 @@ from mla_converters.options import HealOptions, Method, check_heal_options, give
 from mla_converters.outcome import describe_model, outcome, progress_bars
 from mla_converters.shards import Shards
 from mla_converters.source import Source, open_source
-from mla_converters.training_text import hold_out, training_windows
+from mla_converters.training_text import divided, hold_out, training_windows
 from mla_converters.verification import converted_config
 from mla_converters.work import Work, work_folder
 
@@ -130,15 +138,15 @@ def _train(
     model: Path, source: Source, options: HealOptions, work: Work, progress: Progress
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The trained tensors by name, and what the report says of the training."""
+    length = options.length or LONGEST
     windows = work.remembered(
-        "text", lambda: training_windows(source, options.text, options.tokens, options.length, options.seed, progress)
+        "text", lambda: training_windows(source, options.text, options.tokens, length, options.seed, progress)
     )
     trained_on, held_out = hold_out(windows)
     dtype = torch.bfloat16 if native_bfloat16(options.device) else torch.float32
     student = load_model(Model(str(model), str(model), read_config(model, False)), dtype, options.device)
     teacher = load_model(Model(source.name, str(source.folder), source.config), dtype, options.device)
-    steps = options.steps or -(-len(trained_on) // options.batch_size)
-    task = progress.add_task("Healing", total=steps)
+    task = progress.add_task("Healing", total=None)
 
     def advance(step: int, loss: float) -> None:
         progress.update(task, completed=step, description=f"Healing, KL {loss:.4f}")
@@ -150,7 +158,11 @@ def _train(
                 f"{model} predicts what its source predicts, to {before.item():.0e} nats per token on text held out: "
                 "nothing was lost that could be healed."
             )
-        rate = options.learning_rate or suited_rate(before.item())
+        if options.length is None:
+            trained_on = divided(trained_on, suited_length(before.item()))
+        steps = options.steps or -(-len(trained_on) // options.batch_size)
+        progress.update(task, total=steps)
+        rate = options.learning_rate or suited_rate(before.item(), trained_on[: options.batch_size].numel())
         train(distilled, trained_on, steps, rate, options, work.folder / "trainer", advance)
         after = held_out_kl(distilled, held_out, options.device)
     if not after < before.item():
@@ -162,7 +174,7 @@ def _train(
     return healed, {
         "text": [Path(origin).name for origin in options.text],
         "tokens": windows.numel(),
-        "window": windows.shape[1],
+        "window": trained_on.shape[1],
         "steps": steps,
         "batch_size": options.batch_size,
         "learning_rate": rate,

@@ -77,7 +77,7 @@ class HealOptions:
         text: text files, or ``self`` or ``chat`` for what the source writes.
         tokens: how many of them at most; one window in 32 is held out.
         steps: of Adam; None for as many as show each window once.
-        length: tokens in a window, or as many as the source's context has.
+        length: tokens in a window, or as many as the source's context has; None for 256 to 1,024, by how much was lost.
         batch_size: windows to a step.
         learning_rate: change of a weight in the first steps, relative to the root mean square of its matrix; None for
             one that follows from how much was lost.
@@ -89,7 +89,7 @@ class HealOptions:
     text: tuple[str, ...] = (SELF,)
     tokens: int = 65536
     steps: int | None = None
-    length: int = 256
+    length: int | None = None
     batch_size: int = 1
     learning_rate: float | None = None
     seed: int = 0

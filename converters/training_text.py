@@ -54,6 +54,13 @@ def hold_out(windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return windows[count:], windows[:count]
 
 
+def divided(windows: torch.Tensor, length: int) -> torch.Tensor:
+    """Windows ``[windows, tokens]`` cut into shorter ones of ``length`` tokens or a few more, all alike."""
+    pieces = max(1, windows.shape[1] // length)
+    length = windows.shape[1] // pieces
+    return windows[:, : pieces * length].reshape(-1, length)
+
+
 def _cut(ids: torch.Tensor, count: int, length: int, generator: torch.Generator) -> torch.Tensor:
     windows = ids[: len(ids) // length * length].view(-1, length)
     return windows[torch.randperm(len(windows), generator=generator)[:count]]

@@ -59,12 +59,12 @@ def heal(
     ] = 65536,
     seed: Annotated[int, typer.Option(help="Same seed, same output to the byte.", rich_help_panel="Text")] = 0,
     length: Annotated[
-        int,
+        int | None,
         typer.Option(
-            help="Tokens in a window, at most the source's context.",
+            help="Tokens in a window, at most the source's context. [default: 256 to 1024, from how much was lost]",
             rich_help_panel="Text",
         ),
-    ] = 256,
+    ] = None,
     steps: Annotated[
         int | None,
         typer.Option(help="Steps of Adam. [default: each window once]", rich_help_panel="Training"),
