@@ -7,8 +7,8 @@ are put into a Qwen3, each layer's attention is trained to give what SmolLM2's g
 predict what SmolLM2 predicts: minutes, on the validation text. Such training leaves its mark on queries and keys; to
 tell it from that of the norm, the Qwen3 is carried back into a Llama by the same steps. All three are then converted
 by the default method at half and a quarter of their cache, with its refit, by its closed form alone, and by that and
-healing (``pairs``: in steps of two windows), and compared by how much perplexity grows. (Mistral, Qwen2 and Mixtral
-hold SmolLM2's weights unchanged, and ``tests/test_families.py`` shows that their conversions are the same.)
+healing (``pairs``: in steps of two windows of 512), and compared by how much perplexity grows. (Mistral, Qwen2 and
+Mixtral hold SmolLM2's weights unchanged, and ``tests/test_families.py`` shows that their conversions are the same.)
 
 Rows already in the result file are kept: remove it to measure again, or choose rows with ``--only``.
 """

@@ -5,8 +5,8 @@
 Source: SmolLM2-135M-Instruct. Calibration: WikiText-2's validation split (tokenised form, marks undone), 16 windows
 of 2,048 tokens for ``attention-aware`` with refit and 8 without, 32 of 512 for ``transmla`` and ``mha2mla``; or text
 sampled from the model (``self``), or half of each. What is healed was converted without refit, and then trained on
-128 windows of 512 tokens of the same text, of which 4 are held out; ``long``: 64 windows of 1,024, 2 held out;
-``pairs``: two windows to a step.
+65,536 tokens of the same text, of which one in 32 is held out, in windows of 256 to 1,024 by how much was lost;
+``long``: of 1,024; ``pairs``: of 512, two to a step.
 Scores: perplexity in float32 of the first 8 windows of 1,024 tokens of WikiText-2's raw test split, the first 2 of
 4,096, and of 8 windows of 1,024 tokens of another domain: the source code of Python's ``argparse``. Some also through
 vLLM.

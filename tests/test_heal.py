@@ -29,10 +29,12 @@ from safetensors.torch import load_file
 from mla_converters import distillation, healing, layers
 from mla_converters.evaluation.hf_engine import kl_per_token
 from mla_converters.evaluation.models import Model
+from mla_converters.training_text import divided
 
 OTHER_TEXT = ROOT / "scripts" / "demo_text.txt"
 CALIBRATED = ("--calibration", CALIBRATION, "--calibration-tokens", 1024, "--refit-steps", 0)
 OPTIONS = ("--text", CALIBRATION, "--text", OTHER_TEXT, "--steps", 60)
+LOST = {0.0: 1024, 0.5: 1024, 0.51: 512, 1.0: 512, 1.01: 256, 9.0: 256}  # nats per token, and windows for it
 SHAPES = {
     "llama": RandomModel(bias=True, tied=True),
     "qwen3": RandomModel("qwen3", heads=4, kv_heads=1),
@@ -75,7 +77,7 @@ def change_json(path: Path, **changes: object) -> None:
 def test_only_attentions_change_and_predict_better(shape: str, tmp_path: Path) -> None:
     source = SHAPES[shape].save(tmp_path / "source")
     mla = convert(source, tmp_path / "mla", *CALIBRATED)
-    healed = heal(mla, tmp_path / "healed", "--text", CALIBRATION, "--steps", 40)
+    healed = heal(mla, tmp_path / "healed", "--text", CALIBRATION, "--steps", 48)
     kl = held_out(healed)
     assert 0 < kl["after"] < 0.9 * kl["before"]
     assert reported(healed)["learning_rate"] == pytest.approx(
@@ -87,6 +89,14 @@ def test_only_attentions_change_and_predict_better(shape: str, tmp_path: Path) -
         assert new[name].dtype == tensor.dtype
         trained = ".self_attn." in name and not name.endswith("rope_freqs")
         assert torch.equal(new[name], tensor) != trained, name
+
+
+def test_windows_by_how_much_was_lost() -> None:
+    """The more, the shorter; windows are cut in equal pieces, and no token is lost but what does not divide."""
+    assert [distillation.suited_length(lost) for lost in LOST] == list(LOST.values())
+    windows = torch.arange(2002).view(2, 1001)
+    assert torch.equal(divided(windows, 256), torch.cat([row[:999].view(3, 333) for row in windows]))
+    assert torch.equal(divided(windows, 2048), windows)
 
 
 def test_real_model(command_line: CommandLine, healed: Path, smollm2: Path) -> None:
