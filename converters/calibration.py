@@ -80,6 +80,7 @@ def text_windows(
     cut: Callable[[torch.Tensor, int, int, torch.Generator], torch.Tensor],
     generator: torch.Generator,
     progress: Progress,
+    written: int = LENGTH,
 ) -> list[torch.Tensor]:
     """Windows ``[count, length]`` of each text.
 
@@ -91,11 +92,13 @@ def text_windows(
         cut: from token ids, count, length and generator to windows, fewer if there are not so many.
         generator: for cutting and sampling.
         progress: for the bar.
+        written: tokens of a text that the model writes, if a window has room for more than one; conversations have
+            ``LENGTH``.
     """
     return [
         cut(text, count, length, generator)
         if isinstance(text, torch.Tensor)
-        else _sample(source, count, length, generator, progress, text)
+        else _sample(source, count, length, generator, progress, text, LENGTH if text else written)
         for text in texts
     ]
 
@@ -146,9 +149,11 @@ def _sample(
     generator: torch.Generator,
     progress: Progress,
     template: ChatTemplate | None,
+    written: int,
 ) -> torch.Tensor:
-    """Windows ``[count, length]`` of texts that the model writes, as many in each as have room, one after another."""
-    per_window = max(1, length // LENGTH)
+    """Windows ``[count, length]`` of texts that the model writes, as many of ``written`` tokens in each as have room, one
+    after another."""
+    per_window = max(1, length // written)
     if template:
         first, never = torch.full((count * per_window,), template.opening[0]), torch.empty(0, dtype=torch.long)
     else:

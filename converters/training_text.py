@@ -10,6 +10,7 @@ from mla_converters.errors import ConversionError
 from mla_converters.source import Source
 
 HELD_OUT = 32  # one window in so many is not trained on
+WRITTEN_LENGTH = 256  # tokens of a text that the model writes: those that follow another window's end teach less
 LEAST = 2  # windows: one to train on, one held out
 
 
@@ -39,7 +40,7 @@ def training_windows(
         raise ConversionError(f"--tokens is {tokens}, but must be at least {needed}: windows of {length}.")
     texts = read_texts(source, origins)
     generator = torch.Generator().manual_seed(seed)
-    windows = torch.cat(text_windows(source, texts, share, length, _cut, generator, progress))
+    windows = torch.cat(text_windows(source, texts, share, length, _cut, generator, progress, WRITTEN_LENGTH))
     if len(windows) < LEAST:
         raise ConversionError(
             f"--text gives {len(windows)} windows of {length} tokens, but {LEAST} are needed: give more text, or a "
