@@ -10,7 +10,7 @@ from mla_converters.errors import ConversionError
 from mla_converters.source import Source
 
 HELD_OUT = 32  # one window in so many is not trained on
-WRITTEN_LENGTH = 256  # tokens of a text that the model writes: those that follow another window's end teach less
+WRITTEN_LENGTH = 256  # tokens of a text that the model writes: twice as many that are half as long teach more
 LEAST = 2  # windows: one to train on, one held out
 
 
