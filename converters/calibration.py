@@ -151,7 +151,7 @@ def _sample(
     template: ChatTemplate | None,
     written: int,
 ) -> torch.Tensor:
-    """Windows ``[count, length]`` of what the model writes, in each as many texts of ``written`` tokens as have room."""
+    """Windows ``[count, length]`` of what the model writes, each of as many texts of ``written`` tokens as fit."""
     per_window = max(1, length // written)
     if template:
         first, never = torch.full((count * per_window,), template.opening[0]), torch.empty(0, dtype=torch.long)
