@@ -12,6 +12,7 @@ from mla_converters import sampling
 from mla_converters.calibration import calibration_windows, random_tokens
 from mla_converters.sampling import sampled_texts
 from mla_converters.source import open_source
+from mla_converters.training_text import training_windows
 
 LENGTH = 20
 
@@ -51,6 +52,16 @@ def test_a_window_holds_several_texts(tmp_path: Path) -> None:
     assert torch.equal(windows[0][:, [0, 600]].flatten(), first[0])
     assert torch.equal(windows[0], windows[1])
     assert not torch.equal(windows[0], windows[2])
+
+
+def test_healing_takes_more_texts_that_are_shorter(tmp_path: Path) -> None:
+    """A random token begins every 256 tokens of a window."""
+    folder = RandomModel().save(tmp_path / "source")
+    with open_source(str(folder)) as source, Progress(disable=True) as progress:
+        source.config.max_position_embeddings = 512
+        windows = training_windows(source, ("self",), 1024, 512, 0, progress)
+        first = random_tokens(source, (1, 4), torch.Generator().manual_seed(0))
+    assert sorted(windows[:, [0, 256]].tolist()) == sorted(first.view(2, 2).tolist())
 
 
 def test_texts_share_the_windows(tmp_path: Path) -> None:
