@@ -99,9 +99,10 @@ def cost(report: dict[str, Any]) -> dict[str, Any]:
 
 def write_result(name: str, command: str, content: dict[str, Any]) -> None:
     """Write ``results/name.json``: the command, hardware and versions, and ``content``."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU only"
     result = {
         "command": command,
-        "hardware": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, CPU only",
+        "hardware": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {device}",
         "versions": {
             "vllm-mla-plugin": vllm_mla_plugin.__version__,
             "torch": torch.__version__,

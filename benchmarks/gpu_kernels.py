@@ -4,7 +4,7 @@
 
 Every backend choice of this plugin: 512 + 64 and 256 + 64, which vLLM's own kernels serve, and sizes that they do not.
 bfloat16; pages in random order. Counted are the bytes of the cached tokens, each once; of a copy, those read and those
-written. Not run on a GPU yet.
+written.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import vllm
 from common import RESULTS, write_result
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
@@ -83,7 +84,7 @@ def main() -> None:
         rows.append(row | {"bytes_per_second": round(bandwidth), "share_of_copy": round(bandwidth / copied, 3)})
         print(rows[-1], flush=True)
     size = {"sequences": arguments.sequences, "length": arguments.length, "copy_bytes_per_second": round(copied)}
-    write_result("gpu_kernels", "python benchmarks/gpu_kernels.py", {**size, "rows": rows})
+    write_result("gpu_kernels", "python benchmarks/gpu_kernels.py", {"vllm": vllm.__version__, **size, "rows": rows})
     print(f"written to {RESULTS / 'gpu_kernels.json'}")
 
 

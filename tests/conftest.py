@@ -250,6 +250,7 @@ class RandomModel:
     rope: dict = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
     window: int | None = None
     experts: dict[str, Any] = field(default_factory=dict)
+    std: float = 0.2  # of weights
     dtype: torch.dtype = torch.float32
 
     def save(self, folder: Path) -> Path:
@@ -267,7 +268,7 @@ class RandomModel:
             tie_word_embeddings=self.tied,
             rope_parameters=dict(self.rope),
             max_position_embeddings=256,
-            initializer_range=0.2,
+            initializer_range=self.std,
             dtype=self.dtype,
             **({"attention_bias": True} if self.bias else {}),
             **({"mlp_bias": True} if self.bias and self.family == "llama" else {}),

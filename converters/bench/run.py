@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -26,17 +26,20 @@ CPU_CACHE_BYTES = 4 * 2**30
 """On a CPU, vLLM would take most of the memory for the cache of one engine."""
 
 
+MOST: Literal["most"] = "most"
+
+
 @dataclass(frozen=True)
 class Workload:
     """Requests of one size, sent at once.
 
     Attributes:
-        requests: how many.
+        requests: how many; ``MOST`` for as many as the cache of the model's engine holds at full length.
         input_len: tokens of each prompt.
         output_len: tokens that each answer has.
     """
 
-    requests: int
+    requests: int | Literal["most"]
     input_len: int
     output_len: int
 
@@ -47,7 +50,8 @@ class BenchOptions:
 
     Attributes:
         lengths: pairs of input and output length; None for ``DEFAULT_LENGTHS``, as far as all models' contexts go.
-        requests: numbers of requests, each of which is measured at all lengths.
+        requests: numbers of requests, each of which is measured at all lengths; see :class:`Workload`.
+        workloads: what to measure in place of ``requests`` at ``lengths``.
         rounds: how often every model is measured; the medians are reported.
         dtype: of weights and cache; ``auto`` leaves it to the model.
         load_format: ``auto``, or ``dummy`` for random weights.
@@ -56,7 +60,8 @@ class BenchOptions:
     """
 
     lengths: tuple[tuple[int, int], ...] | None = None
-    requests: tuple[int, ...] = (16,)
+    requests: tuple[int | Literal["most"], ...] = (16,)
+    workloads: tuple[Workload, ...] = ()
     rounds: int = 3
     dtype: str = "auto"
     load_format: str = "auto"
@@ -122,7 +127,9 @@ def hardware(device: str) -> dict[str, Any]:
 
 
 def _workloads(models: list[Model], options: BenchOptions) -> list[Workload]:
-    if options.rounds < 1 or min(options.requests) < 1:
+    if options.workloads:
+        return list(options.workloads)
+    if options.rounds < 1 or any(count != MOST and count < 1 for count in options.requests):
         raise ConversionError("--rounds and --requests must be at least 1.")
     contexts = {model.name: model.context for model in models if model.context is not None}
     shortest = min(contexts, key=lambda name: contexts[name], default=None)
@@ -152,7 +159,7 @@ def _measure(
                 with _start(model, workloads, options) as engine:
                     facts[model.name] = engine.facts
                     for workload in workloads:
-                        yield model, workload, engine.measure(**asdict(workload), seed=seed)
+                        yield model, workload, _serve(engine, workload, seed)
         return
     with ExitStack() as stack:
         engines = [stack.enter_context(_start(model, workloads, options)) for model in models]
@@ -160,7 +167,22 @@ def _measure(
         for seed in range(options.rounds):
             for workload in workloads:
                 for model, engine in zip(models, engines, strict=True):
-                    yield model, workload, engine.measure(**asdict(workload), seed=seed)
+                    yield model, workload, _serve(engine, workload, seed)
+
+
+def _serve(engine: Engine, workload: Workload, seed: int) -> dict[str, Any]:
+    """Measure one workload."""
+    input_len, output_len = workload.input_len, workload.output_len
+    return engine.measure(_number(workload, engine.facts), input_len, output_len, seed)
+
+
+def _number(workload: Workload, facts: dict[str, Any]) -> int:
+    """Of requests."""
+    if workload.requests != MOST:
+        return workload.requests
+    block_size = facts["kv_block_size"]
+    blocks = facts["kv_capacity_tokens"] // block_size - 1  # vLLM keeps one empty
+    return max(1, blocks // -(-(workload.input_len + workload.output_len) // block_size))
 
 
 def _start(model: Model, workloads: list[Workload], options: BenchOptions) -> Engine:
@@ -170,10 +192,11 @@ def _start(model: Model, workloads: list[Workload], options: BenchOptions) -> En
         "dtype": options.dtype,
         "load_format": options.load_format,
         "max_model_len": longest,
-        "max_num_seqs": max(workload.requests for workload in workloads),
         # Every prompt is new; rounds repeat none.
         "enable_prefix_caching": False,
     }
+    if MOST not in (counts := [workload.requests for workload in workloads]):
+        arguments["max_num_seqs"] = max(counts)  # else vLLM's own limit
     cache = options.kv_cache_bytes or (None if torch.cuda.is_available() else CPU_CACHE_BYTES)
     if cache is not None:
         arguments["kv_cache_memory_bytes"] = cache

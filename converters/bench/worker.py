@@ -50,8 +50,10 @@ def describe(llm: Any) -> dict[str, Any]:
     from vllm.platforms import current_platform
 
     config = llm.llm_engine.vllm_config
+    blocks, block_size = config.cache_config.num_gpu_blocks or 0, config.cache_config.block_size
     return {
-        "kv_capacity_tokens": (config.cache_config.num_gpu_blocks or 0) * config.cache_config.block_size,
+        "kv_capacity_tokens": blocks * block_size,
+        "kv_block_size": block_size,
         "dtype": str(config.model_config.dtype).removeprefix("torch."),
         "chunked_prefill": config.scheduler_config.enable_chunked_prefill,
         "prefix_caching": config.cache_config.enable_prefix_caching,

@@ -5,7 +5,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -50,7 +50,11 @@ def bench(
         ),
     ] = None,
     requests: Annotated[
-        str, typer.Option(help="How many at once; several, separated by commas.", rich_help_panel="Requests")
+        str,
+        typer.Option(
+            help="How many at once; several, separated by commas. **most**: as many as each model's own cache holds.",
+            rich_help_panel="Requests",
+        ),
     ] = "16",
     rounds: Annotated[
         int, typer.Option(help="Turns of every model; medians are reported.", rich_help_panel="Requests")
@@ -98,7 +102,7 @@ def bench(
     require("vllm", "bench", "run pip install 'vllm-mla-plugin[cuda]' or '[cpu]'")
     options = BenchOptions(
         lengths=None if lengths is None else _parse_lengths(lengths),
-        requests=_parse_numbers("--requests", requests),
+        requests=_parse_requests(requests),
         rounds=rounds,
         dtype=dtype,
         load_format=load_format,
@@ -113,11 +117,11 @@ def bench(
     _print_report(report)
 
 
-def _parse_numbers(option: str, text: str) -> tuple[int, ...]:
+def _parse_requests(text: str) -> tuple[int | Literal["most"], ...]:
     try:
-        return tuple(int(part) for part in text.split(","))
+        return tuple("most" if part.strip() == "most" else int(part) for part in text.split(","))
     except ValueError as error:
-        raise ConversionError(f"{option} is {text!r}, but must be numbers separated by commas.") from error
+        raise ConversionError(f"--requests is {text!r}, but must be numbers or most, separated by commas.") from error
 
 
 def _parse_lengths(text: str) -> tuple[tuple[int, int], ...]:
@@ -154,7 +158,9 @@ def _print_report(report: dict[str, Any]) -> None:
         (row["requests"], row["input_len"], row["output_len"]) for row in rows
     ):
         table = Table(
-            title=f"{requests:,} x {input_len:,} in, {output_len:,} out", title_justify="left", title_style="bold"
+            title=f"{requests if requests == 'most' else f'{requests:,}'} x {input_len:,} in, {output_len:,} out",
+            title_justify="left",
+            title_style="bold",
         )
         table.add_column("", overflow="fold")
         measured = [

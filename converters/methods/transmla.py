@@ -21,7 +21,7 @@ def principal_axes(moments: torch.Tensor) -> torch.Tensor:
     Damped like TransMLA's own code.
     """
     damping = DAMPING * moments.diagonal().mean()
-    return torch.linalg.eigh(moments + damping * torch.eye(len(moments), dtype=moments.dtype)).eigenvectors.flip(-1)
+    return torch.linalg.eigh(moments + damping * torch.eye(len(moments)).to(moments)).eigenvectors.flip(-1)
 
 
 def fits_freqfold(freqfold: int, rope_dim: int, head_dim: int) -> bool:

@@ -1,4 +1,4 @@
-"""Converting with layers and algebra on the GPU. Skipped without a GPU; not run yet."""
+"""Converting with layers and algebra on the GPU. Skipped without a GPU."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Decode and prefill backends on a GPU against attention in float64. Skipped without one; not run yet."""
+"""Decode and prefill backends on a GPU against attention in float64. Skipped without one."""
 
 from types import SimpleNamespace
 

@@ -1,6 +1,6 @@
 """MLA decode on GPUs for any ``kv_lora_rank + qk_rope_head_dim``, by vLLM's Triton kernel.
 
-Not run on a GPU yet: written from vLLM 0.32's sources. ``tests/gpu`` says what has to hold.
+``tests/gpu`` says what has to hold.
 """
 
 from copy import copy
@@ -34,6 +34,8 @@ FIXED_TILES = {576: 512, 288: 256}
 PROGRAMS_PER_SM = 8
 """Of the kernel: enough for a GPU to stay busy when sequences differ in length."""
 HEADS_PER_PROGRAM = 16
+MIN_HEADS = 2
+"""For a single one vLLM takes a kernel that rounds each product of a score to 16 bits."""
 
 
 def decode_width(latent: int, rope: int) -> int:
@@ -91,7 +93,8 @@ class AnySizeTritonMLAMetadataBuilder(TritonMLAMetadataBuilder):
         """As vLLM's, for :func:`split_units` and :func:`decode_width`: it must not grow once graphs are captured."""
         if not is_workspace_manager_initialized():
             return
-        heads, units = self.num_heads * self.dcp_world_size, current_platform.num_compute_units()
+        heads = max(MIN_HEADS, self.num_heads * self.dcp_world_size)
+        units = current_platform.num_compute_units()
         most = self.vllm_config.scheduler_config.max_num_seqs * self.reorder_batch_threshold
         length = self.model_config.max_model_len
         parts = max(
@@ -161,10 +164,13 @@ class AnySizeTritonMLAImpl(TritonMLAImpl):
         layer: AttentionLayer,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Decode; shapes as in :meth:`vllm_mla_plugin.backends.cpu.AnySizeCPUMLAImpl.forward_mqa`, and log-sum-exp."""
-        queries, heads, _ = (q[0] if isinstance(q, tuple) else q).shape
-        self._decoder._sm_count = split_units(queries, heads, self._units)
+        q = torch.cat(q, dim=-1) if isinstance(q, tuple) else q
+        queries, heads, width = q.shape
+        if heads < MIN_HEADS:
+            q = q.expand(queries, MIN_HEADS, width)
+        self._decoder._sm_count = split_units(queries, q.shape[1], self._units)
         output, lse = self._decoder._decode(q, kv_c_and_k_pe_cache, attn_metadata, layer)
-        return output[..., : self.kv_lora_rank].contiguous(), lse
+        return output[:, :heads, : self.kv_lora_rank].contiguous(), None if lse is None else lse[:, :heads]
 
     def _decode(self, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         return super().forward_mqa(*arguments)

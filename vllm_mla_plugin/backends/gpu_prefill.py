@@ -1,6 +1,6 @@
 """MLA prefill on GPUs for head sizes that vLLM's own backends refuse, by FlashAttention.
 
-Not run on a GPU yet: written from vLLM 0.32's sources. ``tests/gpu`` says what has to hold.
+``tests/gpu`` says what has to hold.
 """
 
 from typing import Any
