@@ -12,7 +12,7 @@ from mla_converters.layers import native_bfloat16
 from mla_converters.source import Source
 
 LENGTH = 512  # tokens of a text: many short ones say more than few long ones
-BATCH = 32  # texts at a time
+TOKENS = 32 * LENGTH  # of the texts that are written at a time
 
 
 def sampling_dtype() -> torch.dtype:
@@ -83,7 +83,7 @@ def sampled_texts(
     model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=sampling_dtype())
     # transformers 5.24 renames the argument.
     argument = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-    batches = first[:, None].split(BATCH)
+    batches = first[:, None].split(max(1, TOKENS // length))
     task = progress.add_task("Sampling text", total=len(batches) * (length - 1))
     texts = []
     for ids in batches:
@@ -95,11 +95,20 @@ def sampled_texts(
         for position in range(1, length):
             last = tokens[:, position - 1 : position]
             logits = model(last, **{argument: cache}, use_cache=True).logits[:, -1].float()
-            if not torch.isfinite(logits).all():
+            sums = logits.index_fill(1, never, float("-inf")).softmax(-1).double().cumsum(-1)
+            if not sums[:, -1].isfinite().all():
                 raise ConversionError(f"The model in {source.folder} gives logits that are not numbers: it is broken.")
-            probabilities = logits.index_fill(1, never, float("-inf")).softmax(-1)
-            sampled = torch.multinomial(probabilities, 1, generator=generator)
+            sampled = drawn(sums, generator)
             tokens[:, position : position + 1] = conversations.follow(sampled) if conversations else sampled
             progress.advance(task)
         texts.append(tokens)
     return torch.cat(texts)
+
+
+def drawn(sums: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A token id for each text, ``[texts, 1]``, from running sums of probabilities ``[texts, vocabulary]``.
+
+    One random number finds it. ``torch.multinomial`` takes one for each token of the vocabulary, and as long as a
+    seventh of a small model."""
+    heights = torch.rand(len(sums), 1, dtype=sums.dtype, generator=generator) * sums[:, -1:]
+    return torch.searchsorted(sums, heights, right=True)

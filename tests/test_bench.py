@@ -63,10 +63,19 @@ def test_dummy_weights_need_no_weights(command_line: CommandLine, random_model: 
     shape = tmp_path / "shape"
     shape.mkdir()
     (shape / "config.json").write_text((random_model / "config.json").read_text())
-    options = ("--lengths", 16, "--requests", 2, "--rounds", 1, "--cache", "64MiB", "--engine", ENGINE)
-    code, table, complaint = command_line("bench", shape, "--load-format", "dummy", *options)
+    options = ("--lengths", 16, "--requests", "2,most", "--rounds", 1, "--cache", "2MiB", "--engine", ENGINE)
+    report = tmp_path / "report.json"
+    code, table, complaint = command_line("bench", shape, "--load-format", "dummy", *options, "--json", report)
     assert (code, complaint) == (0, "")
-    assert "2 x 16 in, 16 out" in table
+    assert "2 x 16 in, 16 out" in table and "most x 16 in, 16 out" in table
+    result = json.loads(report.read_text())
+    (engine,) = result["engines"].values()
+    # Each request takes a block; vLLM keeps one empty.
+    assert engine["kv_block_size"] >= 32
+    most = engine["kv_capacity_tokens"] // engine["kv_block_size"] - 1
+    two, full = result["models"]
+    assert two["peak_concurrency"] == 2 < full["peak_concurrency"] == most
+    assert full["preemptions"] == 0
 
 
 def test_engine_that_fails(refused: Refused, random_model: Path) -> None:
@@ -93,7 +102,7 @@ OPTIONS = {
     "zero-length": (("--lengths", "0:5"), "--lengths must be at least 1"),
     "context": (("--lengths", "200:100"), "longer than the context"),
     "default-lengths": ((), "give --lengths that fit"),
-    "requests": (("--requests", "many"), "must be numbers"),
+    "requests": (("--requests", "many"), "must be numbers or most"),
     "no-requests": (("--requests", "0"), "at least 1"),
     "dtype": (("--dtype", "int8"), "choose one of auto"),
     "load-format": (("--load-format", "gguf"), "choose one of auto, dummy"),

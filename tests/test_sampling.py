@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from mla_converters import sampling
 from mla_converters.calibration import calibration_windows, random_tokens
-from mla_converters.sampling import sampled_texts
+from mla_converters.sampling import drawn, sampled_texts
 from mla_converters.source import open_source
 from mla_converters.training_text import training_windows
 
@@ -22,7 +22,7 @@ def test_texts_are_drawn_from_what_the_model_predicts(
     random: RandomModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the same random numbers, drawing from predictions for the whole text gives the text; also in batches."""
-    monkeypatch.setattr(sampling, "BATCH", 3)
+    monkeypatch.setattr(sampling, "TOKENS", 3 * LENGTH)
     monkeypatch.setattr(sampling, "sampling_dtype", lambda: torch.float32)
     folder = random.save(tmp_path / "source")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -37,8 +37,18 @@ def test_texts_are_drawn_from_what_the_model_predicts(
         for batch in texts.split(3):
             for token in range(1, LENGTH):
                 logits = model(batch[:, :token]).logits[:, -1].index_fill(1, never, float("-inf"))
-                drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)
-                assert torch.equal(drawn[:, 0], batch[:, token]), token
+                expected = drawn(logits.softmax(-1).double().cumsum(-1), generator)
+                assert torch.equal(expected[:, 0], batch[:, token]), token
+
+
+def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
+    """Each within four standard deviations; what cannot be, never, first and last tokens among them."""
+    likely = torch.tensor([0.0, 0.5, 0.2, 0.0, 0.29, 0.01, 0.0])
+    texts = 100_000
+    ids = drawn(likely.double().cumsum(-1).expand(texts, -1).contiguous(), torch.Generator().manual_seed(0))
+    assert ids.shape == (texts, 1)
+    shares = ids[:, 0].bincount(minlength=len(likely)) / texts
+    assert ((shares - likely).abs() <= 4 * (likely * (1 - likely) / texts).sqrt()).all()
 
 
 def test_a_window_holds_several_texts(tmp_path: Path) -> None:

@@ -12,8 +12,7 @@ from mla_converters.options import Options
 from mla_converters.planning.source import PlannedSource
 from mla_converters.record import record_bytes
 from mla_converters.refit import BATCH, QUERIES
-from mla_converters.sampling import BATCH as TEXTS
-from mla_converters.sampling import LENGTH, sampling_dtype
+from mla_converters.sampling import TOKENS, sampling_dtype
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,6 @@ METHOD_COSTS = {
 }
 REFIT_STEP_TOKENS = BATCH * QUERIES  # that a step compares
 REFIT_BATCH_TOKENS = BATCH * WINDOW  # that a step may read
-BATCH_TOKENS = TEXTS * LENGTH  # whose keys and values are kept while texts are sampled
 SAMPLING = 5e-11  # core-seconds per sampled token and parameter of the model; of an EPYC without AVX-512, in float32
 DECOMPOSITION = 2.5e-10  # core-seconds per cubed width of the matrix, the products around it included
 READ_AND_WRITE = 3e-9  # core-seconds per byte of weights
@@ -138,7 +136,7 @@ def conversion_disk(source: PlannedSource, calibration_tokens: int, weights_byte
 def sampling_memory(source: PlannedSource, calibration_tokens: int) -> int:
     """Peak bytes of memory while the model writes its own calibration text on this machine: it and its KV cache for
     the texts that are written at once."""
-    cached = min(calibration_tokens, BATCH_TOKENS) * source.layers * source.cached
+    cached = min(calibration_tokens, TOKENS) * source.layers * source.cached
     return RUNTIME_BYTES + sampling_dtype().itemsize * (source.parameters + cached)
 
 
@@ -146,15 +144,15 @@ def written_bytes(source: PlannedSource, layout: CacheBudget) -> int:
     """Bytes of a converted checkpoint, which is all that a conversion writes.
 
     ``q_proj``, ``kv_a_proj_with_mqa`` and ``kv_b_proj`` replace the projections to queries, keys and values (with
-    QK-norm, those to queries and keys stay, ``q_rope_proj`` joins them, and ``kv_a_proj_with_mqa`` reads keys and the
-    layer's input), and each layer gets its ``rope_freqs``; everything else stays.
+    QK-norm, that to keys stays, and ``kv_a_proj_with_mqa`` reads keys and the layer's input), the norm of queries goes,
+    and each layer gets its ``rope_freqs``; everything else stays.
     """
     latent, rope, heads, head_dim = layout.kv_lora_rank, layout.qk_rope_head_dim, source.query_heads, source.head_dim
     added = heads * 2 * head_dim * latent
     inputs = source.hidden + source.qkv_bias
     if source.qk_norm:
         keys = source.kv_heads * head_dim
-        added += heads * rope * head_dim + (latent + rope) * (keys + inputs) - keys * inputs
+        added += heads * rope * inputs + (latent + rope) * (keys + inputs) - keys * inputs - head_dim
     else:
         projected = heads * (head_dim + rope) + latent + rope  # queries, and what is cached
         added += projected * inputs - source.qkv_parameters
