@@ -1,6 +1,5 @@
 """The tensors of a converted checkpoint: which they are, known from shapes alone, and writing them layer by layer."""
 
-from collections.abc import Iterator
 from math import isnan
 
 import torch
@@ -14,7 +13,6 @@ from mla_converters.record import Record, Streams
 from mla_converters.shards import Shards
 from mla_converters.source import Source
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 LAYERS = "model.layers."
 MEASURES = 2  # numbers of a :class:`Measured`
 
@@ -37,7 +35,7 @@ def planned_tensors(
         converted = mla_weights(attention, maps)
         for name, tensor in converted.items():
             tensors[f"{LAYERS}{index}.self_attn.{name}"] = tensor.to(_written_dtype(name, dtype))
-        for name in _kept_names(source, index, converted):
+        for name in _kept_names(source, index):
             tensors[name] = source.meta(name).to(dtype)
     return tensors
 
@@ -61,12 +59,9 @@ def _written_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if name == "rope_freqs" else dtype
 
 
-def _kept_names(source: Source, index: int, converted: dict[str, torch.Tensor]) -> Iterator[str]:
-    """Full names of a layer's tensors that stay as they are."""
-    for name in source.layer_names(index):
-        replaced = name.removeprefix("self_attn.") in converted
-        if not replaced and not any(name.startswith(f"self_attn.{projection}.") for projection in PROJECTIONS):
-            yield f"{LAYERS}{index}.{name}"
+def _kept_names(source: Source, index: int) -> list[str]:
+    """Full names of a layer's tensors that are none of its attention's, and stay as they are."""
+    return [f"{LAYERS}{index}.{name}" for name in source.layer_names(index) if not name.startswith("self_attn.")]
 
 
 def write_weights(
@@ -114,5 +109,5 @@ def write_weights(
 def _write_layer(shards: Shards, source: Source, index: int, converted: ConvertedLayer) -> None:
     for name, tensor in converted.weights.items():
         shards.write(f"{LAYERS}{index}.self_attn.{name}", tensor)
-    for name in _kept_names(source, index, converted.weights):
+    for name in _kept_names(source, index):
         shards.write(name, source.tensor(name))

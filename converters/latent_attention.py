@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from mla_converters.attention import latent_attention
+from vllm_mla_plugin.query_norm import norm_queries
 
 PROJECTIONS = ("q_proj", "k_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
 
@@ -37,7 +38,7 @@ class LatentAttention(nn.Module):
         self.rope_dim = 2 * len(weights["rope_freqs"])
         self.latent_dim = weights["kv_b_proj.weight"].shape[1]
         self.value_dim = weights["o_proj.weight"].shape[1] // heads
-        self.qk_norm = qk_norm_eps is not None
+        self.qk_norm_eps = qk_norm_eps
         for name in PROJECTIONS:
             if f"{name}.weight" not in weights:
                 continue
@@ -50,25 +51,21 @@ class LatentAttention(nn.Module):
             projection = nn.Linear(columns, rows, bias="bias" in tensors, device="meta")
             projection.load_state_dict(tensors, assign=True)
             self.add_module(name, projection)
-        if self.qk_norm:
-            for name in ("q_norm", "k_norm"):
-                norm = nn.RMSNorm(self.value_dim, eps=qk_norm_eps, device="meta")
-                norm.weight = nn.Parameter(weights[f"{name}.weight"].detach().to(device, dtype, copy=True))
-                self.add_module(name, norm)
-            self.q_rope_proj = nn.Parameter(weights["q_rope_proj"].detach().to(device, dtype, copy=True))
+        if qk_norm_eps is not None:
+            self.k_norm = nn.RMSNorm(self.value_dim, eps=qk_norm_eps, device="meta")
+            self.k_norm.weight = nn.Parameter(weights["k_norm.weight"].detach().to(device, dtype, copy=True))
         self.register_buffer("rope_freqs", weights["rope_freqs"].to(device, torch.float32, copy=True))
 
     def forward(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
         """From normed inputs ``[windows, tokens, D]`` to the attention's output at ``positions`` ``[queries]`` of them
         (None: all), ``[windows, queries, D]``."""
         q = self.q_proj(x if positions is None else x[:, positions]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        if self.qk_norm:
+        if self.qk_norm_eps is not None:
             # In float32, as transformers computes norms.
             k = self.k_norm(self.k_proj(x).float().unflatten(-1, (-1, self.value_dim))).flatten(-2)
             x = torch.cat((k, x), dim=-1)
-            q = self.q_norm(q.float())
             nope_dim = self.kv_b_proj.weight.shape[0] // self.heads - self.value_dim  # 0 or d
-            q = torch.cat((q[..., :nope_dim], q @ self.q_rope_proj.mT), dim=-1)
+            q = norm_queries(q.float(), self.value_dim, nope_dim, self.qk_norm_eps)
         latent, k_rope = self.kv_a_proj_with_mqa(x).split([self.latent_dim, self.rope_dim], dim=-1)
         kv = self.kv_b_proj(latent).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k_nope, v = kv.split([kv.shape[-1] - self.value_dim, self.value_dim], dim=-1)

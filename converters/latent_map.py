@@ -78,27 +78,35 @@ def mla_weights(source: dict[str, torch.Tensor], maps: LatentMap) -> dict[str, t
 def _qk_norm_weights(source: dict[str, torch.Tensor], maps: LatentMap) -> dict[str, torch.Tensor]:
     """Fold ``maps`` into a layer that normalises each head's query and key (QK-norm).
 
-    The norm is not linear, but it comes before anything is cached: the source's projections of queries and keys stay,
-    with their norms, and what is cached is a linear map of the keys and the layer's input. Nothing is approximated.
-    Queries without RoPE need no map of their own, for ``kv_b_proj`` takes it up.
+    The norm is not linear, but it comes before anything is cached: the source's projection to keys stays, with its
+    norm, and what is cached is a linear map of the keys and the layer's input. Nothing is approximated. A rotary query
+    is a map of the normalised query, so it is a map of the layer's input over the query's root mean square: below the
+    source's queries, ``q_proj`` has that map. Queries without RoPE need none of their own, for ``kv_b_proj`` takes it
+    up, and the weight of their norm.
 
     Returns:
-        The source's tensors but for values, and in float64 ``kv_a_proj_with_mqa`` ``[R + r, g * d + D]`` of ``[k; x]``
-        (with a bias if values have one), ``q_rope_proj`` ``[H, r, d]`` of each query, ``kv_b_proj.weight``;
-        ``rope_freqs`` in float32.
+        The source's ``k_proj``, ``k_norm`` and ``o_proj``, and in float64 ``q_proj`` ``[H * (d + r), D]``,
+        ``kv_a_proj_with_mqa`` ``[R + r, g * d + D]`` of ``[k; x]`` (with biases as the source has them) and
+        ``kv_b_proj.weight``; ``rope_freqs`` in float32.
     """
     kv_heads, head_dim, _ = maps.latent_to_value.shape
     heads = source["q_proj.weight"].shape[0] // head_dim
     key_map, value_map = maps.kv_to_latent.split(kv_heads * head_dim, dim=1)
+    norm = source["q_norm.weight"].to(value_map)
+    query_to_rope = _by_head(maps.query_to_rope, heads) * norm  # [H, r, d]
     key_up, value_up = _by_head(maps.latent_to_key, heads), _by_head(maps.latent_to_value, heads)
     if key_up.shape[1]:
-        key_up = _by_head(maps.query_to_nope, heads).mT @ key_up  # [H, d, R]
-    weights = {name: tensor for name, tensor in source.items() if not name.startswith("v_proj.")} | {
-        "q_rope_proj": _by_head(maps.query_to_rope, heads).contiguous(),
+        key_up = norm[:, None] * (_by_head(maps.query_to_nope, heads).mT @ key_up)  # [H, d, R]
+    kept = ("k_proj.", "k_norm.", "o_proj.")
+    weights = {name: tensor for name, tensor in source.items() if name.startswith(kept)} | {
         "kv_b_proj.weight": torch.cat((key_up, value_up), dim=1).flatten(0, 1),
         "rope_freqs": maps.rope_freqs.clone(),
     }
     for kind in ("weight", "bias"):
+        if f"q_proj.{kind}" in source:
+            queries = source[f"q_proj.{kind}"].to(norm).unflatten(0, (heads, head_dim))  # [H, d, D], or [H, d]
+            rotary = torch.einsum("hrd,hd...->hr...", query_to_rope, queries)
+            weights[f"q_proj.{kind}"] = torch.cat((queries, rotary), dim=1).flatten(0, 1)
         if f"v_proj.{kind}" in source:
             values = value_map @ source[f"v_proj.{kind}"].to(value_map)
             none = values.new_zeros(len(maps.key_to_rope), *values.shape[1:])  # the rotary key's share of them

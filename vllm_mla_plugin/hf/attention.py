@@ -10,6 +10,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward, rotate_half
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
+from vllm_mla_plugin.query_norm import norm_queries
+
 
 def apply_rope(x: torch.Tensor, freqs: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
     """Rotate the pairs ``(i, i + r / 2)`` of ``x`` by ``position * freqs[i]``.
@@ -123,25 +125,23 @@ class QKNormMLASelfAttention(MLASelfAttention):
 
     The norm of each head's query and key comes before anything is cached, so it is computed as in the source.
     ``kv_a_proj_with_mqa`` maps ``[k; x]`` to what is cached, the source's projection to values folded into its part for
-    ``x``, and ``q_rope_proj`` each head's query to its rotary part; the part without RoPE is the query itself, its map
-    folded into ``kv_b_proj``.
+    ``x``. ``q_proj`` gives each head the source's query and, below it, the rotary part, to be divided by the query's
+    root mean square like the query itself; the weight of the norm and the map of the part without RoPE are folded into
+    ``kv_b_proj``.
     """
 
     def make_projections(self, config: PretrainedConfig, bias: bool) -> None:
         heads, kv_width = config.num_attention_heads, config.num_key_value_heads * self.v_dim
-        self.q_proj = nn.Linear(config.hidden_size, heads * self.v_dim, bias=bias)
+        self.q_proj = nn.Linear(config.hidden_size, heads * (self.v_dim + self.rope_dim), bias=bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=bias)
-        self.q_norm = Qwen3RMSNorm(self.v_dim, eps=config.rms_norm_eps)
         self.k_norm = Qwen3RMSNorm(self.v_dim, eps=config.rms_norm_eps)
         self.kv_a_proj_with_mqa = nn.Linear(kv_width + config.hidden_size, self.latent_dim + self.rope_dim, bias=bias)
-        self.q_rope_proj = nn.Parameter(torch.zeros(heads, self.rope_dim, self.v_dim))
 
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        q = self.q_norm(self.q_proj(hidden_states).unflatten(-1, (-1, self.v_dim)))
+        q = self.q_proj(hidden_states).unflatten(-1, (-1, self.v_dim + self.rope_dim))
         k = self.k_norm(self.k_proj(hidden_states).unflatten(-1, (-1, self.v_dim))).flatten(-2)
         cached = self.kv_a_proj_with_mqa(torch.cat((k, hidden_states), dim=-1))
-        q_rope = (q.transpose(1, 2) @ self.q_rope_proj.mT).transpose(1, 2)
-        return torch.cat((q[..., : self.nope_dim], q_rope), dim=-1), cached
+        return norm_queries(q, self.v_dim, self.nope_dim, self.config.rms_norm_eps), cached
 
 
 class MLAModel:
