@@ -3,17 +3,18 @@
     python benchmarks/gpu.py [--only NAME] [--cache 16.5] [--rounds 1]
 
 Serves pairs of configurations through vLLM, each engine with the same memory for its cache, and writes
-benchmarks/results/gpu.json after each pair, with the ratios and whether they reach their targets; pairs already in it
-stay unless they are measured again. `most` requests are as many as a model's cache holds at full length, so that both
-models are measured with a full one. `--try` runs one layer on short prompts, to see that everything works.
+benchmarks/results/gpu.json after each model, with the ratios of pairs and whether they reach their targets. Models
+already in it are kept: remove it to measure again. `most` requests are as many as a model's cache holds at full length,
+so that both models are measured with a full one. `--try` runs one layer on short prompts, to see that everything works.
 """
 
 import argparse
+import itertools
 import json
 import shlex
 import sys
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from vllm_mla_plugin.config import LlamaMLAConfig
 
 LLAMA_2_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
 LLAMA_3_8B = LLAMA_2_7B | {"intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256}
-RATE, DECODE, CAPACITY = "output_tokens_per_second", "decode_tokens_per_second", "kv_capacity"
+RATE, DECODE, CAPACITY = "output_tokens_per_second", "decode_tokens_per_second", "kv_capacity_tokens"
 
 Targets = dict[Workload, dict[str, float]]
 """What is measured, and the least ratios to the source that are expected of it."""
@@ -67,42 +68,56 @@ CASES = {
 }
 
 
-def write_configs(case: Case, layers: int | None, folder: Path) -> list[str]:
-    """``config.json`` of the source and of its conversion, and nothing else; their folders."""
+def write_configs(case: Case, layers: int | None, folder: Path) -> None:
+    """``config.json`` of the source and of its conversion, and nothing else, in folders of their names."""
     shape: dict[str, Any] = case.shape | {"max_position_embeddings": 65536, "dtype": "bfloat16"}
     if layers is not None:
         shape["num_hidden_layers"] = layers
     mla = {"kv_lora_rank": case.latent, "qk_rope_head_dim": case.rope, "qk_nope_head_dim": 128, "v_head_dim": 128}
     LlamaConfig(**shape, architectures=["LlamaForCausalLM"]).save_pretrained(folder / "source")
     LlamaMLAConfig(**shape, **mla, architectures=["LlamaMLAForCausalLM"]).save_pretrained(folder / "mla")
-    return [str(folder / "source"), str(folder / "mla")]
 
 
-def run(name: str, cache: float, rounds: int, trial: bool) -> list[dict[str, Any]]:
-    """Measure a pair; the rows of the source and of the conversion, with its targets."""
+def measure(name: str, model: str, cache: float, rounds: int, trial: bool) -> list[dict[str, Any]]:
+    """A model's rows, one for each workload of its pair."""
     case = CASES[name]
     options = BenchOptions(
-        workloads=tuple(case.targets),
+        workloads=(Workload(2, 32, 8),) if trial else tuple(case.targets),
         rounds=rounds,
         load_format="dummy",
         kv_cache_bytes=round(cache * 2**30),
     )
-    if trial:
-        options = replace(options, workloads=(Workload(2, 32, 8),))
     with tempfile.TemporaryDirectory(prefix="vllm-mla-gpu-") as folder:
-        report = bench(write_configs(case, 1 if trial else None, Path(folder)), options, quiet=True)
-    rows = []
-    for row in report["models"]:
-        targets = case.targets.get(Workload(row["requests"], row["input_len"], row["output_len"]), {})
-        row |= {"case": name, "cache_gib": cache, "hardware": report["hardware"], "versions": report["versions"]}
-        row["name"] = Path(row["name"]).name
-        if row["name"] == "mla":
-            reached = {key: row["ratios"][key] >= least for key, least in targets.items()}
-            row |= {"targets": targets, "reached": reached}
-        rows.append(row)
+        write_configs(case, 1 if trial else None, Path(folder))
+        report = bench([str(Path(folder, model))], options, quiet=True)
+    rows = report["models"]
+    for row in rows:
+        del row["ratios"]  # to itself
+        row |= {"case": name, "name": model, "cache_gib": cache}
+        row |= {"hardware": report["hardware"], "versions": report["versions"]}
         shown = ("requests", "input_len", "output_len", RATE, DECODE, "kv_capacity_tokens", "peak_concurrency")
-        print(name, row["name"], {key: row[key] for key in shown}, row["ratios"], row.get("reached"), flush=True)
+        print(name, model, {key: row[key] for key in shown}, flush=True)
     return rows
+
+
+def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of conversions, with their ratios to the sources' rows where there are such, and what was expected."""
+
+    def workload(row: dict[str, Any]) -> Workload:
+        return Workload(row["requests"], row["input_len"], row["output_len"])
+
+    sources = {(row["case"], workload(row)): row for row in rows if row["name"] == "source"}
+    result = []
+    for row in rows:
+        source = sources.get((row["case"], workload(row)))
+        if row["name"] == "mla" and source is not None:
+            ratios = {key: row[key] / source[key] for key in (RATE, DECODE, CAPACITY) if row[key] and source[key]}
+            targets = CASES[row["case"]].targets[workload(row)]
+            reached = {key: ratios.get(key, 0) >= least for key, least in targets.items()}
+            row = row | {"ratios": ratios, "targets": targets, "reached": reached}
+            print(row["case"], row["requests"], f"{row['input_len']}:{row['output_len']}", ratios, reached, flush=True)
+        result.append(row)
+    return result
 
 
 def main() -> None:
@@ -118,13 +133,14 @@ def main() -> None:
         parser.error("this needs a GPU")
     result = RESULTS / "gpu.json"
     rows: list[dict[str, Any]] = json.loads(result.read_text())["rows"] if result.exists() else []
-    for name in [arguments.only] if arguments.only else CASES:
-        new = run(name, arguments.cache, arguments.rounds, arguments.trial)
-        if arguments.trial:
+    command = shlex.join(["python", "benchmarks/gpu.py", *sys.argv[1:]])
+    for name, model in itertools.product([arguments.only] if arguments.only else CASES, ("source", "mla")):
+        if any((row["case"], row["name"]) == (name, model) for row in rows) and not arguments.trial:
             continue
-        command = shlex.join(["python", "benchmarks/gpu.py", *sys.argv[1:]])
-        rows = [row for row in rows if row["case"] != name] + [row | {"command": command} for row in new]
-        write_result("gpu", command, {"hardware": new[0]["hardware"], "rows": rows})
+        new = measure(name, model, arguments.cache, arguments.rounds, arguments.trial)
+        if not arguments.trial:
+            rows = compared(rows + [row | {"command": command} for row in new])
+            write_result("gpu", command, {"rows": rows})
 
 
 if __name__ == "__main__":
