@@ -19,7 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mla_converters.layers import calibration_autocast, native_bfloat16
 from mla_converters.options import HealOptions
-from mla_converters.refit import keys_and_inputs_apart, relative_rates
+from mla_converters.refit import parts_apart, relative_rates
 
 CHUNK = 512  # positions whose logits exist at a time
 WARMUP = 5  # steps
@@ -123,7 +123,7 @@ def distillation(student: PreTrainedModel, teacher: PreTrainedModel) -> Iterator
     attentions = [layer.self_attn for layer in student.model.layers]
     for model in (student, teacher):
         model.requires_grad_(False).eval()
-    with keys_and_inputs_apart(attentions):
+    with parts_apart(attentions):
         trained = [parameter.requires_grad_() for attention in attentions for parameter in attention.parameters()]
         for parameter in trained:
             parameter.data = parameter.data.float()  # steps are smaller than what bfloat16 can tell apart

@@ -37,7 +37,8 @@ class LatentAttention(nn.Module):
         self.scale = scale
         self.rope_dim = 2 * len(weights["rope_freqs"])
         self.latent_dim = weights["kv_b_proj.weight"].shape[1]
-        self.value_dim = weights["o_proj.weight"].shape[1] // heads
+        self.v_dim = weights["o_proj.weight"].shape[1] // heads
+        self.nope_dim = len(weights["kv_b_proj.weight"]) // heads - self.v_dim
         self.qk_norm_eps = qk_norm_eps
         for name in PROJECTIONS:
             if f"{name}.weight" not in weights:
@@ -52,7 +53,7 @@ class LatentAttention(nn.Module):
             projection.load_state_dict(tensors, assign=True)
             self.add_module(name, projection)
         if qk_norm_eps is not None:
-            self.k_norm = nn.RMSNorm(self.value_dim, eps=qk_norm_eps, device="meta")
+            self.k_norm = nn.RMSNorm(self.v_dim, eps=qk_norm_eps, device="meta")
             self.k_norm.weight = nn.Parameter(weights["k_norm.weight"].detach().to(device, dtype, copy=True))
         self.register_buffer("rope_freqs", weights["rope_freqs"].to(device, torch.float32, copy=True))
 
@@ -62,13 +63,12 @@ class LatentAttention(nn.Module):
         q = self.q_proj(x if positions is None else x[:, positions]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         if self.qk_norm_eps is not None:
             # In float32, as transformers computes norms.
-            k = self.k_norm(self.k_proj(x).float().unflatten(-1, (-1, self.value_dim))).flatten(-2)
+            k = self.k_norm(self.k_proj(x).float().unflatten(-1, (-1, self.v_dim))).flatten(-2)
             x = torch.cat((k, x), dim=-1)
-            nope_dim = self.kv_b_proj.weight.shape[0] // self.heads - self.value_dim  # 0 or d
-            q = norm_queries(q.float(), self.value_dim, nope_dim, self.qk_norm_eps)
+            q = norm_queries(q.float(), self.v_dim, self.nope_dim, self.qk_norm_eps)
         latent, k_rope = self.kv_a_proj_with_mqa(x).split([self.latent_dim, self.rope_dim], dim=-1)
         kv = self.kv_b_proj(latent).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        k_nope, v = kv.split([kv.shape[-1] - self.value_dim, self.value_dim], dim=-1)
+        k_nope, v = kv.split([self.nope_dim, self.v_dim], dim=-1)
         output = latent_attention(q, k_nope, k_rope, v, self.rope_freqs, self.scale, positions)
         return self.o_proj(output.transpose(1, 2).flatten(2))
 

@@ -19,38 +19,59 @@ WARMUP = 5  # steps
 FLOOR = 1e-3  # of the mean square of the targets, below which a token's error is not magnified further
 
 
-class KeysAndInputsApart(nn.Module):
-    """A weight ``[R + r, g * d + D]`` of ``[k; x]`` as two parameters, so that each has a step size of its own: where
-    keys are normalised, they may be hundreds of times larger than the input, and their weights as much smaller.
+class Apart(nn.Module):
+    """A weight as two parameters, so that each has a step size of its own.
 
     Args:
-        keys: ``g * d``.
+        sizes: of the two: of each head's rows, or of the columns.
+        by_head: which of these.
     """
 
-    def __init__(self, keys: int) -> None:
+    def __init__(self, sizes: tuple[int, int], by_head: bool) -> None:
         super().__init__()
-        self.keys = keys
+        self.sizes = sizes
+        self.by_head = by_head
 
-    def forward(self, keys: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
-        """Both, side by side."""
-        return torch.cat((keys, inputs), dim=1)
+    def forward(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        """The weight."""
+        whole = torch.cat((first, second), dim=1)
+        return whole.flatten(0, 1) if self.by_head else whole
 
     def right_inverse(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What :meth:`forward` is given for ``weight``."""
-        return weight[:, : self.keys].clone(), weight[:, self.keys :].clone()
+        whole = weight.unflatten(0, (-1, sum(self.sizes))) if self.by_head else weight
+        first, second = whole.split(self.sizes, dim=1)
+        return first.clone(), second.clone()
 
 
 @contextmanager
-def keys_and_inputs_apart(attentions: Sequence[nn.Module]) -> Iterator[None]:
-    """Give the parts for keys and for inputs of each ``kv_a_proj_with_mqa`` step sizes of their own, for the time of a
-    ``with`` block; does nothing to attentions without QK-norm, whose latent is of inputs alone."""
-    normed = [attention for attention in attentions if hasattr(attention, "k_norm")]
-    for attention in normed:
-        apart = KeysAndInputsApart(len(attention.k_proj.weight))
-        parametrize.register_parametrization(attention.kv_a_proj_with_mqa, "weight", apart)
+def parts_apart(attentions: Sequence[nn.Module]) -> Iterator[None]:
+    """Give step sizes of their own to what has scales of its own, for the time of a ``with`` block.
+
+    Queries with and without RoPE, for the keys of these are not of one size. What a latent gives to keys and to values.
+    With QK-norm, a latent's map of keys, which may be hundreds of times larger than the layer's input, and of that.
+
+    Args:
+        attentions: with ``nope_dim``, ``rope_dim`` and ``v_dim``.
+    """
+    split = []
+    for attention in attentions:
+        normed = hasattr(attention, "k_norm")
+        nope, rope, value = attention.nope_dim, attention.rope_dim, attention.v_dim
+        parts = {
+            "q_proj": Apart((value if normed else nope, rope), by_head=True),
+            "kv_b_proj": Apart((nope, value), by_head=True),
+        }
+        if normed:
+            keys, hidden = attention.k_proj.weight.shape
+            parts["kv_a_proj_with_mqa"] = Apart((keys, hidden), by_head=False)
+        for name, part in parts.items():
+            if min(part.sizes):
+                parametrize.register_parametrization(getattr(attention, name), "weight", part)
+                split.append(getattr(attention, name))
     yield
-    for attention in normed:
-        parametrize.remove_parametrizations(attention.kv_a_proj_with_mqa, "weight")
+    for projection in split:
+        parametrize.remove_parametrizations(projection, "weight")
 
 
 def relative_rates(parameters: Iterable[nn.Parameter], rate: float) -> list[dict[str, Any]]:
@@ -93,7 +114,7 @@ def refit_layer(
         refit: steps and rate.
         generator: for the order of the windows.
     """
-    with keys_and_inputs_apart([attention]):
+    with parts_apart([attention]):
         optimizer = torch.optim.Adam(relative_rates(attention.parameters(), refit.rate), betas=(0.9, 0.99))
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer,

@@ -27,7 +27,7 @@ from mla_converters.methods.attention_aware import (
 )
 from mla_converters.methods.attention_statistics import AttentionStatistics, attention_statistics
 from mla_converters.options import Options
-from mla_converters.refit import Refit, refit_layer
+from mla_converters.refit import Refit, parts_apart, refit_layer
 from mla_converters.source import open_source
 
 HEADS, KV_HEADS, HEAD_DIM = 6, 3, 16
@@ -186,6 +186,28 @@ def test_scores_are_not_rounded_to_16_bits(layer: SourceLayer, monkeypatch: pyte
         with torch.autocast("cpu", dtype=torch.bfloat16):
             got = attention(hidden)
     assert (got - expected).norm() < 0.03 * expected.norm()
+
+
+def test_parts_are_taken_apart_and_put_together_again(layer: SourceLayer) -> None:
+    """Queries with and without RoPE, keys and values, and a latent's map of keys: each head's rows at their places."""
+    hidden = torch.randn(2, 32, 96, generator=torch.Generator().manual_seed(0))
+    attention = converted(layer, hidden)
+    before = attention.weights()
+    with torch.no_grad():
+        expected = attention(hidden)
+        with parts_apart([attention]):
+            parts = dict(attention.named_parameters())
+            torch.testing.assert_close(attention(hidden), expected)
+            rotary = parts["q_proj.parametrizations.weight.original1"]
+            assert rotary.shape == (HEADS, attention.rope_dim, 96)
+            parts["kv_b_proj.parametrizations.weight.original1"].zero_()
+            assert not attention(hidden).any(), "the second part is that of values"
+            assert ("kv_a_proj_with_mqa.parametrizations.weight.original0" in parts) == hasattr(attention, "k_norm")
+    after = attention.weights()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in after if not name.startswith("kv_b_proj"))
+    keys = [x["kv_b_proj.weight"].unflatten(0, (HEADS, -1))[:, : attention.nope_dim] for x in (before, after)]
+    assert keys[0].any() and torch.equal(*keys)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.01])
