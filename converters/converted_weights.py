@@ -35,8 +35,8 @@ def planned_tensors(
         converted = mla_weights(attention, maps)
         for name, tensor in converted.items():
             tensors[f"{LAYERS}{index}.self_attn.{name}"] = tensor.to(_written_dtype(name, dtype))
-        for name in _kept_names(source, index):
-            tensors[name] = source.meta(name).to(dtype)
+        for name in source.other_names(index):
+            tensors[f"{LAYERS}{index}.{name}"] = source.meta(f"{LAYERS}{index}.{name}").to(dtype)
     return tensors
 
 
@@ -57,11 +57,6 @@ def _meta_map(kv_heads: int, head_dim: int, nope_dim: int, budget: CacheBudget) 
 def _written_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     # Rounded to 16 bits, a frequency is off by whole turns after a few hundred tokens.
     return torch.float32 if name == "rope_freqs" else dtype
-
-
-def _kept_names(source: Source, index: int) -> list[str]:
-    """Full names of a layer's tensors that are none of its attention's, and stay as they are."""
-    return [f"{LAYERS}{index}.{name}" for name in source.layer_names(index) if not name.startswith("self_attn.")]
 
 
 def write_weights(
@@ -109,5 +104,5 @@ def write_weights(
 def _write_layer(shards: Shards, source: Source, index: int, converted: ConvertedLayer) -> None:
     for name, tensor in converted.weights.items():
         shards.write(f"{LAYERS}{index}.self_attn.{name}", tensor)
-    for name in _kept_names(source, index):
-        shards.write(name, source.tensor(name))
+    for name in source.other_names(index):
+        shards.write(f"{LAYERS}{index}.{name}", source.layer_tensor(index, name))

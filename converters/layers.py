@@ -181,7 +181,7 @@ def _kept_dtype(name: str, tensor: torch.Tensor, device: str) -> torch.dtype:
 def _other_weights(source: Source, index: int, module: nn.Module, device: str) -> dict[str, torch.Tensor]:
     """All but the attention's tensors of a layer, under the names of transformers' ``module``; experts left out,
     and made to stream."""
-    names = [name for name in source.layer_names(index) if not name.startswith("self_attn.")]
+    names = source.other_names(index)
     experts = source.family.experts
     if experts is None or not hasattr(module.mlp, "experts"):
         return {name: source.layer_tensor(index, name) for name in names}

@@ -167,6 +167,10 @@ class Source:
         prefix = "self_attn."
         return [name.removeprefix(prefix) for name in self.layer_names(index) if name.startswith(prefix)]
 
+    def other_names(self, index: int) -> list[str]:
+        """Names of a layer's tensors that are none of its attention's, as below ``model.layers.N.``."""
+        return [name for name in self.layer_names(index) if not name.startswith("self_attn.")]
+
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The source's tokenizer."""

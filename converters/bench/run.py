@@ -127,10 +127,10 @@ def hardware(device: str) -> dict[str, Any]:
 
 
 def _workloads(models: list[Model], options: BenchOptions) -> list[Workload]:
-    if options.workloads:
-        return list(options.workloads)
     if options.rounds < 1 or any(count != MOST and count < 1 for count in options.requests):
         raise ConversionError("--rounds and --requests must be at least 1.")
+    if options.workloads:
+        return list(options.workloads)
     contexts = {model.name: model.context for model in models if model.context is not None}
     shortest = min(contexts, key=lambda name: contexts[name], default=None)
     limit = contexts[shortest] if shortest is not None else None
@@ -173,11 +173,11 @@ def _measure(
 def _serve(engine: Engine, workload: Workload, seed: int) -> dict[str, Any]:
     """Measure one workload."""
     input_len, output_len = workload.input_len, workload.output_len
-    return engine.measure(_number(workload, engine.facts), input_len, output_len, seed)
+    return engine.measure(_request_count(workload, engine.facts), input_len, output_len, seed)
 
 
-def _number(workload: Workload, facts: dict[str, Any]) -> int:
-    """Of requests."""
+def _request_count(workload: Workload, facts: dict[str, Any]) -> int:
+    """How many requests an engine gets, of which ``facts`` are known."""
     if workload.requests != MOST:
         return workload.requests
     block_size = facts["kv_block_size"]

@@ -157,11 +157,8 @@ def _print_report(report: dict[str, Any]) -> None:
     for requests, input_len, output_len in dict.fromkeys(
         (row["requests"], row["input_len"], row["output_len"]) for row in rows
     ):
-        table = Table(
-            title=f"{requests if requests == 'most' else f'{requests:,}'} x {input_len:,} in, {output_len:,} out",
-            title_justify="left",
-            title_style="bold",
-        )
+        count = f"{requests:,}" if isinstance(requests, int) else requests
+        table = Table(title=f"{count} x {input_len:,} in, {output_len:,} out", title_justify="left", title_style="bold")
         table.add_column("", overflow="fold")
         measured = [
             row
