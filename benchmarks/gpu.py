@@ -3,9 +3,10 @@
     python benchmarks/gpu.py [--only NAME] [--cache 16.5] [--rounds 1]
 
 Serves pairs of configurations through vLLM, each engine with the same memory for its cache, and writes
-benchmarks/results/gpu.json after each model, with the ratios of pairs and whether they reach their targets. Models
-already in it are kept: remove it to measure again. `most` requests are as many as a model's cache holds at full length,
-so that both models are measured with a full one. `--try` runs one layer on short prompts, to see that everything works.
+benchmarks/results/gpu.json after each model, with the ratios of pairs and whether they reach their targets. Rows
+already in it are kept: remove them to measure again. `most` requests are as many as a model's cache holds at full
+length, so that both models are measured with a full one. `--try` runs one layer on short prompts, to see that
+everything works.
 """
 
 import argparse
@@ -63,7 +64,7 @@ CASES = {
             Workload(1, 8192, 256): {RATE: 0.95},
         },
     ),
-    # Half the cache, which vLLM's Triton kernel decodes through this plugin.
+    # Half the cache, which this plugin's kernel decodes.
     "llama-3-8b-half": Case(LLAMA_3_8B, {Workload(MOST, 8192, 1024): {CAPACITY: 1.99}}, latent=960),
 }
 
@@ -78,11 +79,17 @@ def write_configs(case: Case, layers: int | None, folder: Path) -> None:
     LlamaMLAConfig(**shape, **mla, architectures=["LlamaMLAForCausalLM"]).save_pretrained(folder / "mla")
 
 
-def measure(name: str, model: str, cache: float, rounds: int, trial: bool) -> list[dict[str, Any]]:
-    """A model's rows, one for each workload of its pair."""
+def workload(row: dict[str, Any]) -> Workload:
+    return Workload(row["requests"], row["input_len"], row["output_len"])
+
+
+def measure(
+    name: str, model: str, workloads: tuple[Workload, ...], cache: float, rounds: int, trial: bool
+) -> list[dict[str, Any]]:
+    """A model's rows, one for each workload."""
     case = CASES[name]
     options = BenchOptions(
-        workloads=(Workload(2, 32, 8),) if trial else tuple(case.targets),
+        workloads=(Workload(2, 32, 8),) if trial else workloads,
         rounds=rounds,
         load_format="dummy",
         kv_cache_bytes=round(cache * 2**30),
@@ -102,10 +109,6 @@ def measure(name: str, model: str, cache: float, rounds: int, trial: bool) -> li
 
 def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows of conversions, with their ratios to the sources' rows where there are such, and what was expected."""
-
-    def workload(row: dict[str, Any]) -> Workload:
-        return Workload(row["requests"], row["input_len"], row["output_len"])
-
     sources = {(row["case"], workload(row)): row for row in rows if row["name"] == "source"}
     result = []
     for row in rows:
@@ -135,9 +138,11 @@ def main() -> None:
     rows: list[dict[str, Any]] = json.loads(result.read_text())["rows"] if result.exists() else []
     command = shlex.join(["python", "benchmarks/gpu.py", *sys.argv[1:]])
     for name, model in itertools.product([arguments.only] if arguments.only else CASES, ("source", "mla")):
-        if any((row["case"], row["name"]) == (name, model) for row in rows) and not arguments.trial:
+        known = [workload(row) for row in rows if (row["case"], row["name"]) == (name, model)]
+        missing = tuple(each for each in CASES[name].targets if each not in known)
+        if not missing and not arguments.trial:
             continue
-        new = measure(name, model, arguments.cache, arguments.rounds, arguments.trial)
+        new = measure(name, model, missing, arguments.cache, arguments.rounds, arguments.trial)
         if not arguments.trial:
             rows = compared(rows + [row | {"command": command} for row in new])
             write_result("gpu", command, {"rows": rows})

@@ -1,4 +1,4 @@
-"""What of the GPU backend can be checked without a GPU: vLLM's decode kernel in Triton's interpreter, and the gather.
+"""What of the GPU backend can be checked without a GPU: the decode kernel in Triton's interpreter, and the gather.
 
 ``tests/gpu`` has the rest.
 """
@@ -15,19 +15,24 @@ import torch
 from test_backend_cpu import PREFILLS, Projection, Sizes, check_prefill
 from vllm.v1.attention.backends.mla.prefill.cpu_sdpa import CPUSDPAMLAPrefillBackend
 
-from vllm_mla_plugin.backends.gpu import AnySizeTritonMLAImpl, decode_width, split_units
+from vllm_mla_plugin.backends.gpu import AnySizeTritonMLAImpl, scratch_rows
+from vllm_mla_plugin.backends.gpu_decode import suited_parts, suited_tiles
 
 pytest.importorskip("triton", reason="without Triton, vLLM has no such kernel")
 
-LAYOUTS = [(128, 64), (100, 28), (384, 64), (448, 128), (256, 320), (500, 76), (128, 160), (120, 8), (48, 6), (8, 64)]
+LAYOUTS = [(128, 64), (100, 28), (448, 64), (448, 128), (256, 320), (500, 76), (120, 8), (48, 6), (8, 64), (64, 0)]
+# heads, latent, rope, newest tokens that ask, whether they do not see each other's future
+CASES = [
+    *((9, *layout, 1, True) for layout in LAYOUTS),
+    *((heads, 128, 64, queries, causal) for heads in (1, 40) for queries, causal in ((1, True), (3, True), (3, False))),
+]
 
 
 @pytest.fixture(scope="module")
 def errors() -> dict[str, float]:
-    """Largest error of each layout, with 1 and with 9 heads."""
-    cases = [(heads, *layout) for layout in LAYOUTS for heads in (1, 9)]
+    """Largest error of each case."""
     result = subprocess.run(
-        [sys.executable, Path(__file__).with_name("interpreted_kernel.py"), json.dumps(cases)],
+        [sys.executable, Path(__file__).with_name("interpreted_kernel.py"), json.dumps(CASES)],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
@@ -37,39 +42,43 @@ def errors() -> dict[str, float]:
     return json.loads(result.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("heads", [1, 9])
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_decode_kernel_takes_every_layout(errors: dict[str, float], layout: tuple[int, int], heads: int) -> None:
-    """With the width that we give it, vLLM's kernel is right for sizes that are no power of two."""
-    assert errors[str((heads, *layout))] < 1e-5
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_decode_kernel(errors: dict[str, float], case: tuple) -> None:
+    """Right for every layout and number of heads, and for several new tokens of a request at once."""
+    assert errors[str(case)] < 1e-5
 
 
-def test_tiles_are_wide_enough() -> None:
-    """Triton's products need 16 columns on a GPU, which its interpreter does not check: wide tiles where one is not."""
-    assert decode_width(512, 64) == 512 and decode_width(100, 28) == 100 and decode_width(100, 9) == 100
-    assert decode_width(120, 8) == 128 and decode_width(8, 64) == 72 and decode_width(64, 0) == 64
-
-
-@pytest.mark.parametrize("layout", [(544, 32), (280, 8)], ids=str)
-def test_layouts_that_no_tile_fits(layout: tuple[int, int]) -> None:
-    with pytest.raises(ValueError, match="cannot split"):
-        decode_width(*layout)
-
-
-def test_a_latent_too_wide_for_any_gpu() -> None:
-    with pytest.raises(ValueError, match="smaller --kv-lora-rank"):
-        decode_width(4032, 64)
-
-
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("kib", [99, 163, 227])
 @pytest.mark.parametrize("heads", [1, 9, 32, 40])
-def test_contexts_are_split_no_more_than_keeps_the_gpu_busy(heads: int) -> None:
-    """However many queries: enough programs for every SM, and scratch that stays small."""
-    units = 132
-    for queries in range(1, 1025):
-        parts = 2 * split_units(queries, heads, units)
-        assert parts & (parts - 1) == 0, "another number would compile another kernel"
-        assert queries * -(-heads // 16) * parts >= units, "SMs stand idle"
-        assert queries * heads * parts * 1025 * 4 <= 400e6, "bytes of scratch at 960 + 64"
+def test_tiles_fit(heads: int, kib: int, fp8: bool) -> None:
+    """Every layout's tiles hold its rows, are sizes that Triton takes, and fit the GPU."""
+    for latent, rope in LAYOUTS:
+        tiles = suited_tiles(latent, rope, heads, fp8, kib << 10)
+        sizes = [tiles.latent, tiles.tokens, tiles.heads, *([tiles.rope] if tiles.rope else [])]
+        assert all(size >= 16 and size & (size - 1) == 0 for size in sizes)
+        assert tiles.latent >= latent and tiles.rope >= rope if tiles.rope else tiles.latent >= latent + rope
+        assert tiles.shared_bytes(fp8) <= kib << 10
+
+
+def test_a_latent_too_wide_for_the_gpu() -> None:
+    assert suited_tiles(1984, 64, 32, False, 163 << 10).tokens == 16, "an A100 takes it"
+    with pytest.raises(ValueError, match="smaller --kv-lora-rank"):
+        suited_tiles(1984, 64, 32, False, 99 << 10)
+    with pytest.raises(ValueError, match="smaller --kv-lora-rank"):
+        suited_tiles(4032, 64, 1, False, 227 << 10)
+
+
+@pytest.mark.parametrize("layout", [(128, 64), (512, 64), (960, 64)], ids=str)
+@pytest.mark.parametrize("heads", [1, 9, 32, 40])
+def test_contexts_are_cut_no_more_than_keeps_the_gpu_busy(heads: int, layout: tuple[int, int]) -> None:
+    """However many queries: enough programs for the GPU's units, and scratch that stays small."""
+    units, most = 132, 1024
+    tiles = suited_tiles(*layout, heads, False, 227 << 10)
+    for rows in range(1, most + 1):
+        parts = suited_parts(rows, heads, tiles, units)
+        assert rows * -(-heads // tiles.heads) * parts >= min(units, 128), "units stand idle"
+    assert scratch_rows(most, heads, tiles, units) * heads * (layout[0] + 1) * 4 <= 400e6, "bytes"
 
 
 @pytest.mark.parametrize("case", ["context", "few-new-tokens"])

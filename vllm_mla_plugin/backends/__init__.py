@@ -38,7 +38,7 @@ def select_backend(latent: int, rope: int) -> type[AttentionBackend] | None:
         return None
     if (dtype := config.model_config.dtype) == torch.float32:
         raise ValueError(f"vLLM's GPU kernels for MLA take 16-bit numbers, not {dtype}: give --dtype bfloat16.")
-    from vllm_mla_plugin.backends.gpu import AnySizeTritonMLABackend, decode_width
+    from vllm_mla_plugin.backends.gpu import AnySizeTritonMLABackend, gpu_tiles
 
     # A backend that is given to a layer is not asked by vLLM whether it serves what it is asked for.
     if cache_dtype not in (served := AnySizeTritonMLABackend.supported_kv_cache_dtypes):
@@ -46,7 +46,7 @@ def select_backend(latent: int, rope: int) -> type[AttentionBackend] | None:
             f"A cache of {latent} + {rope} numbers per token is kept on GPUs as {', '.join(served)}, not as "
             f"{cache_dtype}: give another --kv-cache-dtype."
         )
-    decode_width(latent, rope)  # refuses sizes before weights are loaded
+    gpu_tiles(latent, rope, 1, cache_dtype)  # refuses sizes before weights are loaded
     return AnySizeTritonMLABackend
 
 

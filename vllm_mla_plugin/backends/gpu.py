@@ -1,12 +1,13 @@
-"""MLA decode on GPUs for any ``kv_lora_rank + qk_rope_head_dim``, by vLLM's Triton kernel.
+"""MLA on GPUs for any ``kv_lora_rank + qk_rope_head_dim``: this plugin's decode kernel in vLLM's Triton backend.
 
 ``tests/gpu`` says what has to hold.
 """
 
-from copy import copy
+from functools import cache
 from typing import Any
 
 import torch
+import vllm.envs as envs
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention.mla_attention import (
     MLACommonMetadata,
@@ -14,72 +15,30 @@ from vllm.model_executor.layers.attention.mla_attention import (
     init_mla_context_partial,
 )
 from vllm.platforms import current_platform
+from vllm.triton_utils import triton
 from vllm.v1.attention.backend import AttentionLayer
-from vllm.v1.attention.backends.mla.triton_mla import (
-    TritonMLABackend,
-    TritonMLAImpl,
-    TritonMLAMetadataBuilder,
-    _compute_num_kv_splits,
-)
+from vllm.v1.attention.backends.mla.triton_mla import TritonMLABackend, TritonMLAImpl, TritonMLAMetadataBuilder
 from vllm.v1.worker.workspace import current_workspace_manager, is_workspace_manager_initialized
 
+from vllm_mla_plugin.backends.gpu_decode import Tiles, decode, suited_parts, suited_tiles
 from vllm_mla_plugin.backends.metadata import AnySizeMLAMetadata
 
-MIN_TILE = 16
-"""Triton multiplies tiles of no fewer columns."""
-MAX_TILE = 2048
-"""A wider one, of 32 tokens, does not fit the shared memory of any GPU."""
-FIXED_TILES = {576: 512, 288: 256}
-"""Row widths for which vLLM's kernel takes a fixed tile for the latent, whatever the latent's width."""
-PROGRAMS_PER_SM = 8
-"""Of the kernel: enough for a GPU to stay busy when sequences differ in length."""
-HEADS_PER_PROGRAM = 16
-MIN_HEADS = 2
-"""For a single one vLLM takes a kernel that rounds each product of a score to 16 bits."""
 
-
-def decode_width(latent: int, rope: int) -> int:
-    """How many columns of a cached row the kernel shall take as values, so that its tiles fit each other.
-
-    The kernel loads a row as two tiles, whose widths are powers of 2: the first holds at least the values and is taken
-    for them, the second what is left. Values may be wider than the latent: the surplus is computed and dropped.
+@cache
+def gpu_tiles(latent: int, rope: int, heads: int, cache_dtype: str) -> Tiles:
+    """Tiles of the decode kernel on this GPU; ``cache_dtype`` as vLLM names it.
 
     Raises:
-        ValueError: there is no such number.
+        ValueError: a row is too wide for it.
     """
-    width = latent + rope
-    if tile := FIXED_TILES.get(width):
-        if latent > tile:
-            raise ValueError(
-                f"vLLM's Triton kernel cannot split {width} cached numbers into {latent} + {rope}: convert with "
-                "another --kv-lora-rank or --qk-rope-head-dim."
-            )
-        return latent if 2 * latent > tile else tile
-    # A second tile that would be too narrow: one tile for everything.
-    values = latent if rope == 0 or (rope > MIN_TILE // 2 and latent > MIN_TILE // 2) else width
-    if values > MAX_TILE:
-        raise ValueError(
-            f"On a GPU, a token's cache in a layer has at most {MAX_TILE} numbers besides its rotary key, but this "
-            f"checkpoint's has {latent} + {rope}: convert with a smaller --kv-lora-rank."
-        )
-    return values
+    device = torch.cuda.current_device()
+    properties = triton.runtime.driver.active.utils.get_device_properties(device)
+    return suited_tiles(latent, rope, heads, cache_dtype.startswith("fp8"), properties["max_shared_mem"])
 
 
-def split_units(queries: int, heads: int, units: int) -> int:
-    """How many of the GPU's ``units`` (SMs) vLLM shall believe in when it splits contexts.
-
-    It splits each into at most twice as many parts, however many queries there are; results of all parts, in float32,
-    are then written and read again. On an H200, 1,024 queries of 40 heads at 960 + 64 and 64K of context would need 19
-    GiB for them. So few parts as keep the GPU busy are enough; a power of 2, for each number is a kernel to compile.
-
-    Args:
-        queries: of the batch.
-        heads: of each.
-        units: that there are.
-    """
-    programs = queries * -(-heads // HEADS_PER_PROGRAM)
-    parts = max(2, min(2 * units, PROGRAMS_PER_SM * units // programs))
-    return (1 << parts.bit_length() - 1) // 2
+def scratch_rows(most: int, heads: int, tiles: Tiles, units: int) -> int:
+    """Rows times parts for which a batch of at most so many rows needs scratch at once."""
+    return max(rows * suited_parts(rows, heads, tiles, units) for rows in range(1, most + 1))
 
 
 class AnySizeTritonMLAMetadataBuilder(TritonMLAMetadataBuilder):
@@ -90,19 +49,15 @@ class AnySizeTritonMLAMetadataBuilder(TritonMLAMetadataBuilder):
         self.metadata_cls = AnySizeMLAMetadata
 
     def _reserve_attn_logits_workspace(self) -> None:
-        """As vLLM's, for :func:`split_units` and :func:`decode_width`: it must not grow once graphs are captured."""
+        """For the decode kernel: it must not grow once graphs are captured."""
         if not is_workspace_manager_initialized():
             return
-        heads = max(MIN_HEADS, self.num_heads * self.dcp_world_size)
-        units = current_platform.num_compute_units()
+        sizes, heads = self.mla_dims, self.num_heads * self.dcp_world_size
         most = self.vllm_config.scheduler_config.max_num_seqs * self.reorder_batch_threshold
-        length = self.model_config.max_model_len
-        parts = max(
-            queries * _compute_num_kv_splits(length, split_units(queries, heads, units))
-            for queries in range(1, most + 1)
-        )
-        width = decode_width(self.mla_dims.kv_lora_rank, self.mla_dims.qk_rope_head_dim) + 1
-        current_workspace_manager().get_simultaneous(((parts, heads, width), torch.float32))
+        cache_dtype = self.vllm_config.cache_config.cache_dtype
+        tiles = gpu_tiles(sizes.kv_lora_rank, sizes.qk_rope_head_dim, heads, cache_dtype)
+        rows = scratch_rows(most, heads, tiles, current_platform.num_compute_units())
+        current_workspace_manager().get_simultaneous(((rows, heads, sizes.kv_lora_rank + 1), torch.float32))
 
     @staticmethod
     def determine_prefill_query_data_type(vllm_config: VllmConfig, model_dtype: torch.dtype) -> torch.dtype:
@@ -147,14 +102,7 @@ def gather_context(
 
 
 class AnySizeTritonMLAImpl(TritonMLAImpl):
-    """Decode by vLLM's kernel, with its tiles made to fit; prefill by vLLM's code, with a gather for every size."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        # vLLM's decode, told another width of the values.
-        self._decoder = copy(self)
-        self._decoder.kv_lora_rank = decode_width(self.kv_lora_rank, self.qk_rope_head_dim)
-        self._units = self._sm_count
+    """Decode by this plugin's kernel; prefill by vLLM's code, with a gather for every size."""
 
     def forward_mqa(
         self,
@@ -164,16 +112,30 @@ class AnySizeTritonMLAImpl(TritonMLAImpl):
         layer: AttentionLayer,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Decode; shapes as in :meth:`vllm_mla_plugin.backends.cpu.AnySizeCPUMLAImpl.forward_mqa`, and log-sum-exp."""
-        q = torch.cat(q, dim=-1) if isinstance(q, tuple) else q
-        queries, heads, width = q.shape
-        if heads < MIN_HEADS:
-            q = q.expand(queries, MIN_HEADS, width)
-        self._decoder._sm_count = split_units(queries, q.shape[1], self._units)
-        output, lse = self._decoder._decode(q, kv_c_and_k_pe_cache, attn_metadata, layer)
-        return output[:, :heads, : self.kv_lora_rank].contiguous(), None if lse is None else lse[:, :heads]
-
-    def _decode(self, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return super().forward_mqa(*arguments)
+        assert attn_metadata.decode is not None
+        q_latent, q_rope = q if isinstance(q, tuple) else q.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        rows, heads, latent = q_latent.shape
+        tiles = gpu_tiles(latent, self.qk_rope_head_dim, heads, self.kv_cache_dtype)
+        # One part, and a result does not depend on what else is in the batch.
+        parts = 1 if envs.VLLM_BATCH_INVARIANT else suited_parts(rows, heads, tiles, self._sm_count)
+        shape = (rows, heads, parts, latent + 1)
+        if is_workspace_manager_initialized():
+            (scratch,) = current_workspace_manager().get_simultaneous((shape, torch.float32))
+        else:
+            scratch = torch.empty(shape, dtype=torch.float32, device=q_latent.device)
+        return decode(
+            q_latent,
+            q_rope,
+            kv_c_and_k_pe_cache,
+            attn_metadata.decode.block_table,
+            attn_metadata.decode.seq_lens,
+            scratch,
+            layer._k_scale,
+            scale=self.scale,
+            causal=attn_metadata.causal,
+            tiles=tiles,
+            parts=parts,
+        )
 
     def _compute_prefill_context(
         self,

@@ -1,0 +1,306 @@
+# ruff: noqa: N803, N806 - what is constant to a Triton kernel is written in capitals
+"""MLA decode in Triton for any ``kv_lora_rank + qk_rope_head_dim``: each cached row is read once for all heads.
+
+Contexts are cut into parts, whose results :func:`_merge_parts` weighs by their sums of exponentials (Flash-Decoding,
+arXiv 2307.08691, section 3). Scores and results are transposed, tokens and latent along the rows: a GPU's matrix
+instructions take 64 rows or 16 at a time, which queries of a few heads would leave empty.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.triton_utils import tl, triton
+
+MIN_TILE = 16  # Triton multiplies no smaller tiles
+MAX_HEADS = 32  # of a program; more do not fit the registers
+PARTS_TILE, VALUES_TILE = 16, 128  # of a step of merging
+MAX_PARTS = 128
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """What one program of the kernel works on.
+
+    Attributes:
+        latent: columns of the first tile of cached rows, a power of 2; values are a part of it.
+        rope: of the second, 0 if the first takes whole rows.
+        tokens: rows of both.
+        heads: queries, of one token.
+    """
+
+    latent: int
+    rope: int
+    tokens: int
+    heads: int
+
+    def shared_bytes(self, fp8: bool) -> int:
+        """Shared memory that the kernel takes, as compiled for compute capability 8; for 9, wide rows take less.
+
+        Args:
+            fp8: whether numbers are cached so, for they are widened first.
+        """
+        width = self.latent + self.rope
+        widened = 2 * width * self.tokens + 16 * self.latent if fp8 else 0
+        return 2 * width * (self.tokens + self.heads) + 16 * self.latent + widened
+
+    @property
+    def warps(self) -> int:
+        """Of a program: results of a wide latent do not fit the registers of four."""
+        return 8 if self.latent >= 1024 else 4
+
+    @property
+    def programs_per_unit(self) -> int:
+        """How many programs keep each of the GPU's units (SMs) busy."""
+        return 4 if self.latent <= 256 else 2
+
+
+def _tile(size: int) -> int:
+    """Triton's tiles have sizes that are powers of 2."""
+    return max(MIN_TILE, 1 << (size - 1).bit_length())
+
+
+def suited_tiles(latent: int, rope: int, heads: int, fp8: bool, shared_bytes: int) -> Tiles:
+    """The fastest tiles on an H200, or as many tokens and heads as the shared memory of a smaller GPU takes.
+
+    Raises:
+        ValueError: a row is too wide.
+    """
+    first = _tile(latent)
+    second = 0 if latent + rope <= first else _tile(rope)
+    most = min(MAX_HEADS, _tile(heads))
+    for tokens, together in ((64 if first <= 128 else 32, most), (32, MIN_TILE), (16, MIN_TILE)):
+        tiles = Tiles(first, second, tokens, together)
+        if tiles.shared_bytes(fp8) <= shared_bytes:
+            return tiles
+    raise ValueError(
+        f"A token's cache of {latent} + {rope}{' fp8' if fp8 else ''} numbers in a layer is too wide for this GPU's "
+        f"shared memory of {shared_bytes >> 10} KiB: convert with a smaller --kv-lora-rank."
+    )
+
+
+def suited_parts(rows: int, heads: int, tiles: Tiles, units: int) -> int:
+    """Into how many parts contexts are cut, so that every one of the GPU's ``units`` is busy.
+
+    Args:
+        rows: queries of the batch, each of a token.
+        heads: of each.
+        tiles: of the kernel.
+        units: SMs.
+    """
+    programs = rows * -(-heads // tiles.heads)
+    return max(1, min(MAX_PARTS, tiles.programs_per_unit * units // programs))
+
+
+@triton.jit
+def _row_length(Lengths, row, queries, lag):
+    """Tokens that a row attends to: the newer tokens of its own request come after it."""
+    length = tl.load(Lengths + row // queries) - lag * (queries - 1 - row % queries)
+    return tl.maximum(length, 0)
+
+
+@triton.jit
+def _part_length(length, parts, TILE_TOKENS: tl.constexpr):
+    """Whole tiles, and at least one."""
+    return tl.maximum(1, tl.cdiv(tl.cdiv(length, parts), TILE_TOKENS)) * TILE_TOKENS
+
+
+@triton.jit(do_not_specialize=["parts", "queries", "lag"])
+def _attend_part(
+    Latents,
+    Ropes,
+    Cache,
+    Table,
+    Lengths,
+    Parts,
+    cache_scale,
+    scale,
+    parts,
+    queries,
+    lag,
+    latent_stride,
+    latent_head_stride,
+    rope_stride,
+    rope_head_stride,
+    page_stride,
+    token_stride,
+    table_stride,
+    HEADS: tl.constexpr,
+    LATENT: tl.constexpr,
+    ROPE: tl.constexpr,
+    PAGE: tl.constexpr,
+    TILE_LATENT: tl.constexpr,
+    TILE_ROPE: tl.constexpr,
+    TILE_TOKENS: tl.constexpr,
+    TILE_HEADS: tl.constexpr,
+):
+    heads = tl.program_id(0) * TILE_HEADS + tl.arange(0, TILE_HEADS)
+    row = tl.program_id(1)
+    part = tl.program_id(2)
+    length = _row_length(Lengths, row, queries, lag)
+    each = _part_length(length, parts, TILE_TOKENS)
+    first = each * part
+    last = tl.minimum(first + each, length)
+    if first >= last:
+        return
+
+    FIRST: tl.constexpr = LATENT if TILE_ROPE > 0 else LATENT + ROPE
+    columns = tl.arange(0, TILE_LATENT)
+    known = heads < HEADS
+    latents = Latents + row.to(tl.int64) * latent_stride + heads[:, None] * latent_head_stride
+    ropes = Ropes + row.to(tl.int64) * rope_stride + heads[:, None] * rope_head_stride
+    q = tl.load(latents + columns[None, :], mask=known[:, None] & (columns < LATENT)[None, :], other=0.0)
+    if TILE_ROPE > 0:
+        rope_columns = tl.arange(0, TILE_ROPE)
+        q_rope = tl.load(ropes + rope_columns[None, :], mask=known[:, None] & (rope_columns < ROPE)[None, :], other=0.0)
+        q_rope = tl.trans(q_rope)
+    elif ROPE > 0:
+        rotary = (columns >= LATENT) & (columns < FIRST)
+        q += tl.load(ropes + (columns - LATENT)[None, :], mask=known[:, None] & rotary[None, :], other=0.0)
+    q = tl.trans(q)
+
+    cached_scale = tl.load(cache_scale)
+    top = tl.full([TILE_HEADS], float("-inf"), tl.float32)
+    total = tl.zeros([TILE_HEADS], tl.float32)
+    values = tl.zeros([TILE_LATENT, TILE_HEADS], tl.float32)
+    for start in tl.range(first, last, TILE_TOKENS):
+        tokens = start + tl.arange(0, TILE_TOKENS)
+        there = tokens < last
+        pages = tl.load(Table + (row // queries) * table_stride + tokens // PAGE, mask=there, other=0).to(tl.int64)
+        rows = Cache + (pages * page_stride + tokens % PAGE * token_stride)[:, None]
+        latent = tl.load(rows + columns[None, :], mask=there[:, None] & (columns < FIRST)[None, :], other=0.0)
+        if latent.dtype.is_fp8():
+            latent = (latent.to(tl.float32) * cached_scale).to(q.dtype)
+        scores = tl.dot(latent, q)
+        if TILE_ROPE > 0:
+            mask = there[:, None] & (rope_columns < ROPE)[None, :]
+            rope = tl.load(rows + LATENT + rope_columns[None, :], mask=mask, other=0.0)
+            if rope.dtype.is_fp8():
+                rope = (rope.to(tl.float32) * cached_scale).to(q.dtype)
+            scores = tl.dot(rope, q_rope, scores)
+        scores = tl.where(there[:, None], scores * scale, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 0))
+        shrink = tl.exp2(top - new_top)
+        weights = tl.exp2(scores - new_top[None, :])
+        total = total * shrink + tl.sum(weights, 0)
+        values = tl.dot(tl.trans(latent), weights.to(latent.dtype), values * shrink[None, :])
+        top = new_top
+
+    results = Parts + ((row.to(tl.int64) * HEADS + heads) * parts + part) * (LATENT + 1)
+    mask = (columns < LATENT)[:, None] & known[None, :]
+    tl.store(results[None, :] + columns[:, None], values / total[None, :], mask=mask)
+    tl.store(results + LATENT, top + tl.log2(total), mask=known)
+
+
+@triton.jit(do_not_specialize=["parts", "queries", "lag"])
+def _merge_parts(
+    Parts,
+    Lengths,
+    Out,
+    Lse,
+    parts,
+    queries,
+    lag,
+    HEADS: tl.constexpr,
+    LATENT: tl.constexpr,
+    TILE_TOKENS: tl.constexpr,
+    PARTS_TILE: tl.constexpr,
+    VALUES_TILE: tl.constexpr,
+):
+    row = tl.program_id(0)
+    result = row.to(tl.int64) * HEADS + tl.program_id(1)
+    columns = tl.program_id(2) * VALUES_TILE + tl.arange(0, VALUES_TILE)
+    length = _row_length(Lengths, row, queries, lag)
+    used = tl.cdiv(length, _part_length(length, parts, TILE_TOKENS))
+    top = float("-inf")
+    total = 0.0
+    values = tl.zeros([VALUES_TILE], tl.float32)
+    for first in tl.range(0, used, PARTS_TILE):
+        part = first + tl.arange(0, PARTS_TILE)
+        source = Parts + (result * parts + part) * (LATENT + 1)
+        lse = tl.load(source + LATENT, mask=part < used, other=float("-inf"))
+        mask = (part < used)[:, None] & (columns < LATENT)[None, :]
+        value = tl.load(source[:, None] + columns[None, :], mask=mask, other=0.0)
+        new_top = tl.maximum(top, tl.max(lse, 0))
+        shrink = tl.exp2(top - new_top)
+        weights = tl.exp2(lse - new_top)
+        total = total * shrink + tl.sum(weights, 0)
+        values = values * shrink + tl.sum(value * weights[:, None], 0)
+        top = new_top
+    # Rows that only fill a CUDA graph have no tokens, and no values.
+    tl.store(Out + result * LATENT + columns, values / tl.maximum(total, 1.0), mask=columns < LATENT)
+    if tl.program_id(2) == 0:
+        tl.store(Lse + result, (top + tl.log2(total)) * 0.6931471805599453)  # log 2
+
+
+def decode(
+    q_latent: torch.Tensor,
+    q_rope: torch.Tensor,
+    cache: torch.Tensor,
+    table: torch.Tensor,
+    lengths: torch.Tensor,
+    scratch: torch.Tensor,
+    cache_scale: torch.Tensor,
+    *,
+    scale: float,
+    causal: bool,
+    tiles: Tiles,
+    parts: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of each query to its request's cached tokens.
+
+    Args:
+        q_latent: ``[rows, heads, latent]``, 16-bit; the rows of a request are its newest tokens, as many of each.
+        q_rope: ``[rows, heads, rope]``.
+        cache: ``[pages, tokens of a page, latent + rope]``, dtype of the queries or fp8.
+        table: ``[requests, pages of each]`` int32.
+        lengths: ``[requests]`` int32, tokens cached; 0 gives zeros.
+        scratch: float32, at least ``rows * heads * parts * (latent + 1)``.
+        cache_scale: float32, one number; of fp8 numbers.
+        scale: of the scores.
+        causal: whether a request's newest tokens do not attend to those after them.
+        tiles: of :func:`suited_tiles`.
+        parts: of :func:`suited_parts`.
+
+    Returns:
+        ``[rows, heads, latent]``, dtype of the queries, and the log-sum-exp of the scores ``[rows, heads]``, float32.
+    """
+    rows, heads, latent = q_latent.shape
+    shared: dict[str, Any] = {"HEADS": heads, "LATENT": latent, "TILE_TOKENS": tiles.tokens}
+    queries, lag = rows // max(1, len(lengths)), int(causal)
+    out = torch.empty_like(q_latent, memory_format=torch.contiguous_format)
+    lse = torch.empty(rows, heads, dtype=torch.float32, device=out.device)
+    _attend_part[(triton.cdiv(heads, tiles.heads), rows, parts)](
+        q_latent,
+        q_rope,
+        cache,
+        table,
+        lengths,
+        scratch,
+        cache_scale,
+        scale * math.log2(math.e),  # exponentials are of base 2, which GPUs have an instruction for
+        parts,
+        queries,
+        lag,
+        q_latent.stride(0),
+        q_latent.stride(1),
+        q_rope.stride(0),
+        q_rope.stride(1),
+        cache.stride(0),
+        cache.stride(1),
+        table.stride(0),
+        ROPE=q_rope.shape[-1],
+        PAGE=cache.shape[1],
+        TILE_LATENT=tiles.latent,
+        TILE_ROPE=tiles.rope,
+        TILE_HEADS=tiles.heads,
+        # With one stage, Triton 3.6 overwrites tiles that Hopper's matrix instructions still read.
+        num_stages=2,
+        num_warps=tiles.warps,
+        **shared,
+    )
+    _merge_parts[(rows, heads, triton.cdiv(latent, VALUES_TILE))](
+        scratch, lengths, out, lse, parts, queries, lag, PARTS_TILE=PARTS_TILE, VALUES_TILE=VALUES_TILE, **shared
+    )
+    return out, lse
