@@ -14,10 +14,16 @@ PROMPTS = [list(range(5, 45)), [7], list(range(100, 117))]
 
 
 @pytest.fixture(scope="module")
-def mla(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("lora")
-    source = RandomModel("qwen3", heads=6, kv_heads=3, head_dim=32).save(folder / "source")
-    return convert(source, folder / "mla", "--method", "exact")
+    random = {
+        "llama": RandomModel(heads=6, kv_heads=3, hidden=96),
+        "qwen3": RandomModel("qwen3", heads=6, kv_heads=3, head_dim=32),
+    }
+    sources = {family: model.save(folder / family) for family, model in random.items()}
+    return {
+        family: convert(source, folder / f"{family}-mla", "--method", "exact") for family, source in sources.items()
+    }
 
 
 def adapter(model: torch.nn.Module, projections: tuple[str, ...], folder: Path) -> Path:
@@ -44,19 +50,29 @@ def run(mla: Path, lora: Path) -> dict:
     return run_engine(mla, PROMPTS, lora=str(lora), engine=engine, max_tokens=16, no_tokenizer=True)
 
 
-def test_adapter_on_attention_and_mlp(mla: Path, tmp_path: Path) -> None:
+EVERYTHING = ("q_proj", "k_proj", "kv_a_proj_with_mqa", "o_proj", "up_proj", "down_proj")
+CASES = {
+    "everything": ("qwen3", EVERYTHING),
+    "all-of-a-product": ("llama", ("q_proj", "kv_a_proj_with_mqa")),
+    "first-of-a-product": ("qwen3", ("q_proj",)),
+    "second-of-a-product": ("llama", ("kv_a_proj_with_mqa",)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_adapter(models: dict[str, Path], case: str, tmp_path: Path) -> None:
     """vLLM with the adapter computes what transformers computes with its product added to the weights."""
-    model = load(mla)
-    projections = ("q_proj", "k_proj", "kv_a_proj_with_mqa", "o_proj", "up_proj", "down_proj")
+    family, projections = CASES[case]
+    model = load(models[family])
     lora = adapter(model, projections, tmp_path / "lora")
-    result = run(mla, lora)
+    result = run(models[family], lora)
     for prompt, tokens, logprobs in zip(PROMPTS, result["tokens"], result["logprobs"], strict=True):
         expected = hf_logprobs(model, prompt + tokens)[-len(tokens) :]
         assert logprobs == pytest.approx(expected, abs=MAX_LOGPROB_ERROR)
 
 
-def test_adapter_of_kv_b_proj_is_refused(mla: Path, tmp_path: Path) -> None:
+def test_adapter_of_kv_b_proj_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
     """It would have no effect, for MLA takes the projection apart."""
-    lora = adapter(load(mla), ("q_proj", "kv_b_proj"), tmp_path / "lora")
+    lora = adapter(load(models["qwen3"]), ("q_proj", "kv_b_proj"), tmp_path / "lora")
     with pytest.raises(AssertionError, match="kv_b_proj_takes_no_lora_with_mla"):
-        run(mla, lora)
+        run(models["qwen3"], lora)

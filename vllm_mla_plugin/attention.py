@@ -1,5 +1,8 @@
 """The MLA self-attention that every family shares, on vLLM's MLA attention layer."""
 
+from collections.abc import Iterable
+from typing import ClassVar
+
 import torch
 from torch import nn
 from transformers import PretrainedConfig
@@ -8,17 +11,21 @@ from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import MLAAttention
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
+    MergedColumnParallelLinear,
     ReplicatedLinear,
     RowParallelLinear,
 )
 from vllm.model_executor.layers.quantization import QuantizationConfig
-from vllm.model_executor.models.utils import extract_layer_index
+from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, extract_layer_index
 from vllm.model_executor.utils import set_weight_attrs
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.mla.prefill.base import MLADimensions
 
 from vllm_mla_plugin.backends import select_backend, select_prefill_backend
 from vllm_mla_plugin.rope import FrequencyRotaryEmbedding
+
+ROW_MULTIPLE = 16
+"""Columns of a product that all fast kernels take: cuBLAS wants rows of whole 16 bytes, AMX whole tiles."""
 
 
 class MLASelfAttention(nn.Module):
@@ -37,6 +44,11 @@ class MLASelfAttention(nn.Module):
     Raises:
         ValueError: MLA is disabled, or the attention is not causal.
     """
+
+    product: ClassVar[str] = "query_latent_proj"
+    """What multiplies the layer's input, where one product does."""
+    parts: ClassVar[tuple[str, str]] = ("q_proj", "kv_a_proj_with_mqa")
+    """What the checkpoint calls its parts: the queries, and what every tensor-parallel rank needs whole."""
 
     def __init__(
         self,
@@ -116,26 +128,59 @@ class MLASelfAttention(nn.Module):
         prefix: str,
     ) -> None:
         """Make what :meth:`project` needs; arguments as for the class."""
-        self.q_proj = ColumnParallelLinear(
-            config.hidden_size,
-            num_heads * (self.nope_dim + self.rope_dim),
-            bias=bias,
-            quant_config=quant_config,
-            prefix=f"{prefix}.q_proj",
-        )
         # Every rank caches the whole latent, so every rank computes it.
-        self.kv_a_proj_with_mqa = ReplicatedLinear(
-            config.hidden_size,
-            self.latent_dim + self.rope_dim,
-            bias=bias,
-            quant_config=quant_config,
-            prefix=f"{prefix}.kv_a_proj_with_mqa",
-        )
+        sizes = [num_heads * (self.nope_dim + self.rope_dim), self.latent_dim + self.rope_dim]
+        self.make_input_projections(sizes, config.hidden_size, bias, quant_config, prefix)
+
+    def make_input_projections(
+        self, sizes: list[int], hidden_size: int, bias: bool, quant_config: QuantizationConfig | None, prefix: str
+    ) -> None:
+        """Make what multiplies the layer's input: one product, for at small batches a second costs its launch.
+
+        The two ``parts`` stay apart over several ranks, which share the queries out and not the other; quantised, for
+        each has its own scales; and where the second would take the first out of the reach of fast kernels.
+
+        Args:
+            sizes: columns of the parts, over all ranks.
+        """
+        self.input_sizes = sizes
+        packed = get_tensor_model_parallel_world_size() == 1 and quant_config is None
+        self.packed_modules_mapping: dict[str, list[str]] = {}
+        if packed and sum(sizes) % ROW_MULTIPLE == 0:
+            self.packed_modules_mapping[self.product] = list(self.parts)
+            self.add_module(
+                self.product,
+                MergedColumnParallelLinear(hidden_size, sizes, bias=bias, prefix=f"{prefix}.{self.product}"),
+            )
+            return
+        for name, size, kind in zip(self.parts, sizes, (ColumnParallelLinear, ReplicatedLinear), strict=True):
+            self.add_module(
+                name, kind(hidden_size, size, bias=bias, quant_config=quant_config, prefix=f"{prefix}.{name}")
+            )
+
+    def project_input(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries ``[tokens, heads, size]`` of this rank's heads, and the other part ``[tokens, size]``."""
+        if self.packed_modules_mapping:
+            q, other = getattr(self, self.product)(hidden_states)[0].split(self.input_sizes, dim=-1)
+        else:
+            q, other = (getattr(self, name)(hidden_states)[0] for name in self.parts)
+        return q.unflatten(-1, (self.num_heads, -1)), other
 
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries ``[tokens, heads, nope + rope]``, and what is cached ``[tokens, latent + rope]``, before RoPE."""
-        q = self.q_proj(hidden_states)[0].view(-1, self.num_heads, self.nope_dim + self.rope_dim)
-        return q, self.kv_a_proj_with_mqa(hidden_states)[0]
+        return self.project_input(hidden_states)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load weights under the checkpoint's names, relative to this module; returns the names of what they went to.
+
+        Called by vLLM's loader of the model, possibly for a few weights at a time.
+        """
+        stacked = {
+            f"{part}.": (f"{product}.", shard)
+            for product, parts in self.packed_modules_mapping.items()
+            for shard, part in enumerate(parts)
+        }
+        return AutoWeightsLoader(self).load_weights(weights, mapper=WeightsMapper(orig_to_new_stacked=stacked))
 
     def _load_rope_freqs(self, param: nn.Parameter, loaded: torch.Tensor) -> None:
         param.data.copy_(loaded)
@@ -153,9 +198,12 @@ class MLASelfAttention(nn.Module):
         """
         q, cached = self.project(hidden_states)
         latent, k_rope = cached.split([self.latent_dim, self.rope_dim], dim=-1)
-        q[..., self.nope_dim :], k_rope = self.rotary_emb(positions, q[..., self.nope_dim :], k_rope.unsqueeze(1))
+        q_nope, q_rope = q.split([self.nope_dim, self.rope_dim], dim=-1)
+        q_rope, k_rope = self.rotary_emb(positions, q_rope, k_rope.unsqueeze(1))
         output = self.attn(
-            q,
+            # Written in place, it would be strided, which not all kernels read; and torch.compile, which makes a new
+            # tensor in either case, would copy the latent beside it too.
+            torch.cat((q_nope, q_rope), dim=-1),
             latent,
             k_rope,  # [tokens, 1, rope]: one rotary key for all heads
             output_shape=(hidden_states.shape[0], self.num_heads * self.v_dim),

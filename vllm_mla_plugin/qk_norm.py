@@ -1,9 +1,11 @@
 """MLA for models that normalise each head's query and key before RoPE (QK-norm)."""
 
+from typing import ClassVar
+
 import torch
 from transformers import PretrainedConfig
 from vllm.model_executor.layers.layernorm import RMSNorm
-from vllm.model_executor.layers.linear import ColumnParallelLinear, ReplicatedLinear
+from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.layers.quantization import QuantizationConfig
 
 from vllm_mla_plugin.attention import MLASelfAttention
@@ -20,6 +22,9 @@ class QKNormMLASelfAttention(MLASelfAttention):
     ``kv_b_proj``.
     """
 
+    product: ClassVar[str] = "query_key_proj"
+    parts: ClassVar[tuple[str, str]] = ("q_proj", "k_proj")
+
     def make_projections(
         self,
         config: PretrainedConfig,
@@ -29,17 +34,9 @@ class QKNormMLASelfAttention(MLASelfAttention):
         prefix: str,
     ) -> None:
         hidden, kv_width = config.hidden_size, config.num_key_value_heads * self.v_dim
-        self.q_proj = ColumnParallelLinear(
-            hidden,
-            num_heads * (self.v_dim + self.rope_dim),
-            bias=bias,
-            quant_config=quant_config,
-            prefix=f"{prefix}.q_proj",
-        )
         # Every rank caches the whole latent, so every rank computes all keys.
-        self.k_proj = ReplicatedLinear(
-            hidden, kv_width, bias=bias, quant_config=quant_config, prefix=f"{prefix}.k_proj"
-        )
+        sizes = [num_heads * (self.v_dim + self.rope_dim), kv_width]
+        self.make_input_projections(sizes, hidden, bias, quant_config, prefix)
         self.eps = config.rms_norm_eps
         self.k_norm = RMSNorm(self.v_dim, eps=config.rms_norm_eps)
         self.kv_a_proj_with_mqa = ReplicatedLinear(
@@ -51,7 +48,7 @@ class QKNormMLASelfAttention(MLASelfAttention):
         )
 
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        q = self.q_proj(hidden_states)[0].view(-1, self.num_heads, self.v_dim + self.rope_dim)
-        k = self.k_norm(self.k_proj(hidden_states)[0].view(hidden_states.shape[0], -1, self.v_dim)).flatten(1)
+        q, k = self.project_input(hidden_states)
+        k = self.k_norm(k.unflatten(-1, (-1, self.v_dim))).flatten(1)
         cached = self.kv_a_proj_with_mqa(torch.cat((k, hidden_states), dim=-1))[0]
         return norm_queries(q, self.v_dim, self.nope_dim, self.eps), cached

@@ -26,7 +26,7 @@ class LlamaMLADecoderLayer(LlamaDecoderLayer):
 
 @support_torch_compile
 class LlamaMLAModel(LlamaModel):
-    """Llama's decoder stack; ``q_proj`` stays itself, where Llama's mapper folds it into ``qkv_proj``."""
+    """Llama's decoder stack; leaves ``q_proj``, which Llama's mapper folds into ``qkv_proj``, to the self-attention."""
 
     hf_to_vllm_mapper = WeightsMapper(
         orig_to_new_substr={
@@ -51,6 +51,10 @@ class LlamaMLAForCausalLM(LlamaForCausalLM):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=self.decoder_layer)
+        self.packed_modules_mapping = dict(self.packed_modules_mapping)  # for LoRA
+        for module in self.modules():
+            if isinstance(module, MLASelfAttention):
+                self.packed_modules_mapping.update(module.packed_modules_mapping)
 
     def _init_model(
         self, vllm_config: VllmConfig, prefix: str = "", layer_type: type[nn.Module] = LlamaMLADecoderLayer
