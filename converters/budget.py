@@ -85,7 +85,8 @@ def candidate_budgets(kv_heads: int, head_dim: int, budget: CacheBudget) -> list
     """
     if budget.width in FAST_WIDTHS:
         return [CacheBudget(budget.width - 64, 64)]
-    ropes = {max(8, round(budget.width * share / 8) * 8) for share in SPLITS}
+    step = 8 if budget.width >= 64 else 4
+    ropes = {max(8, round(budget.width * share / step) * step) for share in SPLITS}
     fitting = [
         CacheBudget(budget.width - rope, rope)
         for rope in sorted(ropes)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from test_exact import attend
 
 from mla_converters.attention import gqa_attention, rotate
-from mla_converters.attention_aware_run import Ingredient
+from mla_converters.attention_aware_run import Ingredient, widest_latent
 from mla_converters.budget import CacheBudget, candidate_budgets
 from mla_converters.convert import convert
 from mla_converters.latent_attention import LatentAttention
@@ -277,8 +277,15 @@ def test_random_tokens_help_where_the_text_says_nothing(tmp_path: Path) -> None:
     assert error("with", frozenset()) < 0.7 * error("without", frozenset({Ingredient.RANDOM_TOKENS}))
 
 
+def test_widest_latent_that_errs_little_more() -> None:
+    errors = {CacheBudget(88, 40): 0.123, CacheBudget(72, 56): 0.114, CacheBudget(96, 32): 0.161}
+    assert widest_latent(errors) == CacheBudget(88, 40)
+
+
 def test_splits_that_are_searched() -> None:
     """From a quarter to more than half of the cache keeps RoPE; sizes with fast GPU kernels stay as they are."""
     splits = candidate_budgets(kv_heads=3, head_dim=64, budget=CacheBudget(32, 16))
-    assert splits == [CacheBudget(32, 16), CacheBudget(24, 24), CacheBudget(16, 32)]
+    assert splits == [CacheBudget(48 - rope, rope) for rope in (12, 16, 20, 24, 28)]
+    wider = candidate_budgets(kv_heads=3, head_dim=64, budget=CacheBudget(64, 32))
+    assert wider == [CacheBudget(96 - rope, rope) for rope in (24, 32, 40, 48, 56)]
     assert candidate_budgets(kv_heads=8, head_dim=128, budget=CacheBudget(512, 64)) == [CacheBudget(512, 64)]
