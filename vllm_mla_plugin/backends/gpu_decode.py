@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from vllm.triton_utils import tl, triton
+from vllm.utils.math_utils import cdiv, next_power_of_2
 
 MIN_TILE = 16  # Triton multiplies no smaller tiles
 MAX_HEADS = 32  # of a program; more do not fit the registers
 PARTS_TILE, VALUES_TILE = 16, 128  # of a step of merging
-MAX_PARTS = 128
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Tiles:
 
 def _tile(size: int) -> int:
     """Triton's tiles have sizes that are powers of 2."""
-    return max(MIN_TILE, 1 << (size - 1).bit_length())
+    return max(MIN_TILE, next_power_of_2(size))
 
 
 def suited_tiles(latent: int, rope: int, heads: int, fp8: bool, shared_bytes: int) -> Tiles:
@@ -81,7 +81,8 @@ def suited_tiles(latent: int, rope: int, heads: int, fp8: bool, shared_bytes: in
 
 
 def suited_parts(rows: int, heads: int, tiles: Tiles, units: int) -> int:
-    """Into how many parts contexts are cut, so that every one of the GPU's ``units`` is busy.
+    """Into how many parts contexts are cut, so that every one of the GPU's ``units`` is busy; at most one for each, for
+    all parts of a long context are written and read again.
 
     Args:
         rows: queries of the batch, each of a token.
@@ -89,8 +90,8 @@ def suited_parts(rows: int, heads: int, tiles: Tiles, units: int) -> int:
         tiles: of the kernel.
         units: SMs.
     """
-    programs = rows * -(-heads // tiles.heads)
-    return max(1, min(MAX_PARTS, tiles.programs_per_unit * units // programs))
+    programs = rows * cdiv(heads, tiles.heads)
+    return max(1, min(units, tiles.programs_per_unit * units // programs))
 
 
 @triton.jit
@@ -271,7 +272,7 @@ def decode(
     queries, lag = rows // max(1, len(lengths)), int(causal)
     out = torch.empty_like(q_latent, memory_format=torch.contiguous_format)
     lse = torch.empty(rows, heads, dtype=torch.float32, device=out.device)
-    _attend_part[(triton.cdiv(heads, tiles.heads), rows, parts)](
+    _attend_part[(cdiv(heads, tiles.heads), rows, parts)](
         q_latent,
         q_rope,
         cache,
@@ -300,7 +301,7 @@ def decode(
         num_warps=tiles.warps,
         **shared,
     )
-    _merge_parts[(rows, heads, triton.cdiv(latent, VALUES_TILE))](
+    _merge_parts[(rows, heads, cdiv(latent, VALUES_TILE))](
         scratch, lengths, out, lse, parts, queries, lag, PARTS_TILE=PARTS_TILE, VALUES_TILE=VALUES_TILE, **shared
     )
     return out, lse
