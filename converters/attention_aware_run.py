@@ -193,7 +193,7 @@ def search_split(
         maps = (layer_map(layer, model, budget, weighing) for budget in budgets)
         return map_errors(layer, hidden[:ERROR_WINDOWS], maps)
 
-    _, found = search(source, some_windows(windows), budgets, errors, device, progress, "Searching the split", record)
+    found = search(source, some_windows(windows), budgets, errors, device, progress, "Searching the split", record)
     return widest_latent(found), found
 
 

@@ -1,4 +1,4 @@
-"""Choosing one setting for the whole model by the error of every layer's attention."""
+"""Comparing settings for the whole model by the error of every layer's attention."""
 
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -22,20 +22,17 @@ def search(
     progress: Progress,
     description: str,
     record: Record,
-) -> tuple[Candidate, dict[Candidate, float]]:
-    """The candidate with the smallest error, summed over layers.
+) -> dict[Candidate, float]:
+    """Every candidate's error, the mean over layers.
 
     Args:
         source: the model.
         windows: ``[windows, tokens]`` token ids.
-        candidates: what to choose from.
+        candidates: what is compared.
         layer_errors: from a layer and its inputs ``[windows, tokens, D]`` to each candidate's relative squared error.
         device: where layers run.
         progress, description: for the bar.
         record: where the search is kept, should it be interrupted.
-
-    Returns:
-        The winner, and every candidate's mean error.
     """
     count = source.config.num_hidden_layers
     streams = record.begin(
@@ -44,5 +41,4 @@ def search(
     for layer in record.layers(source, device, progress, description):
         streams["errors"] += torch.tensor(layer_errors(layer, streams["hidden"]), dtype=torch.float64) / count
         layer.advance(streams["hidden"], layer.attend)
-    errors = dict(zip(candidates, streams["errors"].tolist(), strict=True))
-    return min(errors, key=errors.__getitem__), errors
+    return dict(zip(candidates, streams["errors"].tolist(), strict=True))

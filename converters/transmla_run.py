@@ -37,7 +37,8 @@ def search_freqfold(
         maps = (transmla_map(moments, layer.freqs, *sizes, fold) for fold in candidates)
         return map_errors(layer, hidden[:ERROR_WINDOWS], maps)
 
-    return search(source, windows[:SEARCH_WINDOWS], candidates, errors, device, progress, "Searching freqfold", record)
+    found = search(source, windows[:SEARCH_WINDOWS], candidates, errors, device, progress, "Searching freqfold", record)
+    return min(found, key=found.__getitem__), found
 
 
 def transmla(source: Source, windows: torch.Tensor, budget: CacheBudget, freqfold: int) -> LayerConversion:
