@@ -19,7 +19,6 @@ import vllm_mla_plugin
 RESULTS = Path(__file__).parent / "results"
 VLLM_MLA = Path(sys.executable).with_name("vllm-mla")
 CODE = Path(sysconfig.get_paths()["stdlib"]) / "argparse.py"  # text of another kind than WikiText
-PAIRS = ("--length", "512", "--batch-size", "2", "--learning-rate", "0.002")  # of `heal`: two windows to a step
 # From the tokenised form of WikiText-2 back to text, unknown-word marks dropped.
 UNDO_TOKENISATION = (
     (" @-@ ", "-"),

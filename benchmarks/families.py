@@ -7,8 +7,8 @@ are put into a Qwen3, each layer's attention is trained to give what SmolLM2's g
 predict what SmolLM2 predicts: minutes, on the validation text. Such training leaves its mark on queries and keys; to
 tell it from that of the norm, the Qwen3 is carried back into a Llama by the same steps. All three are then converted
 by the default method at half and a quarter of their cache, with its refit, by its closed form alone, and by that and
-healing (``pairs``: in steps of two windows of 512), and compared by how much perplexity grows. (Mistral, Qwen2 and
-Mixtral hold SmolLM2's weights unchanged, and ``tests/test_families.py`` shows that their conversions are the same.)
+healing, and compared by how much perplexity grows. (Mistral, Qwen2 and Mixtral hold SmolLM2's weights unchanged, and
+``tests/test_families.py`` shows that their conversions are the same.)
 
 Rows already in the result file are kept: remove it to measure again, or choose rows with ``--only``.
 """
@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from common import PAIRS, convert, evaluate, heal, measured_rows, plain_text, row_parser, write_result
+from common import convert, evaluate, heal, measured_rows, plain_text, row_parser, write_result
 from rich.progress import track
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -41,9 +41,7 @@ RUNS = {
     "refit": ("--calibration-tokens", "32768"),
     "closed form": ("--refit-steps", "0"),
     "healed": ("--refit-steps", "0"),
-    "healed pairs": ("--refit-steps", "0"),
 }
-HEALINGS = {"healed": (), "healed pairs": PAIRS}
 SHARED = (
     "vocab_size",
     "hidden_size",
@@ -175,8 +173,8 @@ def main() -> None:
             original = evaluate(source, arguments.test)["perplexity"]
             for name, (run, ratio) in names.items():
                 report = convert(source, out, "--cache-ratio", str(ratio), "--calibration", str(text), *RUNS[run])
-                if run in HEALINGS:
-                    heal(out, "--text", str(text), *HEALINGS[run])
+                if run == "healed":
+                    heal(out, "--text", str(text))
                 perplexity = evaluate(out, arguments.test)["perplexity"]
                 rows[name] = {
                     "split": f"{report['kv_lora_rank']}+{report['qk_rope_head_dim']}",

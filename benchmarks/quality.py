@@ -5,8 +5,7 @@
 Source: SmolLM2-135M-Instruct. Calibration: WikiText-2's validation split (tokenised form, marks undone), 16 windows
 of 2,048 tokens for ``attention-aware`` with refit and 8 without, 32 of 512 for ``transmla`` and ``mha2mla``; or text
 sampled from the model (``self``), or half of each. What is healed was converted without refit, and then trained on
-65,536 tokens of the same text, of which one in 32 is held out, in windows of 256 to 1,024 by how much was lost;
-``long``: of 1,024; ``pairs``: of 512, two to a step.
+65,536 tokens of the same text, of which one in 32 is held out, in windows of 256 to 1,024 by how much was lost.
 Scores: perplexity in float32 of the first 8 windows of 1,024 tokens of WikiText-2's raw test split, the first 2 of
 4,096, and of 8 windows of 1,024 tokens of another domain: the source code of Python's ``argparse``. Some also through
 vLLM.
@@ -24,7 +23,6 @@ from typing import Any
 
 from common import (
     CODE,
-    PAIRS,
     RESULTS,
     convert,
     cost,
@@ -47,16 +45,8 @@ COMMAND = "python benchmarks/quality.py --valid wiki.valid.tokens --test wiki.te
 SPLITS = {192: (128, 64), 128: (96, 32), 96: (64, 32), 48: (32, 16)}
 # Perplexity of checkpoints that TransMLA's own code wrote, with the same calibration text and scoring.
 TRANSMLA_OWN_CODE = {192: 55.72, 128: 96.4, 96: 155.2, 48: 436.5}
-LONG = ("--length", "1024", "--learning-rate", "0.002")
-# Of what is healed: the texts for converting and healing, and how.
-HEALINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "healed": (("FILE",), ()),
-    "healed self": (("self",), ()),
-    "healed text and self": (("FILE", "self"), ()),
-    "healed long": (("FILE",), LONG),
-    "healed pairs": (("FILE",), PAIRS),
-    "healed self pairs": (("self",), PAIRS),
-}
+# Of what is healed: the texts for converting and healing.
+HEALINGS = {"healed": ("FILE",), "healed self": ("self",), "healed text and self": ("FILE", "self")}
 INGREDIENTS = ("mean-phase", "attention-weights", "metric", "random-tokens", "joint-choice", "search")
 LABELS = {
     "transmla": "TransMLA (ours)",
@@ -67,9 +57,7 @@ LABELS = {
     "attention-aware per layer": "attention-aware, sizes per layer",
     "healed": "attention-aware, closed form, healed",
     "healed self": "attention-aware, closed form, self-calibrated, healed on self",
-    "healed self pairs": "attention-aware, closed form, self-calibrated, healed on self in pairs",
     "healed text and self": "attention-aware, closed form, half self-calibrated, healed on both",
-    "healed long": "attention-aware, closed form, healed in windows of 1,024",
     "healed per layer": "attention-aware, closed form, sizes per layer, healed",
     "self": "attention-aware, self-calibrated",
     "text and self": "attention-aware, half self-calibrated",
@@ -108,10 +96,10 @@ def jobs(text: Path) -> dict[str, Job]:
             rows[f"{kind} per layer {width}"] = Job(width, [*options, "--layer-sizes", "measured"])
         rows[f"self {width}"] = Job(width, [*ratio, "--calibration-tokens", "32768"])
         rows[f"text and self {width}"] = Job(width, [*ratio, *more, "--calibration", "self"])
-        for kind, (origins, how) in HEALINGS.items():
+        for kind, origins in HEALINGS.items():
             texts = [str(text) if origin == "FILE" else origin for origin in origins]
             closed_form = [*ratio, *each("--calibration", texts), "--refit-steps", "0"]
-            rows[f"{kind} {width}"] = Job(width, closed_form, [*each("--text", texts), *how])
+            rows[f"{kind} {width}"] = Job(width, closed_form, each("--text", texts))
         per_layer = rows[f"closed-form per layer {width}"].options
         rows[f"healed per layer {width}"] = Job(width, per_layer, ["--text", str(text)])
     closed_form = ["--kv-lora-rank", "128", "--qk-rope-head-dim", "64", *plain, "--refit-steps", "0"]
