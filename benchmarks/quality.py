@@ -54,7 +54,6 @@ LABELS = {
     "closed-form": "attention-aware, closed form",
     "attention-aware": "attention-aware",
     "closed-form per layer": "attention-aware, closed form, sizes per layer",
-    "attention-aware per layer": "attention-aware, sizes per layer",
     "healed": "attention-aware, closed form, healed",
     "healed self": "attention-aware, closed form, self-calibrated, healed on self",
     "healed text and self": "attention-aware, closed form, half self-calibrated, healed on both",
@@ -91,16 +90,14 @@ def jobs(text: Path) -> dict[str, Job]:
         rows[f"mha2mla {width}"] = Job(width, ["--method", "mha2mla", *split, *plain])
         rows[f"closed-form {width}"] = Job(width, [*ratio, *plain, "--refit-steps", "0"])
         rows[f"attention-aware {width}"] = Job(width, [*ratio, *more])
-        for kind in ("closed-form", "attention-aware"):
-            options = rows[f"{kind} {width}"].options
-            rows[f"{kind} per layer {width}"] = Job(width, [*options, "--layer-sizes", "measured"])
+        per_layer = [*rows[f"closed-form {width}"].options, "--layer-sizes", "measured"]
+        rows[f"closed-form per layer {width}"] = Job(width, per_layer)
         rows[f"self {width}"] = Job(width, [*ratio, "--calibration-tokens", "32768"])
         rows[f"text and self {width}"] = Job(width, [*ratio, *more, "--calibration", "self"])
         for kind, origins in HEALINGS.items():
             texts = [str(text) if origin == "FILE" else origin for origin in origins]
             closed_form = [*ratio, *each("--calibration", texts), "--refit-steps", "0"]
             rows[f"{kind} {width}"] = Job(width, closed_form, each("--text", texts))
-        per_layer = rows[f"closed-form per layer {width}"].options
         rows[f"healed per layer {width}"] = Job(width, per_layer, ["--text", str(text)])
     closed_form = ["--kv-lora-rank", "128", "--qk-rope-head-dim", "64", *plain, "--refit-steps", "0"]
     rows["without none"] = Job(192, closed_form)
