@@ -166,7 +166,7 @@ def attention_aware(
         generator = torch.Generator()
         generator.set_state(streams["generator"])
         attention = layer.converted(mla_weights(layer.attention_weights, maps))
-        refit_layer(attention, layer, converted, text, options.refit, generator)
+        refit_layer(attention, layer, converted, text, error, options.refit, generator)
         streams["generator"] = generator.get_state()
         measured = measure(layer, converted, maps, model.key_value, attention)
         layer.advance(converted, attention)

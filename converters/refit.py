@@ -86,11 +86,12 @@ class Refit:
 
     Attributes:
         steps: of Adam, on :data:`QUERIES` tokens of each of :data:`BATCH` windows; 0 for the closed form alone.
-        rate: of change of a weight in the first steps, relative to the root mean square of its matrix.
+        rate: of change of a weight in the first steps, relative to the root mean square of its matrix, in a layer whose
+            output errs by as much as it is; where little was lost, steps that large lose more than they repair.
     """
 
     steps: int = 96
-    rate: float = 0.01
+    rate: float = 0.02
 
 
 def refit_layer(
@@ -98,6 +99,7 @@ def refit_layer(
     layer: SourceLayer,
     hidden: torch.Tensor,
     expected: torch.Tensor,
+    error: float,
     refit: Refit,
     generator: torch.Generator,
 ) -> None:
@@ -111,11 +113,13 @@ def refit_layer(
         layer: of the source.
         hidden: ``[windows, tokens, D]``, the layer's input in the converted model.
         expected: ``[windows, tokens, D]``, the source's residual stream after its attention.
+        error: of the attention's output on the source's inputs, squared and relative to it.
         refit: steps and rate.
         generator: for the order of the windows.
     """
     with parts_apart([attention]):
-        optimizer = torch.optim.Adam(relative_rates(attention.parameters(), refit.rate), betas=(0.9, 0.99))
+        rate = refit.rate * math.sqrt(min(error, 1))
+        optimizer = torch.optim.Adam(relative_rates(attention.parameters(), rate), betas=(0.9, 0.99))
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer,
             lambda step: min(1, (step + 1) / WARMUP) * (1 + math.cos(math.pi * step / refit.steps)) / 2,

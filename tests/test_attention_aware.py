@@ -223,9 +223,22 @@ def test_refit_lowers_the_error(layer: SourceLayer, scale: float) -> None:
     layer.add_attention(expected, layer.attend)
     error = layer.comparison(hidden)
     before = error(attention)
-    refit_layer(attention, layer, hidden, expected, Refit(steps=60), torch.Generator().manual_seed(0))
+    refit_layer(attention, layer, hidden, expected, before, Refit(steps=60), torch.Generator().manual_seed(0))
     assert error(attention) < 0.7 * before
     assert set(attention.weights()) == names
+
+
+def test_refit_steps_are_as_large_as_the_error(layer: SourceLayer) -> None:
+    """Nothing lost, nothing changed; with a quarter of the squared error, a first step is half as large."""
+    hidden = torch.randn(8, 32, 96, generator=torch.Generator().manual_seed(0))
+    moved = {}
+    for error in (0.0, 0.09, 0.36):
+        attention = converted(layer, hidden)
+        before = attention.weights()["o_proj.weight"].clone()
+        refit_layer(attention, layer, hidden, 2 * hidden, error, Refit(steps=1), torch.Generator().manual_seed(0))
+        moved[error] = (attention.weights()["o_proj.weight"] - before).abs().max().item()
+    assert moved[0.0] == 0 < moved[0.09]
+    assert moved[0.36] == pytest.approx(2 * moved[0.09], rel=0.01)
 
 
 def test_refit_of_a_single_window(tmp_path: Path) -> None:
