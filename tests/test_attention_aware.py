@@ -232,13 +232,14 @@ def test_refit_steps_are_as_large_as_the_error(layer: SourceLayer) -> None:
     """Nothing lost, nothing changed; with a quarter of the squared error, a first step is half as large."""
     hidden = torch.randn(8, 32, 96, generator=torch.Generator().manual_seed(0))
     moved = {}
-    for error in (0.0, 0.09, 0.36):
+    for error in (0.0, 0.09, 0.36, 1.0, 9.0):
         attention = converted(layer, hidden)
         before = attention.weights()["o_proj.weight"].clone()
         refit_layer(attention, layer, hidden, 2 * hidden, error, Refit(steps=1), torch.Generator().manual_seed(0))
         moved[error] = (attention.weights()["o_proj.weight"] - before).abs().max().item()
     assert moved[0.0] == 0 < moved[0.09]
     assert moved[0.36] == pytest.approx(2 * moved[0.09], rel=0.01)
+    assert moved[9.0] == moved[1.0] > moved[0.36], "no step is larger than that of a layer that lost all"
 
 
 def test_refit_of_a_single_window(tmp_path: Path) -> None:
