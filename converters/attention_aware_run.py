@@ -22,7 +22,7 @@ from mla_converters.layers import SourceLayer, embed
 from mla_converters.methods.attention_aware import ScoreModel, Weighing, attention_aware_map, score_model
 from mla_converters.methods.attention_statistics import attention_statistics
 from mla_converters.record import Record, Streams
-from mla_converters.refit import Refit, refit_layer
+from mla_converters.refit import Refit, beyond_attention, refit_layer
 from mla_converters.search import search
 from mla_converters.source import Source
 
@@ -163,6 +163,8 @@ def attention_aware(
         if Ingredient.CONVERTED_INPUTS in options.without:
             converted.copy_(text)
         layer.add_attention(text, layer.attend)
+        if beyond_attention(layer):
+            layer.add_mlp(text)
         generator = torch.Generator()
         generator.set_state(streams["generator"])
         attention = layer.converted(mla_weights(layer.attention_weights, maps))
@@ -170,7 +172,8 @@ def attention_aware(
         streams["generator"] = generator.get_state()
         measured = measure(layer, converted, maps, model.key_value, attention)
         layer.advance(converted, attention)
-        layer.add_mlp(text)
+        if not beyond_attention(layer):
+            layer.add_mlp(text)
         return ConvertedLayer(attention.weights(), measured)
 
     return LayerConversion(start, convert)

@@ -72,6 +72,7 @@ class SourceLayer:
         self._unloaded = module
 
     @cached_property
+    @torch.inference_mode(False)  # nor where the first to ask is in it: a refit needs the gradient of the MLP's input
     def _module(self) -> nn.Module:
         """transformers' layer with its weights, loaded when calibration text is to run through it."""
         module = self._unloaded
@@ -81,10 +82,11 @@ class SourceLayer:
             {name: tensor.to(self.device, _kept_dtype(name, tensor, self.device)) for name, tensor in weights.items()},
             assign=True,
         )
-        return module.eval()
+        return module.requires_grad_(False).eval()
 
     @property
-    def _has_experts(self) -> bool:
+    def has_experts(self) -> bool:
+        """Whether its MLP is a mixture of experts."""
         return hasattr(self._module.mlp, "experts")
 
     def normed(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -113,6 +115,12 @@ class SourceLayer:
         """The source's attention, an :class:`Attention`."""
         q = self.queries(x if positions is None else x[:, positions])
         return self.output(gqa_attention(q, *self.keys_values(x), self.freqs, self.scale, positions))
+
+    def mlp(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the MLP adds to the residual stream ``[windows, tokens, D]`` after the attention."""
+        x = self._module.post_attention_layernorm(hidden.to(self.device))
+        with calibration_autocast(self.device):
+            return self._module.mlp(x)
 
     def output(self, values: torch.Tensor) -> torch.Tensor:
         """From what all heads read ``[windows, H, queries, d]`` to the attention's output ``[windows, queries, D]``."""
@@ -160,11 +168,8 @@ class SourceLayer:
     def add_mlp(self, hidden: torch.Tensor) -> None:
         """Second half of the layer: add the MLP's output to ``hidden`` ``[windows, tokens, D]``, in place."""
         # Experts, which are read as often as they are called, see all at once.
-        for batch in hidden.split(len(hidden) if self._has_experts else 1):
-            x = self._module.post_attention_layernorm(batch.to(self.device))
-            with calibration_autocast(self.device):
-                output = self._module.mlp(x)
-            batch += output.to(batch)
+        for batch in hidden.split(len(hidden) if self.has_experts else 1):
+            batch += self.mlp(batch).to(batch)
 
     def advance(self, hidden: torch.Tensor, attention: Attention) -> None:
         """Replace the layer's input ``[windows, tokens, D]`` by its output, in place."""

@@ -1,4 +1,4 @@
-"""Refitting one converted layer: a few steps of Adam towards what the source's attention gives."""
+"""Refitting one converted layer: a few steps of Adam towards what the source's layer gives."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -94,6 +94,12 @@ class Refit:
     rate: float = 0.02
 
 
+def beyond_attention(layer: SourceLayer) -> bool:
+    """Whether a refit looks at what comes out of the MLP: mixtures of experts would be read from disk in each step, and
+    held in memory for its gradient."""
+    return not layer.has_experts
+
+
 def refit_layer(
     attention: LatentAttention,
     layer: SourceLayer,
@@ -103,16 +109,18 @@ def refit_layer(
     refit: Refit,
     generator: torch.Generator,
 ) -> None:
-    """Change all projections of ``attention`` so that ``hidden`` plus its output comes close to ``expected``.
+    """Change all projections of ``attention`` so that the layer turns ``hidden`` into what is close to ``expected``.
 
-    The error of each token is measured relative to what the attention should add to it: otherwise the few tokens
-    with huge activations (attention sinks) would be all that counts.
+    The MLP is part of the layer, for it magnifies some errors of the attention more than others. The error of each
+    token is measured relative to what should be added to it: otherwise the few tokens with huge activations (attention
+    sinks) would be all that counts.
 
     Args:
         attention: the converted attention, changed in place.
         layer: of the source.
         hidden: ``[windows, tokens, D]``, the layer's input in the converted model.
-        expected: ``[windows, tokens, D]``, the source's residual stream after its attention.
+        expected: ``[windows, tokens, D]``, the source's residual stream after the layer, or if not
+            :func:`beyond_attention`, after its attention.
         error: of the attention's output on the source's inputs, squared and relative to it.
         refit: steps and rate.
         generator: for the order of the windows.
@@ -134,12 +142,14 @@ def refit_layer(
             # In whole blocks: tensors of ever new sizes fragment the heap to three times what is needed.
             end = queries * int(torch.randint(1, hidden.shape[1] // queries + 1, (), generator=generator))
             inputs = hidden[batch, :end].to(layer.device)
-            target = expected[batch, end - queries : end].to(layer.device) - inputs[:, -queries:]
-            size = target.square().sum(-1)  # [windows, queries]
-            if not size.any():  # the layer's attention adds nothing: there is nothing to fit
+            last, target = inputs[:, -queries:], expected[batch, end - queries : end].to(layer.device)
+            size = (target - last).square().sum(-1)  # [windows, queries]
+            if not size.any():  # the layer adds nothing: there is nothing to fit
                 continue
             with calibration_autocast(layer.device):
-                output = attention(layer.normed(inputs), torch.arange(end - queries, end))
+                output = last + attention(layer.normed(inputs), torch.arange(end - queries, end))
+            if beyond_attention(layer):
+                output = output + layer.mlp(output)
             loss = ((output - target).square().sum(-1) / size.clamp(min=FLOOR * size.mean())).mean()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()

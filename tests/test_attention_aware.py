@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CALIBRATION, RandomModel, load
+from conftest import CALIBRATION, MIXTRAL_EXPERTS, RandomModel, load
 from safetensors.torch import load_file
 from test_exact import attend
 
@@ -220,11 +220,19 @@ def test_refit_lowers_the_error(layer: SourceLayer, scale: float) -> None:
     attention = converted(layer, hidden)
     names = set(attention.weights())
     expected = hidden.clone()
-    layer.add_attention(expected, layer.attend)
+    layer.advance(expected, layer.attend)
     error = layer.comparison(hidden)
-    before = error(attention)
+
+    def lost() -> float:
+        """Squared error of the layer's output."""
+        output = hidden.clone()
+        layer.advance(output, attention)
+        return (output - expected).square().sum().item()
+
+    before, lost_before = error(attention), lost()
     refit_layer(attention, layer, hidden, expected, before, Refit(steps=60), torch.Generator().manual_seed(0))
-    assert error(attention) < 0.7 * before
+    assert lost() < 0.4 * lost_before
+    assert error(attention) < before, "of the attention alone"
     assert set(attention.weights()) == names
 
 
@@ -240,6 +248,20 @@ def test_refit_steps_are_as_large_as_the_error(layer: SourceLayer) -> None:
     assert moved[0.0] == 0 < moved[0.09]
     assert moved[0.36] == pytest.approx(2 * moved[0.09], rel=0.01)
     assert moved[9.0] == moved[1.0] > moved[0.36], "no step is larger than that of a layer that lost all"
+
+
+def test_refit_reads_no_experts(tmp_path: Path) -> None:
+    """Of a mixture of experts, a refit compares what comes out of the attention."""
+    folder = RandomModel("mixtral", HEADS, KV_HEADS, HEAD_DIM, 96, experts=MIXTRAL_EXPERTS).save(tmp_path / "source")
+    with open_source(str(folder)) as source:
+        layer = next(source_layers(source, "cpu"))
+        hidden = torch.randn(8, 32, 96, generator=torch.Generator().manual_seed(0))
+        attention, error = converted(layer, hidden), layer.comparison(hidden)
+        expected = hidden.clone()
+        layer.add_attention(expected, layer.attend)
+    before = error(attention)  # from here on, experts could not be read
+    refit_layer(attention, layer, hidden, expected, before, Refit(steps=60), torch.Generator().manual_seed(0))
+    assert error(attention) < 0.7 * before
 
 
 def test_refit_of_a_single_window(tmp_path: Path) -> None:

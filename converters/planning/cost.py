@@ -60,8 +60,9 @@ def conversion_core_seconds(
 
     For each layer ``calibration * streams * tokens * parameters``, random tokens included, where its second moments of
     ``2 * g * d`` keys and values count as ``2 * (2 * g * d) ** 2`` parameters, ``search * H * d``, ``decompositions *
-    (2 * g * d) ** 3 * DECOMPOSITION`` and ``refit * refit_steps * REFIT_STEP_TOKENS * attention parameters``; and the
-    time to read and write the weights.
+    (2 * g * d) ** 3 * DECOMPOSITION`` and ``refit * refit_steps * REFIT_STEP_TOKENS * attention parameters``; of a
+    refit, also the MLP and the gradient of its input, ``2 * calibration * refit_steps * REFIT_STEP_TOKENS * 3 * D *
+    width``; and the time to read and write the weights.
 
     Args:
         source: the model.
@@ -74,11 +75,12 @@ def conversion_core_seconds(
     parameters = source.layer_parameters + 2 * source.cached**2
     streams = cost.streams + (1 if cost.refit and refit_steps else 0)
     random = random_count(calibration_tokens) if cost.random else 0
+    refit = cost.refit * source.attention_parameters + 2 * cost.calibration * 3 * source.hidden * source.mlp_width
     per_layer = (
         cost.calibration * (streams * calibration_tokens + random) * parameters
         + cost.search * source.query_heads * source.head_dim
         + DECOMPOSITION * cost.decompositions * source.cached**3
-        + cost.refit * refit_steps * REFIT_STEP_TOKENS * source.attention_parameters
+        + (refit * refit_steps * REFIT_STEP_TOKENS if cost.refit else 0)
     )
     return source.layers * per_layer + READ_AND_WRITE * weights_bytes
 
@@ -119,6 +121,7 @@ def conversion_memory(
     if refit_steps:
         per_token = 8 * source.hidden + 16 * heads * (head_dim + rope)
         layer += per_token * min(calibration_tokens, REFIT_BATCH_TOKENS)
+        layer += 16 * source.mlp_width * REFIT_STEP_TOKENS
     return RUNTIME_BYTES + max(layer, source.weight_bytes * source.embedding_parameters)
 
 

@@ -34,6 +34,7 @@ class PlannedSource:
         embedding_parameters: of the input embedding.
         layer_parameters: of one layer; of its experts only as many as a token uses.
         attention_parameters: of one layer's attention.
+        mlp_width: numbers inside a layer's MLP; 0 where all are mixtures of experts.
         qkv_parameters: of its projections to queries, keys and values.
         qkv_bias: whether these have a bias.
         qk_norm: whether each head's query and key are normalised.
@@ -55,6 +56,7 @@ class PlannedSource:
     embedding_parameters: int
     layer_parameters: int
     attention_parameters: int
+    mlp_width: int
     qkv_parameters: int
     qkv_bias: bool
     qk_norm: bool
@@ -129,15 +131,20 @@ def _sizes(config: PretrainedConfig, skeleton: torch.nn.Module) -> dict[str, Any
         "embedding_parameters": _count(skeleton.get_input_embeddings()),
         "layer_parameters": max(_used_parameters(layer, config) for layer in skeleton.model.layers),
         "attention_parameters": _count(attention),
+        "mlp_width": max(0 if _has_experts(layer) else config.intermediate_size for layer in skeleton.model.layers),
         "qkv_parameters": sum(map(_count, (attention.q_proj, attention.k_proj, attention.v_proj))),
         "qkv_bias": attention.q_proj.bias is not None,
         "qk_norm": hasattr(attention, "k_norm"),
     }
 
 
+def _has_experts(layer: torch.nn.Module) -> bool:
+    return hasattr(layer.mlp, "experts")
+
+
 def _used_parameters(layer: torch.nn.Module, config: PretrainedConfig) -> int:
     """Parameters of a layer that take part in computing a token."""
-    if not hasattr(layer.mlp, "experts"):
+    if not _has_experts(layer):
         return _count(layer)
     experts = _count(layer.mlp.experts)
     return _count(layer) - experts + experts * config.num_experts_per_tok // config.num_experts
