@@ -22,7 +22,7 @@ from mla_converters.layers import SourceLayer, embed
 from mla_converters.methods.attention_aware import ScoreModel, Weighing, attention_aware_map, score_model
 from mla_converters.methods.attention_statistics import attention_statistics
 from mla_converters.record import Record, Streams
-from mla_converters.refit import Refit, beyond_attention, refit_layer
+from mla_converters.refit import Refit, refit_layer
 from mla_converters.search import search
 from mla_converters.source import Source
 
@@ -46,6 +46,10 @@ class Ingredient(StrEnum):
     JOINT_CHOICE = "joint-choice"
     SEARCH = "search"
     CONVERTED_INPUTS = "converted-inputs"
+    MLP = "mlp"
+
+
+OF_REFIT = frozenset({Ingredient.CONVERTED_INPUTS, Ingredient.MLP})
 
 
 @dataclass(frozen=True)
@@ -163,16 +167,18 @@ def attention_aware(
         if Ingredient.CONVERTED_INPUTS in options.without:
             converted.copy_(text)
         layer.add_attention(text, layer.attend)
-        if beyond_attention(layer):
+        # Experts would be read from disk in each step, and held in memory for their gradient.
+        through_mlp = Ingredient.MLP not in options.without and not layer.has_experts
+        if through_mlp:
             layer.add_mlp(text)
         generator = torch.Generator()
         generator.set_state(streams["generator"])
         attention = layer.converted(mla_weights(layer.attention_weights, maps))
-        refit_layer(attention, layer, converted, text, error, options.refit, generator)
+        refit_layer(attention, layer, converted, text, error, options.refit, generator, through_mlp)
         streams["generator"] = generator.get_state()
         measured = measure(layer, converted, maps, model.key_value, attention)
         layer.advance(converted, attention)
-        if not beyond_attention(layer):
+        if not through_mlp:
             layer.add_mlp(text)
         return ConvertedLayer(attention.weights(), measured)
 

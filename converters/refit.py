@@ -94,12 +94,6 @@ class Refit:
     rate: float = 0.02
 
 
-def beyond_attention(layer: SourceLayer) -> bool:
-    """Whether a refit looks at what comes out of the MLP: mixtures of experts would be read from disk in each step, and
-    held in memory for its gradient."""
-    return not layer.has_experts
-
-
 def refit_layer(
     attention: LatentAttention,
     layer: SourceLayer,
@@ -108,22 +102,23 @@ def refit_layer(
     error: float,
     refit: Refit,
     generator: torch.Generator,
+    through_mlp: bool,
 ) -> None:
     """Change all projections of ``attention`` so that the layer turns ``hidden`` into what is close to ``expected``.
 
-    The MLP is part of the layer, for it magnifies some errors of the attention more than others. The error of each
-    token is measured relative to what should be added to it: otherwise the few tokens with huge activations (attention
-    sinks) would be all that counts.
+    Behind the MLP, which magnifies some errors of the attention more than others, they count for what they cost. The
+    error of each token is measured relative to what should be added to it: otherwise the few tokens with huge
+    activations (attention sinks) would be all that counts.
 
     Args:
         attention: the converted attention, changed in place.
         layer: of the source.
         hidden: ``[windows, tokens, D]``, the layer's input in the converted model.
-        expected: ``[windows, tokens, D]``, the source's residual stream after the layer, or if not
-            :func:`beyond_attention`, after its attention.
+        expected: ``[windows, tokens, D]``, the source's residual stream after the layer, or after its attention.
         error: of the attention's output on the source's inputs, squared and relative to it.
         refit: steps and rate.
         generator: for the order of the windows.
+        through_mlp: whether ``expected`` is what comes out of the layer.
     """
     with parts_apart([attention]):
         rate = refit.rate * math.sqrt(min(error, 1))
@@ -148,7 +143,7 @@ def refit_layer(
                 continue
             with calibration_autocast(layer.device):
                 output = last + attention(layer.normed(inputs), torch.arange(end - queries, end))
-            if beyond_attention(layer):
+            if through_mlp:
                 output = output + layer.mlp(output)
             loss = ((output - target).square().sum(-1) / size.clamp(min=FLOOR * size.mean())).mean()
             optimizer.zero_grad(set_to_none=True)

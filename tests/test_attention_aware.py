@@ -230,7 +230,8 @@ def test_refit_lowers_the_error(layer: SourceLayer, scale: float) -> None:
         return (output - expected).square().sum().item()
 
     before, lost_before = error(attention), lost()
-    refit_layer(attention, layer, hidden, expected, before, Refit(steps=60), torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    refit_layer(attention, layer, hidden, expected, before, Refit(steps=60), generator, through_mlp=True)
     assert lost() < 0.4 * lost_before
     assert error(attention) < before, "of the attention alone"
     assert set(attention.weights()) == names
@@ -243,24 +244,26 @@ def test_refit_steps_are_as_large_as_the_error(layer: SourceLayer) -> None:
     for error in (0.0, 0.09, 0.36, 1.0, 9.0):
         attention = converted(layer, hidden)
         before = attention.weights()["o_proj.weight"].clone()
-        refit_layer(attention, layer, hidden, 2 * hidden, error, Refit(steps=1), torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        refit_layer(attention, layer, hidden, 2 * hidden, error, Refit(steps=1), generator, through_mlp=True)
         moved[error] = (attention.weights()["o_proj.weight"] - before).abs().max().item()
     assert moved[0.0] == 0 < moved[0.09]
     assert moved[0.36] == pytest.approx(2 * moved[0.09], rel=0.01)
     assert moved[9.0] == moved[1.0] > moved[0.36], "no step is larger than that of a layer that lost all"
 
 
-def test_refit_reads_no_experts(tmp_path: Path) -> None:
-    """Of a mixture of experts, a refit compares what comes out of the attention."""
-    folder = RandomModel("mixtral", HEADS, KV_HEADS, HEAD_DIM, 96, experts=MIXTRAL_EXPERTS).save(tmp_path / "source")
-    with open_source(str(folder)) as source:
+@pytest.mark.parametrize("experts", [{}, MIXTRAL_EXPERTS], ids=["dense", "mixture"])
+def test_refit_of_what_comes_out_of_the_attention(experts: dict[str, int], tmp_path: Path) -> None:
+    """It reads no experts."""
+    model = RandomModel("mixtral" if experts else "llama", HEADS, KV_HEADS, HEAD_DIM, hidden=96, experts=experts)
+    hidden = torch.randn(8, 32, 96, generator=torch.Generator().manual_seed(0))
+    with open_source(str(model.save(tmp_path / "source"))) as source:
         layer = next(source_layers(source, "cpu"))
-        hidden = torch.randn(8, 32, 96, generator=torch.Generator().manual_seed(0))
         attention, error = converted(layer, hidden), layer.comparison(hidden)
-        expected = hidden.clone()
-        layer.add_attention(expected, layer.attend)
-    before = error(attention)  # from here on, experts could not be read
-    refit_layer(attention, layer, hidden, expected, before, Refit(steps=60), torch.Generator().manual_seed(0))
+    before, expected = error(attention), hidden.clone()  # from here on, experts could not be read
+    layer.add_attention(expected, layer.attend)
+    generator = torch.Generator().manual_seed(0)
+    refit_layer(attention, layer, hidden, expected, before, Refit(steps=60), generator, through_mlp=False)
     assert error(attention) < 0.7 * before
 
 

@@ -163,6 +163,7 @@ OPTIONS = {
     "rope-keep-method": (("--rope-keep", "low"), "--rope-keep is an option of --method mha2mla"),
     "without": (("--without", "magic"), "choose one of mean-phase, attention-weights"),
     "without-refit": (("--without", "converted-inputs", "--refit-steps", 0), "changes only the refit"),
+    "without-mlp": (("--without", "mlp", "--refit-steps", 0), "changes only the refit"),
     "without-method": ((*TRANSMLA, "--without", "search"), "an option of --method attention-aware"),
     "refit-steps": (("--refit-steps", -1), "must be 0 or more"),
     "freqfold-word": (("--freqfold", "many"), "must be a whole number or auto"),
