@@ -38,7 +38,7 @@ STEPS, RATE = 32, 1e-4
 RATIOS = (0.5, 0.25)
 TEACHERS = {"qwen3": "llama", "llama from qwen3": "qwen3"}  # of the models that are trained; their first word's family
 RUNS = {
-    "refit": ("--calibration-tokens", "32768"),
+    "refit": ("--calibration-tokens", "65536"),
     "closed form": ("--refit-steps", "0"),
     "healed": ("--refit-steps", "0"),
 }

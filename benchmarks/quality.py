@@ -2,10 +2,10 @@
 
     python benchmarks/quality.py --valid wiki.valid.tokens --test wiki.test.raw
 
-Source: SmolLM2-135M-Instruct. Calibration: WikiText-2's validation split (tokenised form, marks undone), 16 windows
-of 2,048 tokens for ``attention-aware`` with refit and 8 without, 32 of 512 for ``transmla`` and ``mha2mla``; or text
-sampled from the model (``self``), or half of each. What is healed was converted without refit, and then trained on
-65,536 tokens of the same text, of which one in 32 is held out, in windows of 256 to 1,024 by how much was lost.
+Source: SmolLM2-135M-Instruct. Calibration: WikiText-2's validation split (tokenised form, marks undone), 32 windows
+of 2,048 tokens for ``attention-aware`` with refit and 8 without, 32 of 512 for ``transmla`` and ``mha2mla``. What is
+healed was converted without refit, and then trained on 65,536 tokens of the same text, of which one in 32 is held out,
+in windows of 256 to 1,024 by how much was lost; both also on text sampled from the model (``self``), or half of each.
 Scores: perplexity in float32 of the first 8 windows of 1,024 tokens of WikiText-2's raw test split, the first 2 of
 4,096, and of 8 windows of 1,024 tokens of another domain: the source code of Python's ``argparse``. Some also through
 vLLM.
@@ -35,6 +35,7 @@ from common import (
 )
 from matplotlib import colormaps
 
+from mla_converters.attention_aware_run import OF_REFIT, Ingredient
 from mla_converters.drawing import png
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
@@ -47,7 +48,6 @@ SPLITS = {192: (128, 64), 128: (96, 32), 96: (64, 32), 48: (32, 16)}
 TRANSMLA_OWN_CODE = {192: 55.72, 128: 96.4, 96: 155.2, 48: 436.5}
 # Of what is healed: the texts for converting and healing.
 HEALINGS = {"healed": ("FILE",), "healed self": ("self",), "healed text and self": ("FILE", "self")}
-INGREDIENTS = ("mean-phase", "attention-weights", "metric", "random-tokens", "joint-choice", "search")
 LABELS = {
     "transmla": "TransMLA (ours)",
     "mha2mla": "MHA2MLA (ours)",
@@ -58,8 +58,6 @@ LABELS = {
     "healed self": "attention-aware, closed form, self-calibrated, healed on self",
     "healed text and self": "attention-aware, closed form, half self-calibrated, healed on both",
     "healed per layer": "attention-aware, closed form, sizes per layer, healed",
-    "self": "attention-aware, self-calibrated",
-    "text and self": "attention-aware, half self-calibrated",
 }
 
 
@@ -81,7 +79,6 @@ class Job:
 def jobs(text: Path) -> dict[str, Job]:
     """Every row by its name."""
     plain = ["--calibration", str(text)]
-    more = [*plain, "--calibration-tokens", "32768"]
     rows = {"exact": Job(384, ["--method", "exact"])}
     for width, (rank, rope) in SPLITS.items():
         split = ["--kv-lora-rank", str(rank), "--qk-rope-head-dim", str(rope)]
@@ -89,20 +86,21 @@ def jobs(text: Path) -> dict[str, Job]:
         rows[f"transmla {width}"] = Job(width, ["--method", "transmla", *split, *plain])
         rows[f"mha2mla {width}"] = Job(width, ["--method", "mha2mla", *split, *plain])
         rows[f"closed-form {width}"] = Job(width, [*ratio, *plain, "--refit-steps", "0"])
-        rows[f"attention-aware {width}"] = Job(width, [*ratio, *more])
+        rows[f"attention-aware {width}"] = Job(width, [*ratio, *plain, "--calibration-tokens", "65536"])
         per_layer = [*rows[f"closed-form {width}"].options, "--layer-sizes", "measured"]
         rows[f"closed-form per layer {width}"] = Job(width, per_layer)
-        rows[f"self {width}"] = Job(width, [*ratio, "--calibration-tokens", "32768"])
-        rows[f"text and self {width}"] = Job(width, [*ratio, *more, "--calibration", "self"])
         for kind, origins in HEALINGS.items():
             texts = [str(text) if origin == "FILE" else origin for origin in origins]
             closed_form = [*ratio, *each("--calibration", texts), "--refit-steps", "0"]
             rows[f"{kind} {width}"] = Job(width, closed_form, each("--text", texts))
         rows[f"healed per layer {width}"] = Job(width, per_layer, ["--text", str(text)])
     closed_form = ["--kv-lora-rank", "128", "--qk-rope-head-dim", "64", *plain, "--refit-steps", "0"]
+    refitted = rows["attention-aware 192"].options
     rows["without none"] = Job(192, closed_form)
-    rows |= {f"without {ingredient}": Job(192, [*closed_form, "--without", ingredient]) for ingredient in INGREDIENTS}
-    rows["without converted-inputs"] = Job(192, ["--cache-ratio", "0.5", *more, "--without", "converted-inputs"])
+    for ingredient in Ingredient:
+        rows[f"without {ingredient}"] = Job(
+            192, [*(refitted if ingredient in OF_REFIT else closed_form), "--without", ingredient]
+        )
     return rows
 
 
