@@ -4,8 +4,9 @@
 
 Source: SmolLM2-135M-Instruct. Calibration: WikiText-2's validation split (tokenised form, marks undone), 32 windows
 of 2,048 tokens for ``attention-aware`` with refit and 8 without, 32 of 512 for ``transmla`` and ``mha2mla``. What is
-healed was converted without refit, and then trained on 65,536 tokens of the same text, of which one in 32 is held out,
-in windows of 256 to 1,024 by how much was lost; both also on text sampled from the model (``self``), or half of each.
+``healed`` was converted without refit, and what is ``refit healed`` with it, and then trained on 65,536 tokens of the
+same text, of which one in 32 is held out, in windows of 256 to 1,024 by how much was lost; the former also on text
+sampled from the model (``self``), or half of each.
 Scores: perplexity in float32 of the first 8 windows of 1,024 tokens of WikiText-2's raw test split, the first 2 of
 4,096, and of 8 windows of 1,024 tokens of another domain: the source code of Python's ``argparse``. Some also through
 vLLM.
@@ -46,13 +47,14 @@ COMMAND = "python benchmarks/quality.py --valid wiki.valid.tokens --test wiki.te
 SPLITS = {192: (128, 64), 128: (96, 32), 96: (64, 32), 48: (32, 16)}
 # Perplexity of checkpoints that TransMLA's own code wrote, with the same calibration text and scoring.
 TRANSMLA_OWN_CODE = {192: 55.72, 128: 96.4, 96: 155.2, 48: 436.5}
-# Of what is healed: the texts for converting and healing.
+# Of what is healed after its closed form: the texts for converting and healing.
 HEALINGS = {"healed": ("FILE",), "healed self": ("self",), "healed text and self": ("FILE", "self")}
 LABELS = {
     "transmla": "TransMLA (ours)",
     "mha2mla": "MHA2MLA (ours)",
     "closed-form": "attention-aware, closed form",
     "attention-aware": "attention-aware",
+    "refit healed": "attention-aware, healed",
     "closed-form per layer": "attention-aware, closed form, sizes per layer",
     "healed": "attention-aware, closed form, healed",
     "healed self": "attention-aware, closed form, self-calibrated, healed on self",
@@ -87,6 +89,7 @@ def jobs(text: Path) -> dict[str, Job]:
         rows[f"mha2mla {width}"] = Job(width, ["--method", "mha2mla", *split, *plain])
         rows[f"closed-form {width}"] = Job(width, [*ratio, *plain, "--refit-steps", "0"])
         rows[f"attention-aware {width}"] = Job(width, [*ratio, *plain, "--calibration-tokens", "65536"])
+        rows[f"refit healed {width}"] = Job(width, rows[f"attention-aware {width}"].options, ["--text", str(text)])
         per_layer = [*rows[f"closed-form {width}"].options, "--layer-sizes", "measured"]
         rows[f"closed-form per layer {width}"] = Job(width, per_layer)
         for kind, origins in HEALINGS.items():
@@ -174,7 +177,7 @@ def main() -> None:
                 **cost(report),
                 **({"healing": healing} if healing else {}),
             }
-            if name.startswith(("attention-aware", "healed")):
+            if name.startswith(("attention-aware", "refit healed", "healed")):
                 rows[name]["perplexity_in_vllm"] = round(
                     evaluate(out, arguments.test, "--engine", "vllm")["perplexity"], 3
                 )
