@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mla_converters.attention import gqa_attention
-from mla_converters.experts import StreamedExperts
+from mla_converters.experts import StreamedExperts, has_experts
 from mla_converters.latent_attention import LatentAttention
 from mla_converters.source import Source
 from mla_converters.statistics import LayerMoments
@@ -72,7 +72,7 @@ class SourceLayer:
         self._unloaded = module
 
     @cached_property
-    @torch.inference_mode(False)  # nor where the first to ask is in it: a refit needs the gradient of the MLP's input
+    @torch.inference_mode(False)  # whoever asks first: a refit's gradient passes through the MLP
     def _module(self) -> nn.Module:
         """transformers' layer with its weights, loaded when calibration text is to run through it."""
         module = self._unloaded
@@ -87,7 +87,7 @@ class SourceLayer:
     @property
     def has_experts(self) -> bool:
         """Whether its MLP is a mixture of experts."""
-        return hasattr(self._module.mlp, "experts")
+        return has_experts(self._module)
 
     def normed(self, hidden: torch.Tensor) -> torch.Tensor:
         """What the attention reads of the layer's input ``[windows, tokens, D]``."""
@@ -188,7 +188,7 @@ def _other_weights(source: Source, index: int, module: nn.Module, device: str) -
     and made to stream."""
     names = source.other_names(index)
     experts = source.family.experts
-    if experts is None or not hasattr(module.mlp, "experts"):
+    if experts is None or not has_experts(module):
         return {name: source.layer_tensor(index, name) for name in names}
 
     def read(expert: int) -> tuple[torch.Tensor, ...]:

@@ -267,6 +267,17 @@ def test_refit_of_what_comes_out_of_the_attention(experts: dict[str, int], tmp_p
     assert error(attention) < 0.7 * before
 
 
+def test_mixtures_are_refitted_without_their_mlp(tmp_path: Path) -> None:
+    source = RandomModel("mixtral", HEADS, KV_HEADS, head_dim=32, hidden=96, experts=MIXTRAL_EXPERTS)
+    folder, files = source.save(tmp_path / "source"), []
+    for without in (frozenset(), frozenset({Ingredient.MLP})):
+        out = tmp_path / f"without {len(without)}"
+        options = Options(calibration=(str(CALIBRATION),), calibration_tokens=512, refit_steps=3, without=without)
+        convert(str(folder), out, options, quiet=True)
+        files.append((out / "model.safetensors").read_bytes())
+    assert files[0] == files[1]
+
+
 def test_refit_of_a_single_window(tmp_path: Path) -> None:
     """The last window of text is refitted on too, so one is enough."""
     source = RandomModel(heads=HEADS, kv_heads=KV_HEADS, head_dim=32, hidden=96).save(tmp_path / "source")

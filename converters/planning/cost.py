@@ -73,14 +73,15 @@ def conversion_core_seconds(
     """
     cost = METHOD_COSTS[method]
     parameters = source.layer_parameters + 2 * source.cached**2
-    streams = cost.streams + (1 if cost.refit and refit_steps else 0)
+    steps = refit_steps if cost.refit else 0
+    streams = cost.streams + (1 if steps else 0)
     random = random_count(calibration_tokens) if cost.random else 0
     refit = cost.refit * source.attention_parameters + 2 * cost.calibration * 3 * source.hidden * source.mlp_width
     per_layer = (
         cost.calibration * (streams * calibration_tokens + random) * parameters
         + cost.search * source.query_heads * source.head_dim
         + DECOMPOSITION * cost.decompositions * source.cached**3
-        + (refit * refit_steps * REFIT_STEP_TOKENS if cost.refit else 0)
+        + refit * steps * REFIT_STEP_TOKENS
     )
     return source.layers * per_layer + READ_AND_WRITE * weights_bytes
 

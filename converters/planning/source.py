@@ -10,6 +10,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from mla_converters.errors import ConversionError
+from mla_converters.experts import has_experts
 from mla_converters.families import active_window, check_config, find_family, source_head_dim
 from mla_converters.json_files import read_json_object
 from mla_converters.locate import local_path, not_on_the_hub
@@ -131,20 +132,16 @@ def _sizes(config: PretrainedConfig, skeleton: torch.nn.Module) -> dict[str, Any
         "embedding_parameters": _count(skeleton.get_input_embeddings()),
         "layer_parameters": max(_used_parameters(layer, config) for layer in skeleton.model.layers),
         "attention_parameters": _count(attention),
-        "mlp_width": max(0 if _has_experts(layer) else config.intermediate_size for layer in skeleton.model.layers),
+        "mlp_width": max(0 if has_experts(layer) else config.intermediate_size for layer in skeleton.model.layers),
         "qkv_parameters": sum(map(_count, (attention.q_proj, attention.k_proj, attention.v_proj))),
         "qkv_bias": attention.q_proj.bias is not None,
         "qk_norm": hasattr(attention, "k_norm"),
     }
 
 
-def _has_experts(layer: torch.nn.Module) -> bool:
-    return hasattr(layer.mlp, "experts")
-
-
 def _used_parameters(layer: torch.nn.Module, config: PretrainedConfig) -> int:
     """Parameters of a layer that take part in computing a token."""
-    if not _has_experts(layer):
+    if not has_experts(layer):
         return _count(layer)
     experts = _count(layer.mlp.experts)
     return _count(layer) - experts + experts * config.num_experts_per_tok // config.num_experts
