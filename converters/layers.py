@@ -75,14 +75,14 @@ class SourceLayer:
     @torch.inference_mode(False)  # whoever asks first: a refit's gradient passes through the MLP
     def _module(self) -> nn.Module:
         """transformers' layer with its weights, loaded when calibration text is to run through it."""
-        module = self._unloaded
+        module = self._unloaded.requires_grad_(False)  # first: the attention's tensors may be inference tensors
         weights = {f"self_attn.{name}": tensor for name, tensor in self.attention_weights.items()}
         weights |= _other_weights(self._source, self.index, module, self.device)
         module.load_state_dict(
             {name: tensor.to(self.device, _kept_dtype(name, tensor, self.device)) for name, tensor in weights.items()},
             assign=True,
         )
-        return module.requires_grad_(False).eval()
+        return module.eval()
 
     @property
     def has_experts(self) -> bool:
