@@ -47,8 +47,9 @@ COMMAND = "python benchmarks/quality.py --valid wiki.valid.tokens --test wiki.te
 SPLITS = {192: (128, 64), 128: (96, 32), 96: (64, 32), 48: (32, 16)}
 # Perplexity of checkpoints that TransMLA's own code wrote, with the same calibration text and scoring.
 TRANSMLA_OWN_CODE = {192: 55.72, 128: 96.4, 96: 155.2, 48: 436.5}
-# Of what is healed after its closed form: the texts for converting and healing.
-HEALINGS = {"healed": ("FILE",), "healed self": ("self",), "healed text and self": ("FILE", "self")}
+# Of what is healed after its closed form on other texts than the file: those for converting and healing.
+OTHER_TEXTS = {"healed self": ("self",), "healed text and self": ("FILE", "self")}
+SIZES = {"": [], " per layer": ["--layer-sizes", "measured"]}
 LABELS = {
     "transmla": "TransMLA (ours)",
     "mha2mla": "MHA2MLA (ours)",
@@ -56,6 +57,8 @@ LABELS = {
     "attention-aware": "attention-aware",
     "refit healed": "attention-aware, healed",
     "closed-form per layer": "attention-aware, closed form, sizes per layer",
+    "attention-aware per layer": "attention-aware, sizes per layer",
+    "refit healed per layer": "attention-aware, sizes per layer, healed",
     "healed": "attention-aware, closed form, healed",
     "healed self": "attention-aware, closed form, self-calibrated, healed on self",
     "healed text and self": "attention-aware, closed form, half self-calibrated, healed on both",
@@ -87,16 +90,17 @@ def jobs(text: Path) -> dict[str, Job]:
         ratio = ["--cache-ratio", str(width / 384)]
         rows[f"transmla {width}"] = Job(width, ["--method", "transmla", *split, *plain])
         rows[f"mha2mla {width}"] = Job(width, ["--method", "mha2mla", *split, *plain])
-        rows[f"closed-form {width}"] = Job(width, [*ratio, *plain, "--refit-steps", "0"])
-        rows[f"attention-aware {width}"] = Job(width, [*ratio, *plain, "--calibration-tokens", "65536"])
-        rows[f"refit healed {width}"] = Job(width, rows[f"attention-aware {width}"].options, ["--text", str(text)])
-        per_layer = [*rows[f"closed-form {width}"].options, "--layer-sizes", "measured"]
-        rows[f"closed-form per layer {width}"] = Job(width, per_layer)
-        for kind, origins in HEALINGS.items():
+        for sizes, option in SIZES.items():
+            closed_form = [*ratio, *plain, "--refit-steps", "0", *option]
+            refitted = [*ratio, *plain, "--calibration-tokens", "65536", *option]
+            rows[f"closed-form{sizes} {width}"] = Job(width, closed_form)
+            rows[f"attention-aware{sizes} {width}"] = Job(width, refitted)
+            rows[f"healed{sizes} {width}"] = Job(width, closed_form, ["--text", str(text)])
+            rows[f"refit healed{sizes} {width}"] = Job(width, refitted, ["--text", str(text)])
+        for kind, origins in OTHER_TEXTS.items():
             texts = [str(text) if origin == "FILE" else origin for origin in origins]
             closed_form = [*ratio, *each("--calibration", texts), "--refit-steps", "0"]
             rows[f"{kind} {width}"] = Job(width, closed_form, each("--text", texts))
-        rows[f"healed per layer {width}"] = Job(width, per_layer, ["--text", str(text)])
     closed_form = ["--kv-lora-rank", "128", "--qk-rope-head-dim", "64", *plain, "--refit-steps", "0"]
     refitted = rows["attention-aware 192"].options
     rows["without none"] = Job(192, closed_form)
