@@ -13,11 +13,11 @@ from mla_converters.card import CARD, REPORT
 from mla_converters.checkpoint import INDEX, Checkpoint
 from mla_converters.distillation import (
     LONGEST,
-    PASSES,
     SAVED_BYTES,
     distillation,
     held_out_kl,
     suited_length,
+    suited_passes,
     suited_rate,
     train,
 )
@@ -162,7 +162,7 @@ def _train(
             )
         if options.length is None:
             trained_on = divided(trained_on, suited_length(before.item()))
-        steps = options.steps or -(-PASSES * len(trained_on) // options.batch_size)
+        steps = options.steps or -(-suited_passes(before.item()) * len(trained_on) // options.batch_size)
         progress.update(task, total=steps)
         rate = options.learning_rate or suited_rate(before.item(), trained_on[: options.batch_size].numel())
         train(distilled, trained_on, steps, rate, options, work.folder / "trainer", advance)

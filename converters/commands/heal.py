@@ -67,7 +67,9 @@ def heal(
     ] = None,
     steps: Annotated[
         int | None,
-        typer.Option(help="Steps of Adam. [default: each window twice]", rich_help_panel="Training"),
+        typer.Option(
+            help="Steps of Adam. [default: each window once, or twice if much was lost]", rich_help_panel="Training"
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Windows to a step.", rich_help_panel="Training")] = 1,
     learning_rate: Annotated[
