@@ -5,8 +5,8 @@
 Source: SmolLM2-135M-Instruct. Calibration: WikiText-2's validation split (tokenised form, marks undone), 32 windows
 of 2,048 tokens for ``attention-aware`` with refit and 8 without, 32 of 512 for ``transmla`` and ``mha2mla``. What is
 ``healed`` was converted without refit, and what is ``refit healed`` with it, and then trained on 65,536 tokens of the
-same text, of which one in 32 is held out, in windows of 256 to 1,024, seen once or twice, by how much was lost; the former also on text
-sampled from the model (``self``), or half of each.
+same text, of which one in 32 is held out, in windows of 256 to 1,024, seen once or twice, by how much was lost; the
+former also on text sampled from the model (``self``), or half of each.
 Scores: perplexity in float32 of the first 8 windows of 1,024 tokens of WikiText-2's raw test split, the first 2 of
 4,096, and of 8 windows of 1,024 tokens of another domain: the source code of Python's ``argparse``. Some also through
 vLLM.
