@@ -4,7 +4,6 @@ import argparse
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -64,13 +63,9 @@ def convert(source: Path, out: Path, *options: str) -> dict[str, Any]:
     return _made("convert", source, out, *options)
 
 
-def heal(model: Path, *options: str) -> dict[str, Any]:
-    """Heal a converted model in its place, in a process of its own; the report."""
-    healed = model.with_name(f"{model.name}-healed")
-    report = _made("heal", model, healed, *options)
-    shutil.rmtree(model)
-    healed.rename(model)
-    return report
+def heal(model: Path, out: Path, *options: str) -> dict[str, Any]:
+    """Heal a converted model in a process of its own; the report."""
+    return _made("heal", model, out, *options)
 
 
 def _made(command: str, source: Path, out: Path, *options: str) -> dict[str, Any]:

@@ -82,7 +82,7 @@ class Job:
 
 
 def jobs(text: Path) -> dict[str, Job]:
-    """Every row by its name."""
+    """Every row by its name; what is converted alike comes one after the other."""
     plain = ["--calibration", str(text)]
     rows = {"exact": Job(384, ["--method", "exact"])}
     for width, (rank, rope) in SPLITS.items():
@@ -94,8 +94,8 @@ def jobs(text: Path) -> dict[str, Job]:
             closed_form = [*ratio, *plain, "--refit-steps", "0", *option]
             refitted = [*ratio, *plain, "--calibration-tokens", "65536", *option]
             rows[f"closed-form{sizes} {width}"] = Job(width, closed_form)
-            rows[f"attention-aware{sizes} {width}"] = Job(width, refitted)
             rows[f"healed{sizes} {width}"] = Job(width, closed_form, ["--text", str(text)])
+            rows[f"attention-aware{sizes} {width}"] = Job(width, refitted)
             rows[f"refit healed{sizes} {width}"] = Job(width, refitted, ["--text", str(text)])
         for kind, origins in OTHER_TEXTS.items():
             texts = [str(text) if origin == "FILE" else origin for origin in origins]
@@ -158,32 +158,38 @@ def main() -> None:
 
     rows = measured_rows("quality")
     with tempfile.TemporaryDirectory() as scratch:
-        text, out = Path(scratch) / "calibration.txt", Path(scratch) / "model"
+        text, out, healed = (Path(scratch) / name for name in ("calibration.txt", "model", "healed"))
         text.write_text(plain_text(arguments.valid))
         if "source" not in rows:
             out.symlink_to(demo_folder())
             rows["source"] = {"cached": 384, **scores(out, arguments.test)}
             out.unlink()
+        converted = None
         for name, job in jobs(text).items():
             if name in rows or not re.search(arguments.only, name):
                 continue
-            report = convert(demo_folder(), out, *job.options)
+            if job.options != converted:
+                report = convert(demo_folder(), out, *job.options)
+                converted = job.options
+            model = out
             healing: dict[str, Any] = {}
             if job.healing is not None:
-                healed = heal(out, *job.healing)
-                healing = {"options": shown(job.healing, text), "kl": healed["healing"]["kl_held_out"], **cost(healed)}
+                of_healing = heal(out, healed, *job.healing)
+                model = healed
+                kl = of_healing["healing"]["kl_held_out"]
+                healing = {"options": shown(job.healing, text), "kl": kl, **cost(of_healing)}
             rows[name] = {
                 "cached": job.width,
                 "split": f"{report['kv_lora_rank']}+{report['qk_rope_head_dim']}",
                 **({"freqfold": report["freqfold"]} if "freqfold" in report else {}),
                 "options": shown(job.options, text),
-                **scores(out, arguments.test, long_windows=not name.startswith("without")),
+                **scores(model, arguments.test, long_windows=not name.startswith("without")),
                 **cost(report),
                 **({"healing": healing} if healing else {}),
             }
             if name.startswith(("attention-aware", "refit healed", "healed")):
                 rows[name]["perplexity_in_vllm"] = round(
-                    evaluate(out, arguments.test, "--engine", "vllm")["perplexity"], 3
+                    evaluate(model, arguments.test, "--engine", "vllm")["perplexity"], 3
                 )
             print(name, rows[name], flush=True)
             write_result("quality", COMMAND, {"transmla_own_code": TRANSMLA_OWN_CODE, "rows": rows})
