@@ -189,6 +189,7 @@ def main() -> None:
                     "of_64_windows": {
                         "perplexity": round(many["perplexity"], 3),
                         "growth": round(many["perplexity_ratio"], 4),
+                        "stderr": round(many["perplexity_ratio_stderr"], 4),
                         "kl": round(many["kl"], 4),
                     },
                 }

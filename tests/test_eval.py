@@ -164,7 +164,21 @@ def test_measures_of_known_numbers() -> None:
     assert measures(two_bits, 8)["bits_per_byte"] == pytest.approx(1)
     assert measures(two_bits, None)["bits_per_byte"] is None
     one_bit = TokenScores(torch.full((1, 4), math.log(2)), torch.tensor([[1, 2, 3, 9]]))
-    assert comparison(two_bits, one_bit) == {"perplexity_ratio": pytest.approx(2), "kl": None, "top1_agreement": 0.75}
+    assert comparison(two_bits, one_bit) == {
+        "perplexity_ratio": pytest.approx(2),
+        "perplexity_ratio_stderr": None,
+        "kl": None,
+        "top1_agreement": 0.75,
+    }
+
+
+def test_standard_error_of_a_ratio() -> None:
+    """Windows whose mean losses differ from the reference's by 0, 1 and 2 nats: e, give or take 1 / sqrt(3) of it."""
+    none = TokenScores(torch.rand(3, 4), torch.zeros(3, 4, dtype=torch.int64))
+    lost = torch.tensor([[0.0, 0, 0, 0], [2, 0, 1, 1], [2, 2, 2, 2]])
+    compared = comparison(TokenScores(none.losses + lost, none.top1), none)
+    assert compared["perplexity_ratio"] == pytest.approx(math.e, rel=1e-6)
+    assert compared["perplexity_ratio_stderr"] == pytest.approx(math.e / math.sqrt(3), rel=1e-6)
 
 
 def test_kl_of_known_distributions() -> None:

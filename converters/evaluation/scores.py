@@ -67,11 +67,16 @@ def comparison(scores: TokenScores, reference: TokenScores) -> dict[str, float |
     """A model beside the reference on the same windows.
 
     Returns:
-        ``perplexity_ratio`` (model / reference), ``kl`` (mean ``KL(reference || model)`` per token in nats,
+        ``perplexity_ratio`` (model / reference), ``perplexity_ratio_stderr`` (its standard error, from how much it
+        differs between windows; None with one window), ``kl`` (mean ``KL(reference || model)`` per token in nats,
         or None) and ``top1_agreement`` (share of tokens, 0 to 1, where both find the same token likeliest).
     """
+    ratio = math.exp(scores.loss - reference.loss)
+    of_windows = (scores.losses - reference.losses).double().mean(1)
+    spread = of_windows.std().item() / math.sqrt(len(of_windows)) if len(of_windows) > 1 else None
     return {
-        "perplexity_ratio": math.exp(scores.loss - reference.loss),
+        "perplexity_ratio": ratio,
+        "perplexity_ratio_stderr": None if spread is None else ratio * spread,  # of a logarithm, so relative
         "kl": None if scores.kl is None else scores.kl.double().mean().item(),
         "top1_agreement": (scores.top1 == reference.top1).double().mean().item(),
     }
