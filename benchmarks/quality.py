@@ -36,7 +36,7 @@ from common import (
 )
 from matplotlib import colormaps
 
-from mla_converters.attention_aware_run import OF_REFIT, Ingredient
+from mla_converters.attention_aware_run import Ingredient
 from mla_converters.drawing import png
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
@@ -106,7 +106,7 @@ def jobs(text: Path) -> dict[str, Job]:
     rows["without none"] = Job(192, closed_form)
     for ingredient in Ingredient:
         rows[f"without {ingredient}"] = Job(
-            192, [*(refitted if ingredient in OF_REFIT else closed_form), "--without", ingredient]
+            192, [*(refitted if ingredient == Ingredient.MLP else closed_form), "--without", ingredient]
         )
     return rows
 

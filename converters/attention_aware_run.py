@@ -21,6 +21,7 @@ from mla_converters.layer_conversion import (
 from mla_converters.layers import SourceLayer, embed
 from mla_converters.methods.attention_aware import ScoreModel, Weighing, attention_aware_map, score_model
 from mla_converters.methods.attention_statistics import attention_statistics
+from mla_converters.output_fit import Examples, fit_output
 from mla_converters.record import Record, Streams
 from mla_converters.refit import Refit, refit_layer
 from mla_converters.search import search
@@ -45,11 +46,9 @@ class Ingredient(StrEnum):
     RANDOM_TOKENS = "random-tokens"
     JOINT_CHOICE = "joint-choice"
     SEARCH = "search"
+    LEAST_SQUARES = "least-squares"
     CONVERTED_INPUTS = "converted-inputs"
     MLP = "mlp"
-
-
-OF_REFIT = frozenset({Ingredient.CONVERTED_INPUTS, Ingredient.MLP})
 
 
 @dataclass(frozen=True)
@@ -65,6 +64,11 @@ class AttentionAware:
     refit: Refit
     without: frozenset[Ingredient]
     seed: int
+
+    @property
+    def repairs(self) -> bool:
+        """Whether layers are fitted to what they should give, and not only their parts to those of the source."""
+        return bool(self.refit.steps) or Ingredient.LEAST_SQUARES not in self.without
 
 
 def some_windows(windows: torch.Tensor) -> torch.Tensor:
@@ -134,10 +138,10 @@ def attention_aware(
 ) -> LayerConversion:
     """The method, ready to convert layers.
 
-    The source's hidden states pass through each layer, which is converted on them; and with a refit, the converted
-    model's too. The layer is then refitted on the inputs it will really get, so that what comes out is what the source
-    has there: it repairs what earlier layers lost. The closed form by itself cannot repair, and adapts to errors of
-    earlier layers if it is computed on their results.
+    The source's hidden states pass through each layer, whose map is computed on them; and the converted model's, for
+    the layer is then fitted on the inputs it will really get, so that what comes out is what the source has there: it
+    repairs what earlier layers lost. A map by itself cannot repair, and would adapt to errors of earlier layers if it
+    were computed on their results.
 
     Args:
         source: the model.
@@ -149,7 +153,7 @@ def attention_aware(
     def start() -> Streams:
         count = random_count(windows[:-1].numel(), windows.shape[1])
         text, random = embed(source, windows[:-1]), embed(source, windows[-1:, :count])
-        if not options.refit.steps:
+        if not options.repairs:
             return {"text": text, "random": random}
         generator = torch.Generator().manual_seed(options.seed).get_state()
         return {"text": text, "random": random, "converted": text.clone(), "generator": generator}
@@ -158,24 +162,33 @@ def attention_aware(
         text, random = streams["text"], streams["random"]
         model = layer_model(layer, text, random, options.without)
         error, maps = best_map(layer, text, model, budgets[layer.index], options.without)
-        layer.advance(random, layer.attend)
+        random_inputs = random.clone()
+        layer.add_attention(random, layer.attend)
         if "converted" not in streams:
+            layer.add_mlp(random)
             layer.advance(text, layer.attend)
             weights = mla_weights(layer.attention_weights, maps)
             return ConvertedLayer(weights, Measured(energy_kept(maps, model.key_value), error))
         converted = streams["converted"]
         if Ingredient.CONVERTED_INPUTS in options.without:
             converted.copy_(text)
+        attention = layer.converted(mla_weights(layer.attention_weights, maps))
         layer.add_attention(text, layer.attend)
+        if Ingredient.LEAST_SQUARES not in options.without:
+            examples = [Examples(converted, text, 1 - RANDOM_SHARE)]
+            if Ingredient.RANDOM_TOKENS not in options.without:
+                examples.append(Examples(random_inputs, random, RANDOM_SHARE))
+            fit_output(attention, layer, examples, options.seed)
+        layer.add_mlp(random)
         # Experts would be read from disk in each step, and held in memory for their gradient.
-        through_mlp = Ingredient.MLP not in options.without and not layer.has_experts
+        through_mlp = bool(options.refit.steps) and Ingredient.MLP not in options.without and not layer.has_experts
         if through_mlp:
             layer.add_mlp(text)
-        generator = torch.Generator()
-        generator.set_state(streams["generator"])
-        attention = layer.converted(mla_weights(layer.attention_weights, maps))
-        refit_layer(attention, layer, converted, text, error, options.refit, generator, through_mlp)
-        streams["generator"] = generator.get_state()
+        if options.refit.steps:
+            generator = torch.Generator()
+            generator.set_state(streams["generator"])
+            refit_layer(attention, layer, converted, text, error, options.refit, generator, through_mlp)
+            streams["generator"] = generator.get_state()
         measured = measure(layer, converted, maps, model.key_value, attention)
         layer.advance(converted, attention)
         if not through_mlp:

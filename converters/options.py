@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mla_converters.attention_aware_run import OF_REFIT, Ingredient
+from mla_converters.attention_aware_run import Ingredient
 from mla_converters.calibration import SELF
 from mla_converters.errors import ConversionError
 from mla_converters.layer_sizes import LayerSizes
@@ -153,9 +153,14 @@ def check_options(options: Options) -> None:
     for name, (given, method) in of_one_method.items():
         if given and options.method != method:
             raise ConversionError(f"{name} is an option of --method {method}, not of {options.method}: leave it out.")
-    if (unused := sorted(OF_REFIT & options.without)) and not options.refit_steps:
+    if Ingredient.MLP in options.without and not options.refit_steps:
         raise ConversionError(
-            f"--without {unused[0]} changes only the refit, and --refit-steps 0 leaves that out: drop one of them."
+            "--without mlp changes only the refit, and --refit-steps 0 leaves that out: drop one of them."
+        )
+    if {Ingredient.CONVERTED_INPUTS, Ingredient.LEAST_SQUARES} <= options.without and not options.refit_steps:
+        raise ConversionError(
+            "--without converted-inputs changes only least squares and the refit, and --without least-squares and "
+            "--refit-steps 0 leave both out: drop one of them."
         )
 
 

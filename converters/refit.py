@@ -74,6 +74,13 @@ def parts_apart(attentions: Sequence[nn.Module]) -> Iterator[None]:
         parametrize.remove_parametrizations(projection, "weight")
 
 
+def relative_weights(targets: torch.Tensor) -> torch.Tensor:
+    """What the squared error of each token's target ``[..., D]`` counts, ``[...]``: relative to the target, or the few
+    tokens with huge activations (attention sinks) would be all that counts."""
+    size = targets.square().sum(-1)
+    return 1 / size.clamp(min=FLOOR * size.mean())
+
+
 def relative_rates(parameters: Iterable[nn.Parameter], rate: float) -> list[dict[str, Any]]:
     """An optimizer's groups in which each tensor's learning rate is ``rate`` times its root mean square: the scale of
     what leads into a latent and out of it is arbitrary."""
@@ -107,8 +114,7 @@ def refit_layer(
     """Change all projections of ``attention`` so that the layer turns ``hidden`` into what is close to ``expected``.
 
     Behind the MLP, which magnifies some errors of the attention more than others, they count for what they cost. The
-    error of each token is measured relative to what should be added to it: otherwise the few tokens with huge
-    activations (attention sinks) would be all that counts.
+    error of each token is measured relative to what should be added to it.
 
     Args:
         attention: the converted attention, changed in place.
@@ -138,14 +144,13 @@ def refit_layer(
             end = queries * int(torch.randint(1, hidden.shape[1] // queries + 1, (), generator=generator))
             inputs = hidden[batch, :end].to(layer.device)
             last, target = inputs[:, -queries:], expected[batch, end - queries : end].to(layer.device)
-            size = (target - last).square().sum(-1)  # [windows, queries]
-            if not size.any():  # the layer adds nothing: there is nothing to fit
+            if torch.equal(target, last):  # the layer adds nothing: there is nothing to fit
                 continue
             with calibration_autocast(layer.device):
                 output = last + attention(layer.normed(inputs), torch.arange(end - queries, end))
             if through_mlp:
                 output = output + layer.mlp(output)
-            loss = ((output - target).square().sum(-1) / size.clamp(min=FLOOR * size.mean())).mean()
+            loss = ((output - target).square().sum(-1) * relative_weights(target - last)).mean()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()

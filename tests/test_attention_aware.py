@@ -27,7 +27,8 @@ from mla_converters.methods.attention_aware import (
 )
 from mla_converters.methods.attention_statistics import AttentionStatistics, attention_statistics
 from mla_converters.options import Options
-from mla_converters.refit import Refit, parts_apart, refit_layer
+from mla_converters.output_fit import Examples, fit_output
+from mla_converters.refit import Refit, parts_apart, refit_layer, relative_weights
 from mla_converters.source import open_source
 
 HEADS, KV_HEADS, HEAD_DIM = 6, 3, 16
@@ -208,6 +209,47 @@ def test_parts_are_taken_apart_and_put_together_again(layer: SourceLayer) -> Non
     assert all(torch.equal(after[name], before[name]) for name in after if not name.startswith("kv_b_proj"))
     keys = [x["kv_b_proj.weight"].unflatten(0, (HEADS, -1))[:, : attention.nope_dim] for x in (before, after)]
     assert keys[0].any() and torch.equal(*keys)
+
+
+def attended(layer: SourceLayer, windows: int, seed: int) -> Examples:
+    """Random inputs of a layer, and the source's residual stream after its attention."""
+    hidden = torch.randn(windows, 64, 96, generator=torch.Generator().manual_seed(seed))
+    expected = hidden.clone()
+    layer.add_attention(expected, layer.attend)
+    return Examples(hidden, expected, 1.0)
+
+
+def test_output_is_fitted_by_least_squares(layer: SourceLayer) -> None:
+    """Of a projection that gives half of what it should. The gradient of the weighted error is what a ridge holds
+    against: opposite to the change. Nothing else moves."""
+    examples = attended(layer, windows=12, seed=0)
+    attention, error = converted(layer, examples.hidden), layer.comparison(attended(layer, 4, seed=1).hidden)
+    lost = error(attention)
+    with torch.no_grad():
+        attention.o_proj.weight *= 0.5
+    before = {name: tensor.clone() for name, tensor in attention.weights().items()}
+    fit_output(attention, layer, [examples], seed=0)
+    assert error(attention) < 1.1 * lost, "on other inputs"
+    target = examples.expected - examples.hidden
+    missing = attention(layer.normed(examples.hidden)) - target
+    weights = torch.stack([relative_weights(window) for window in target])
+    (missing.square().sum(-1) * weights).sum().backward()
+    change = attention.o_proj.weight.detach() - before["o_proj.weight"]
+    assert torch.cosine_similarity(attention.o_proj.weight.grad.flatten(), -change.flatten(), dim=0) > 0.99
+    after = attention.weights()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == ["o_proj.weight"]
+
+
+def test_output_stays_where_nothing_is_to_be_learned(layer: SourceLayer) -> None:
+    """Of noise, on tokens too few to tell."""
+    hidden = torch.randn(2, 32, 96, generator=torch.Generator().manual_seed(0))
+    attention = converted(layer, hidden)
+    before = attention.weights()["o_proj.weight"].clone()
+    with torch.no_grad():
+        noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1))
+        expected = hidden + attention(layer.normed(hidden)) + noise
+    fit_output(attention, layer, [Examples(hidden, expected, 1.0)], seed=0)
+    assert torch.equal(attention.weights()["o_proj.weight"], before)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.01])

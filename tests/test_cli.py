@@ -162,7 +162,10 @@ OPTIONS = {
     "svd": (("--method", "mha2mla", "--svd", "both"), "choose one of joint, split"),
     "rope-keep-method": (("--rope-keep", "low"), "--rope-keep is an option of --method mha2mla"),
     "without": (("--without", "magic"), "choose one of mean-phase, attention-weights"),
-    "without-refit": (("--without", "converted-inputs", "--refit-steps", 0), "changes only the refit"),
+    "without-fit": (
+        ("--without", "converted-inputs", "--without", "least-squares", "--refit-steps", 0),
+        "changes only least squares and the refit",
+    ),
     "without-mlp": (("--without", "mlp", "--refit-steps", 0), "changes only the refit"),
     "without-method": ((*TRANSMLA, "--without", "search"), "an option of --method attention-aware"),
     "refit-steps": (("--refit-steps", -1), "must be 0 or more"),

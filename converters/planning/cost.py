@@ -23,10 +23,11 @@ class MethodCost:
         calibration: per token of each stream that passes through the layers and parameter of these.
         search: per layer and number of a token's queries, for statistics and searching on a few windows, however many
             calibrate.
-        streams: of all text's hidden states that pass through the layers, but for the one that a refit adds.
+        streams: of all text's hidden states that pass through the layers.
         random: whether random tokens pass beside those that calibrate.
         decompositions: eigendecompositions of each layer's second moments.
         refit: per token that refits a layer and parameter of its attention; the keys that it reads included.
+        output_fit: per token and product of what heads read with itself and with the output.
     """
 
     calibration: float
@@ -35,22 +36,31 @@ class MethodCost:
     decompositions: int
     random: bool = False
     refit: float = 0.0
+    output_fit: float = 0.0
 
 
 METHOD_COSTS = {
     "transmla": MethodCost(calibration=1.6e-11, search=1e-3, streams=1, decompositions=8),
     "attention-aware": MethodCost(
-        calibration=1.6e-11, search=1e-3, streams=1, decompositions=10, random=True, refit=4.5e-10
+        calibration=1.6e-11,
+        search=1e-3,
+        streams=2,
+        decompositions=10,
+        random=True,
+        refit=4.5e-10,
+        output_fit=3.5e-11,
     ),
 }
 REFIT_STEP_TOKENS = BATCH * QUERIES  # that a step compares
 REFIT_BATCH_TOKENS = BATCH * WINDOW  # that a step may read
 SAMPLING = 5e-11  # core-seconds per sampled token and parameter of the model; of an EPYC without AVX-512, in float32
 DECOMPOSITION = 2.5e-10  # core-seconds per cubed width of the matrix, the products around it included
+OUTPUT_FIT_SOLVED = 1.5e-10  # core-seconds per cubed width of what heads read
 READ_AND_WRITE = 3e-9  # core-seconds per byte of weights
 RUNTIME_BYTES = 700 * 10**6  # Python with torch, transformers and a tokenizer, and free memory that the allocator keeps
 MOMENT_MATRICES = 8  # float64 matrices as large as a layer's second moments that are alive at the peak
 CONVERTED_BYTES = 16  # of each number in a converted attention
+OUTPUT_FIT_BYTES = 52  # of each product of what heads read: five matrices in float32, four in float64, at the most
 
 
 def conversion_core_seconds(
@@ -62,7 +72,8 @@ def conversion_core_seconds(
     ``2 * g * d`` keys and values count as ``2 * (2 * g * d) ** 2`` parameters, ``search * H * d``, ``decompositions *
     (2 * g * d) ** 3 * DECOMPOSITION`` and ``refit * refit_steps * REFIT_STEP_TOKENS * attention parameters``; of a
     refit, also the MLP and the gradient of its input, ``2 * calibration * refit_steps * REFIT_STEP_TOKENS * 3 * D *
-    width``; and the time to read and write the weights.
+    width``; of the least squares of the output, ``output_fit * tokens * H * d * (H * d + D) + (H * d) ** 3 *
+    OUTPUT_FIT_SOLVED``; and the time to read and write the weights.
 
     Args:
         source: the model.
@@ -74,14 +85,18 @@ def conversion_core_seconds(
     cost = METHOD_COSTS[method]
     parameters = source.layer_parameters + 2 * source.cached**2
     steps = refit_steps if cost.refit else 0
-    streams = cost.streams + (1 if steps else 0)
     random = random_count(calibration_tokens) if cost.random else 0
     refit = cost.refit * source.attention_parameters + 2 * cost.calibration * 3 * source.hidden * source.mlp_width
+    read = source.query_heads * source.head_dim
+    output_fit = cost.output_fit * (calibration_tokens + random) * read * (read + source.hidden)
+    if cost.output_fit:
+        output_fit += OUTPUT_FIT_SOLVED * read**3
     per_layer = (
-        cost.calibration * (streams * calibration_tokens + random) * parameters
-        + cost.search * source.query_heads * source.head_dim
+        cost.calibration * (cost.streams * calibration_tokens + random) * parameters
+        + cost.search * read
         + DECOMPOSITION * cost.decompositions * source.cached**3
         + refit * steps * REFIT_STEP_TOKENS
+        + output_fit
     )
     return source.layers * per_layer + READ_AND_WRITE * weights_bytes
 
@@ -97,10 +112,10 @@ def conversion_memory(
     """Peak bytes of memory of a conversion by the default method, calibrated on a file, where bfloat16 is native.
 
     Python and its packages, and the larger of the embedding and what one layer takes: its weights as stored, those of
-    its attention again in float32; the hidden states ``[tokens, D]`` in float32, of the source for the text and
-    random tokens, and for a refit of the converted model for the text; the second moments of ``2 * g * d`` keys and
-    values in float64; its converted attention, in float64 while it is computed or in float32 with gradients and Adam's
-    two moments while it is refitted; and a refit's activations.
+    its attention again in float32; the hidden states ``[tokens, D]`` in float32, of the source for the text and random
+    tokens, and of the converted model for the text; the second moments of ``2 * g * d`` keys and values in float64; its
+    converted attention, in float64 while it is computed or in float32 with gradients and Adam's two moments while it is
+    refitted; the matrices of the output's least squares; and a refit's activations.
 
     Args:
         source: the model.
@@ -115,9 +130,9 @@ def conversion_memory(
     layer = (
         source.weight_bytes * source.layer_parameters
         + 4 * source.attention_parameters
-        + 4 * _state_tokens(calibration_tokens, refit_steps) * source.hidden
+        + 4 * _state_tokens(calibration_tokens) * source.hidden
         + 8 * MOMENT_MATRICES * source.cached**2
-        + CONVERTED_BYTES * converted
+        + max(CONVERTED_BYTES * converted, 4 * converted + OUTPUT_FIT_BYTES * (heads * head_dim) ** 2)
     )
     if refit_steps:
         per_token = 8 * source.hidden + 16 * heads * (head_dim + rope)
@@ -126,15 +141,14 @@ def conversion_memory(
     return RUNTIME_BYTES + max(layer, source.weight_bytes * source.embedding_parameters)
 
 
-def _state_tokens(calibration_tokens: int, refit_steps: int) -> int:
-    """Tokens whose hidden states are kept by the default method: of the source, and for a refit of the converted
-    model."""
-    return (2 if refit_steps else 1) * calibration_tokens + random_count(calibration_tokens)
+def _state_tokens(calibration_tokens: int) -> int:
+    """Tokens whose hidden states are kept by the default method: of the source, and of the converted model."""
+    return 2 * calibration_tokens + random_count(calibration_tokens)
 
 
-def conversion_disk(source: PlannedSource, calibration_tokens: int, weights_bytes: int, refit_steps: int) -> int:
+def conversion_disk(source: PlannedSource, calibration_tokens: int, weights_bytes: int) -> int:
     """Peak bytes on disk: the weights, and the hidden states that a resumed run goes on from."""
-    return weights_bytes + record_bytes(_state_tokens(calibration_tokens, refit_steps), source.hidden)
+    return weights_bytes + record_bytes(_state_tokens(calibration_tokens), source.hidden)
 
 
 def sampling_memory(source: PlannedSource, calibration_tokens: int) -> int:
