@@ -49,6 +49,12 @@ SPLITS = {192: (128, 64), 128: (96, 32), 96: (64, 32), 48: (32, 16)}
 TRANSMLA_OWN_CODE = {192: 55.72, 128: 96.4, 96: 155.2, 48: 436.5}
 # Of what is healed after its closed form on other texts than the file: those for converting and healing.
 OTHER_TEXTS = {"healed self": ("self",), "healed text and self": ("FILE", "self")}
+# Ingredients of a layer's map.
+OF_THE_MAP = [
+    ingredient
+    for ingredient in Ingredient
+    if ingredient not in (Ingredient.LEAST_SQUARES, Ingredient.CONVERTED_INPUTS, Ingredient.MLP)
+]
 SIZES = {"": [], " per layer": ["--layer-sizes", "measured"]}
 LABELS = {
     "transmla": "TransMLA (ours)",
@@ -104,10 +110,12 @@ def jobs(text: Path) -> dict[str, Job]:
     closed_form = ["--kv-lora-rank", "128", "--qk-rope-head-dim", "64", *plain, "--refit-steps", "0"]
     refitted = rows["attention-aware 192"].options
     rows["without none"] = Job(192, closed_form)
-    for ingredient in Ingredient:
-        rows[f"without {ingredient}"] = Job(
-            192, [*(refitted if ingredient == Ingredient.MLP else closed_form), "--without", ingredient]
-        )
+    rows["without mlp"] = Job(192, [*refitted, "--without", Ingredient.MLP])
+    for ingredient in (Ingredient.LEAST_SQUARES, Ingredient.CONVERTED_INPUTS, Ingredient.RANDOM_TOKENS):
+        rows[f"without {ingredient}"] = Job(192, [*closed_form, "--without", ingredient])
+    fixed = [*closed_form, "--without", Ingredient.LEAST_SQUARES]  # least squares repair a part of what others lose
+    for ingredient in OF_THE_MAP:
+        rows[f"without least-squares, {ingredient}"] = Job(192, [*fixed, "--without", ingredient])
     return rows
 
 

@@ -67,7 +67,8 @@ class AttentionAware:
 
     @property
     def repairs(self) -> bool:
-        """Whether layers are fitted to what they should give, and not only their parts to those of the source."""
+        """Whether layers are fitted to what they should give, and not only their parts to those of the source: by a
+        refit, or by least squares instead, which a refit starts worse from than from the map itself."""
         return bool(self.refit.steps) or Ingredient.LEAST_SQUARES not in self.without
 
 
@@ -174,7 +175,7 @@ def attention_aware(
             converted.copy_(text)
         attention = layer.converted(mla_weights(layer.attention_weights, maps))
         layer.add_attention(text, layer.attend)
-        if Ingredient.LEAST_SQUARES not in options.without:
+        if not options.refit.steps:
             examples = [Examples(converted, text, 1 - RANDOM_SHARE)]
             if Ingredient.RANDOM_TOKENS not in options.without:
                 examples.append(Examples(random_inputs, random, RANDOM_SHARE))

@@ -157,6 +157,10 @@ def check_options(options: Options) -> None:
         raise ConversionError(
             "--without mlp changes only the refit, and --refit-steps 0 leaves that out: drop one of them."
         )
+    if Ingredient.LEAST_SQUARES in options.without and options.refit_steps:
+        raise ConversionError(
+            "--without least-squares changes only the closed form: give --refit-steps 0 too, or leave it out."
+        )
     if {Ingredient.CONVERTED_INPUTS, Ingredient.LEAST_SQUARES} <= options.without and not options.refit_steps:
         raise ConversionError(
             "--without converted-inputs changes only least squares and the refit, and --without least-squares and "

@@ -162,6 +162,7 @@ OPTIONS = {
     "svd": (("--method", "mha2mla", "--svd", "both"), "choose one of joint, split"),
     "rope-keep-method": (("--rope-keep", "low"), "--rope-keep is an option of --method mha2mla"),
     "without": (("--without", "magic"), "choose one of mean-phase, attention-weights"),
+    "without-least-squares": (("--without", "least-squares"), "changes only the closed form"),
     "without-fit": (
         ("--without", "converted-inputs", "--without", "least-squares", "--refit-steps", 0),
         "changes only least squares and the refit",

@@ -27,7 +27,7 @@ class MethodCost:
         random: whether random tokens pass beside those that calibrate.
         decompositions: eigendecompositions of each layer's second moments.
         refit: per token that refits a layer and parameter of its attention; the keys that it reads included.
-        output_fit: per token and product of what heads read with itself and with the output.
+        output_fit: whether without a refit the output projection is fitted by least squares.
     """
 
     calibration: float
@@ -36,7 +36,7 @@ class MethodCost:
     decompositions: int
     random: bool = False
     refit: float = 0.0
-    output_fit: float = 0.0
+    output_fit: bool = False
 
 
 METHOD_COSTS = {
@@ -48,13 +48,14 @@ METHOD_COSTS = {
         decompositions=10,
         random=True,
         refit=4.5e-10,
-        output_fit=3.5e-11,
+        output_fit=True,
     ),
 }
 REFIT_STEP_TOKENS = BATCH * QUERIES  # that a step compares
 REFIT_BATCH_TOKENS = BATCH * WINDOW  # that a step may read
 SAMPLING = 5e-11  # core-seconds per sampled token and parameter of the model; of an EPYC without AVX-512, in float32
 DECOMPOSITION = 2.5e-10  # core-seconds per cubed width of the matrix, the products around it included
+OUTPUT_FIT = 3.5e-11  # core-seconds per token and product of what heads read with itself and with what is missing
 OUTPUT_FIT_SOLVED = 1.5e-10  # core-seconds per cubed width of what heads read
 READ_AND_WRITE = 3e-9  # core-seconds per byte of weights
 RUNTIME_BYTES = 700 * 10**6  # Python with torch, transformers and a tokenizer, and free memory that the allocator keeps
@@ -72,8 +73,8 @@ def conversion_core_seconds(
     ``2 * g * d`` keys and values count as ``2 * (2 * g * d) ** 2`` parameters, ``search * H * d``, ``decompositions *
     (2 * g * d) ** 3 * DECOMPOSITION`` and ``refit * refit_steps * REFIT_STEP_TOKENS * attention parameters``; of a
     refit, also the MLP and the gradient of its input, ``2 * calibration * refit_steps * REFIT_STEP_TOKENS * 3 * D *
-    width``; of the least squares of the output, ``output_fit * tokens * H * d * (H * d + D) + (H * d) ** 3 *
-    OUTPUT_FIT_SOLVED``; and the time to read and write the weights.
+    width``; without one, of the output's least squares, ``OUTPUT_FIT * tokens * H * d * (H * d + D) + OUTPUT_FIT_SOLVED
+    * (H * d) ** 3``; and the time to read and write the weights.
 
     Args:
         source: the model.
@@ -88,9 +89,10 @@ def conversion_core_seconds(
     random = random_count(calibration_tokens) if cost.random else 0
     refit = cost.refit * source.attention_parameters + 2 * cost.calibration * 3 * source.hidden * source.mlp_width
     read = source.query_heads * source.head_dim
-    output_fit = cost.output_fit * (calibration_tokens + random) * read * (read + source.hidden)
-    if cost.output_fit:
-        output_fit += OUTPUT_FIT_SOLVED * read**3
+    output_fit = 0.0
+    if cost.output_fit and not steps:
+        tokens = calibration_tokens + random
+        output_fit = OUTPUT_FIT * tokens * read * (read + source.hidden) + OUTPUT_FIT_SOLVED * read**3
     per_layer = (
         cost.calibration * (cost.streams * calibration_tokens + random) * parameters
         + cost.search * read
@@ -115,7 +117,7 @@ def conversion_memory(
     its attention again in float32; the hidden states ``[tokens, D]`` in float32, of the source for the text and random
     tokens, and of the converted model for the text; the second moments of ``2 * g * d`` keys and values in float64; its
     converted attention, in float64 while it is computed or in float32 with gradients and Adam's two moments while it is
-    refitted; the matrices of the output's least squares; and a refit's activations.
+    refitted; a refit's activations, and without one the matrices of the output's least squares.
 
     Args:
         source: the model.
@@ -132,12 +134,15 @@ def conversion_memory(
         + 4 * source.attention_parameters
         + 4 * _state_tokens(calibration_tokens) * source.hidden
         + 8 * MOMENT_MATRICES * source.cached**2
-        + max(CONVERTED_BYTES * converted, 4 * converted + OUTPUT_FIT_BYTES * (heads * head_dim) ** 2)
+        + CONVERTED_BYTES * converted
     )
     if refit_steps:
         per_token = 8 * source.hidden + 16 * heads * (head_dim + rope)
         layer += per_token * min(calibration_tokens, REFIT_BATCH_TOKENS)
         layer += 16 * source.mlp_width * REFIT_STEP_TOKENS
+    else:
+        least_squares = 4 * converted + OUTPUT_FIT_BYTES * (heads * head_dim) ** 2
+        layer += max(0, least_squares - CONVERTED_BYTES * converted)
     return RUNTIME_BYTES + max(layer, source.weight_bytes * source.embedding_parameters)
 
 
