@@ -1,4 +1,4 @@
-"""How long a conversion by the closed form takes, beside another converter, in turns.
+"""How long a conversion by the map alone takes, without a refit or least squares, beside another converter, in turns.
 
     python benchmarks/conversion_speed.py --valid wiki.valid.tokens --test wiki.test.raw --peer COMMAND --peer-name NAME
 
@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 from demo_model import demo_folder
 
 COMMAND = "python benchmarks/conversion_speed.py --valid wiki.valid.tokens --test wiki.test.raw --peer COMMAND"
-OPTIONS = ("--kv-lora-rank", "128", "--qk-rope-head-dim", "64", "--refit-steps", "0", "--force")
+SPLIT = ("--kv-lora-rank", "128", "--qk-rope-head-dim", "64")
+OPTIONS = (*SPLIT, "--refit-steps", "0", "--without", "least-squares", "--force")
 
 
 def seconds(command: str | list[Any]) -> float:

@@ -3,10 +3,11 @@
     python benchmarks/quality.py --valid wiki.valid.tokens --test wiki.test.raw
 
 Source: SmolLM2-135M-Instruct. Calibration: WikiText-2's validation split (tokenised form, marks undone), 32 windows
-of 2,048 tokens for ``attention-aware`` with refit and 8 without, 32 of 512 for ``transmla`` and ``mha2mla``. What is
-``healed`` was converted without refit, and what is ``refit healed`` with it, and then trained on 65,536 tokens of the
-same text, of which one in 32 is held out, in windows of 256 to 1,024, seen once or twice, by how much was lost; the
-former also on text sampled from the model (``self``), or half of each.
+of 2,048 tokens for ``attention-aware`` with refit and 8 without, 32 of 512 for ``transmla`` and ``mha2mla``; or text
+that the model writes (``self``). What is ``healed`` was converted by the map alone, without a refit or least squares,
+and what is ``refit healed`` with a refit, and then trained on 65,536 tokens of the same text, of which one in 32 is
+held out, in windows of 256 to 1,024, seen once or twice, by how much was lost; the former also on ``self``, or half of
+each.
 Scores: perplexity in float32 of the first 8 windows of 1,024 tokens of WikiText-2's raw test split, the first 2 of
 4,096, and of 8 windows of 1,024 tokens of another domain: the source code of Python's ``argparse``. Some also through
 vLLM.
@@ -47,8 +48,9 @@ COMMAND = "python benchmarks/quality.py --valid wiki.valid.tokens --test wiki.te
 SPLITS = {192: (128, 64), 128: (96, 32), 96: (64, 32), 48: (32, 16)}
 # Perplexity of checkpoints that TransMLA's own code wrote, with the same calibration text and scoring.
 TRANSMLA_OWN_CODE = {192: 55.72, 128: 96.4, 96: 155.2, 48: 436.5}
-# Of what is healed after its closed form on other texts than the file: those for converting and healing.
+# Of what is healed on other texts than the file, with no more than the map before: those for converting and healing.
 OTHER_TEXTS = {"healed self": ("self",), "healed text and self": ("FILE", "self")}
+MAP_ALONE = ["--without", Ingredient.LEAST_SQUARES]
 # Ingredients of a layer's map.
 OF_THE_MAP = [
     ingredient
@@ -62,13 +64,15 @@ LABELS = {
     "closed-form": "attention-aware, closed form",
     "attention-aware": "attention-aware",
     "refit healed": "attention-aware, healed",
-    "closed-form per layer": "attention-aware, closed form, sizes per layer",
+    "map": "attention-aware, map alone",
+    "map per layer": "attention-aware, map alone, sizes per layer",
     "attention-aware per layer": "attention-aware, sizes per layer",
     "refit healed per layer": "attention-aware, sizes per layer, healed",
-    "healed": "attention-aware, closed form, healed",
-    "healed self": "attention-aware, closed form, self-calibrated, healed on self",
-    "healed text and self": "attention-aware, closed form, half self-calibrated, healed on both",
-    "healed per layer": "attention-aware, closed form, sizes per layer, healed",
+    "healed": "attention-aware, map alone, healed",
+    "healed self": "attention-aware, map alone, self-calibrated, healed on self",
+    "healed text and self": "attention-aware, map alone, half self-calibrated, healed on both",
+    "healed per layer": "attention-aware, map alone, sizes per layer, healed",
+    "self": "attention-aware, self-calibrated",
 }
 
 
@@ -100,22 +104,23 @@ def jobs(text: Path) -> dict[str, Job]:
             closed_form = [*ratio, *plain, "--refit-steps", "0", *option]
             refitted = [*ratio, *plain, "--calibration-tokens", "65536", *option]
             rows[f"closed-form{sizes} {width}"] = Job(width, closed_form)
-            rows[f"healed{sizes} {width}"] = Job(width, closed_form, ["--text", str(text)])
+            rows[f"map{sizes} {width}"] = Job(width, [*closed_form, *MAP_ALONE])
+            rows[f"healed{sizes} {width}"] = Job(width, [*closed_form, *MAP_ALONE], ["--text", str(text)])
             rows[f"attention-aware{sizes} {width}"] = Job(width, refitted)
             rows[f"refit healed{sizes} {width}"] = Job(width, refitted, ["--text", str(text)])
+        rows[f"self {width}"] = Job(width, ratio)
         for kind, origins in OTHER_TEXTS.items():
             texts = [str(text) if origin == "FILE" else origin for origin in origins]
-            closed_form = [*ratio, *each("--calibration", texts), "--refit-steps", "0"]
-            rows[f"{kind} {width}"] = Job(width, closed_form, each("--text", texts))
+            mapped = [*ratio, *each("--calibration", texts), "--refit-steps", "0", *MAP_ALONE]
+            rows[f"{kind} {width}"] = Job(width, mapped, each("--text", texts))
     closed_form = ["--kv-lora-rank", "128", "--qk-rope-head-dim", "64", *plain, "--refit-steps", "0"]
     refitted = rows["attention-aware 192"].options
     rows["without none"] = Job(192, closed_form)
     rows["without mlp"] = Job(192, [*refitted, "--without", Ingredient.MLP])
     for ingredient in (Ingredient.LEAST_SQUARES, Ingredient.CONVERTED_INPUTS, Ingredient.RANDOM_TOKENS):
         rows[f"without {ingredient}"] = Job(192, [*closed_form, "--without", ingredient])
-    fixed = [*closed_form, "--without", Ingredient.LEAST_SQUARES]  # least squares repair a part of what others lose
-    for ingredient in OF_THE_MAP:
-        rows[f"without least-squares, {ingredient}"] = Job(192, [*fixed, "--without", ingredient])
+    for ingredient in OF_THE_MAP:  # alone, for least squares repair a part of what it loses
+        rows[f"without least-squares, {ingredient}"] = Job(192, [*closed_form, *MAP_ALONE, "--without", ingredient])
     return rows
 
 
@@ -195,7 +200,7 @@ def main() -> None:
                 **cost(report),
                 **({"healing": healing} if healing else {}),
             }
-            if name.startswith(("attention-aware", "refit healed", "healed")):
+            if name.startswith(("attention-aware", "refit healed", "healed", "self")):
                 rows[name]["perplexity_in_vllm"] = round(
                     evaluate(model, arguments.test, "--engine", "vllm")["perplexity"], 3
                 )
