@@ -7,7 +7,7 @@ from enum import StrEnum
 import torch
 from rich.progress import Progress
 
-from mla_converters.budget import CacheBudget
+from mla_converters.budget import CacheBudget, exact_budget
 from mla_converters.latent_map import LatentMap, balanced, mla_weights
 from mla_converters.layer_conversion import (
     ConvertedLayer,
@@ -175,7 +175,8 @@ def attention_aware(
             converted.copy_(text)
         attention = layer.converted(mla_weights(layer.attention_weights, maps))
         layer.add_attention(text, layer.attend)
-        if not options.refit.steps:
+        lossless = budgets[layer.index] == exact_budget(layer.kv_heads, layer.head_dim)
+        if not options.refit.steps and not lossless:
             examples = [Examples(converted, text, 1 - RANDOM_SHARE)]
             if Ingredient.RANDOM_TOKENS not in options.without:
                 examples.append(Examples(random_inputs, random, RANDOM_SHARE))
