@@ -16,6 +16,7 @@ from mla_converters.refit import relative_weights
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # of the mean square of what is read: how strongly the projection is held in place
 HELD_OUT = 4  # the last one of so many tokens tells which
+LEAST = 8  # tokens for each number that is read; with fewer, what is fitted may be noise, and magnify rounding
 SKETCH = 256  # random directions of the output on which ridges are compared
 
 
@@ -58,7 +59,8 @@ def fit_output(attention: LatentAttention, layer: SourceLayer, examples: Sequenc
     """Change ``o_proj`` so that the attention adds to its input what comes closest to what is expected.
 
     Errors are relative to each token's target, as in a refit. How strongly the projection is held in place, or whether
-    it stays as it is, is what is best for tokens that were held out.
+    it stays as it is, is what is best for tokens that were held out. With fewer than :data:`LEAST` tokens for each
+    number that is read, it stays.
 
     Args:
         attention: the converted attention, changed in place.
@@ -67,6 +69,8 @@ def fit_output(attention: LatentAttention, layer: SourceLayer, examples: Sequenc
         seed: of the directions on which ridges are compared.
     """
     d, n = attention.o_proj.weight.shape
+    if sum(some.hidden.shape[0] * some.hidden.shape[1] for some in examples) < LEAST * n:
+        return
     sketch = torch.randn(d, SKETCH, generator=torch.Generator().manual_seed(seed)).to(layer.device)
     fitted, held_out = (_Moments(n, SKETCH, layer.device) for _ in range(2))
     cross = torch.zeros(n, d, device=layer.device)  # of all tokens, and all of the output
