@@ -21,7 +21,7 @@ from mla_converters.layer_conversion import (
 from mla_converters.layers import SourceLayer, embed
 from mla_converters.methods.attention_aware import ScoreModel, Weighing, attention_aware_map, score_model
 from mla_converters.methods.attention_statistics import attention_statistics
-from mla_converters.output_fit import Examples, fit_output
+from mla_converters.output_fit import Examples, enough_tokens, fit_output
 from mla_converters.record import Record, Streams
 from mla_converters.refit import Refit, refit_layer
 from mla_converters.search import search
@@ -64,12 +64,6 @@ class AttentionAware:
     refit: Refit
     without: frozenset[Ingredient]
     seed: int
-
-    @property
-    def repairs(self) -> bool:
-        """Whether layers are fitted to what they should give, and not only their parts to those of the source: by a
-        refit, or by least squares instead, which a refit starts worse from than from the map itself."""
-        return bool(self.refit.steps) or Ingredient.LEAST_SQUARES not in self.without
 
 
 def some_windows(windows: torch.Tensor) -> torch.Tensor:
@@ -151,10 +145,18 @@ def attention_aware(
         options: ingredients.
     """
 
+    tokens = windows[:-1].numel()
+    count = random_count(tokens, windows.shape[1])
+    # In the place of a refit, which starts worse from least squares than from the map itself.
+    fits = (
+        not options.refit.steps
+        and Ingredient.LEAST_SQUARES not in options.without
+        and enough_tokens(tokens + count, source.config.num_attention_heads * source.head_dim)
+    )
+
     def start() -> Streams:
-        count = random_count(windows[:-1].numel(), windows.shape[1])
         text, random = embed(source, windows[:-1]), embed(source, windows[-1:, :count])
-        if not options.repairs:
+        if not (options.refit.steps or fits):
             return {"text": text, "random": random}
         generator = torch.Generator().manual_seed(options.seed).get_state()
         return {"text": text, "random": random, "converted": text.clone(), "generator": generator}
@@ -176,7 +178,7 @@ def attention_aware(
         attention = layer.converted(mla_weights(layer.attention_weights, maps))
         layer.add_attention(text, layer.attend)
         lossless = budgets[layer.index] == exact_budget(layer.kv_heads, layer.head_dim)
-        if not options.refit.steps and not lossless:
+        if fits and not lossless:
             examples = [Examples(converted, text, 1 - RANDOM_SHARE)]
             if Ingredient.RANDOM_TOKENS not in options.without:
                 examples.append(Examples(random_inputs, random, RANDOM_SHARE))

@@ -20,6 +20,11 @@ LEAST = 8  # tokens for each number that is read; with fewer, what is fitted may
 SKETCH = 256  # random directions of the output on which ridges are compared
 
 
+def enough_tokens(tokens: int, read: int) -> bool:
+    """Whether so many tokens can tell how an output should be made of ``read`` numbers."""
+    return tokens >= LEAST * read
+
+
 class _Moments:
     """Sums over tokens that least squares of maps from ``[n]`` to ``[k]`` need, float32.
 
@@ -59,8 +64,7 @@ def fit_output(attention: LatentAttention, layer: SourceLayer, examples: Sequenc
     """Change ``o_proj`` so that the attention adds to its input what comes closest to what is expected.
 
     Errors are relative to each token's target, as in a refit. How strongly the projection is held in place, or whether
-    it stays as it is, is what is best for tokens that were held out. With fewer than :data:`LEAST` tokens for each
-    number that is read, it stays.
+    it stays as it is, is what is best for tokens that were held out.
 
     Args:
         attention: the converted attention, changed in place.
@@ -69,8 +73,6 @@ def fit_output(attention: LatentAttention, layer: SourceLayer, examples: Sequenc
         seed: of the directions on which ridges are compared.
     """
     d, n = attention.o_proj.weight.shape
-    if sum(some.hidden.shape[0] * some.hidden.shape[1] for some in examples) < LEAST * n:
-        return
     sketch = torch.randn(d, SKETCH, generator=torch.Generator().manual_seed(seed)).to(layer.device)
     fitted, held_out = (_Moments(n, SKETCH, layer.device) for _ in range(2))
     cross = torch.zeros(n, d, device=layer.device)  # of all tokens, and all of the output

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from mla_converters.attention_aware_run import WINDOW, random_count
 from mla_converters.budget import CacheBudget
 from mla_converters.options import Options
+from mla_converters.output_fit import enough_tokens
 from mla_converters.planning.source import PlannedSource
 from mla_converters.record import record_bytes
 from mla_converters.refit import BATCH, QUERIES
@@ -23,7 +24,7 @@ class MethodCost:
         calibration: per token of each stream that passes through the layers and parameter of these.
         search: per layer and number of a token's queries, for statistics and searching on a few windows, however many
             calibrate.
-        streams: of all text's hidden states that pass through the layers.
+        streams: of all text's hidden states that pass through the layers, but for the one that a fit of layers adds.
         random: whether random tokens pass beside those that calibrate.
         decompositions: eigendecompositions of each layer's second moments.
         refit: per token that refits a layer and parameter of its attention; the keys that it reads included.
@@ -44,7 +45,7 @@ METHOD_COSTS = {
     "attention-aware": MethodCost(
         calibration=1.6e-11,
         search=1e-3,
-        streams=2,
+        streams=1,
         decompositions=10,
         random=True,
         refit=4.5e-10,
@@ -89,12 +90,13 @@ def conversion_core_seconds(
     random = random_count(calibration_tokens) if cost.random else 0
     refit = cost.refit * source.attention_parameters + 2 * cost.calibration * 3 * source.hidden * source.mlp_width
     read = source.query_heads * source.head_dim
-    output_fit = 0.0
-    if cost.output_fit and not steps:
-        tokens = calibration_tokens + random
+    tokens, output_fit = calibration_tokens + random, 0.0
+    fits = cost.output_fit and _fits_output(source, calibration_tokens, refit_steps)
+    streams = cost.streams + (1 if steps or fits else 0)
+    if fits:
         output_fit = OUTPUT_FIT * tokens * read * (read + source.hidden) + OUTPUT_FIT_SOLVED * read**3
     per_layer = (
-        cost.calibration * (cost.streams * calibration_tokens + random) * parameters
+        cost.calibration * (streams * calibration_tokens + random) * parameters
         + cost.search * read
         + DECOMPOSITION * cost.decompositions * source.cached**3
         + refit * steps * REFIT_STEP_TOKENS
@@ -115,9 +117,10 @@ def conversion_memory(
 
     Python and its packages, and the larger of the embedding and what one layer takes: its weights as stored, those of
     its attention again in float32; the hidden states ``[tokens, D]`` in float32, of the source for the text and random
-    tokens, and of the converted model for the text; the second moments of ``2 * g * d`` keys and values in float64; its
-    converted attention, in float64 while it is computed or in float32 with gradients and Adam's two moments while it is
-    refitted; a refit's activations, and without one the matrices of the output's least squares.
+    tokens, and where layers are fitted of the converted model for the text; the second moments of ``2 * g * d`` keys
+    and values in float64; its converted attention, in float64 while it is computed or in float32 with gradients and
+    Adam's two moments while it is refitted; a refit's activations, and without one the matrices of the output's least
+    squares.
 
     Args:
         source: the model.
@@ -132,7 +135,7 @@ def conversion_memory(
     layer = (
         source.weight_bytes * source.layer_parameters
         + 4 * source.attention_parameters
-        + 4 * _state_tokens(calibration_tokens) * source.hidden
+        + 4 * _state_tokens(source, calibration_tokens, refit_steps) * source.hidden
         + 8 * MOMENT_MATRICES * source.cached**2
         + CONVERTED_BYTES * converted
     )
@@ -140,20 +143,28 @@ def conversion_memory(
         per_token = 8 * source.hidden + 16 * heads * (head_dim + rope)
         layer += per_token * min(calibration_tokens, REFIT_BATCH_TOKENS)
         layer += 16 * source.mlp_width * REFIT_STEP_TOKENS
-    else:
+    elif _fits_output(source, calibration_tokens, refit_steps):
         least_squares = 4 * converted + OUTPUT_FIT_BYTES * (heads * head_dim) ** 2
         layer += max(0, least_squares - CONVERTED_BYTES * converted)
     return RUNTIME_BYTES + max(layer, source.weight_bytes * source.embedding_parameters)
 
 
-def _state_tokens(calibration_tokens: int) -> int:
-    """Tokens whose hidden states are kept by the default method: of the source, and of the converted model."""
-    return 2 * calibration_tokens + random_count(calibration_tokens)
+def _fits_output(source: PlannedSource, calibration_tokens: int, refit_steps: int) -> bool:
+    """Whether the default method fits outputs by least squares."""
+    tokens = calibration_tokens + random_count(calibration_tokens)
+    return not refit_steps and enough_tokens(tokens, source.query_heads * source.head_dim)
 
 
-def conversion_disk(source: PlannedSource, calibration_tokens: int, weights_bytes: int) -> int:
+def _state_tokens(source: PlannedSource, calibration_tokens: int, refit_steps: int) -> int:
+    """Tokens whose hidden states are kept by the default method: of the source, and of the converted model where its
+    layers are fitted."""
+    fitted = refit_steps or _fits_output(source, calibration_tokens, refit_steps)
+    return (2 if fitted else 1) * calibration_tokens + random_count(calibration_tokens)
+
+
+def conversion_disk(source: PlannedSource, calibration_tokens: int, weights_bytes: int, refit_steps: int) -> int:
     """Peak bytes on disk: the weights, and the hidden states that a resumed run goes on from."""
-    return weights_bytes + record_bytes(_state_tokens(calibration_tokens), source.hidden)
+    return weights_bytes + record_bytes(_state_tokens(source, calibration_tokens, refit_steps), source.hidden)
 
 
 def sampling_memory(source: PlannedSource, calibration_tokens: int) -> int:

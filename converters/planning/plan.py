@@ -120,7 +120,7 @@ def _describe_conversion(
         "calibration_tokens": calibration_tokens,
         "refit_steps": refit_steps,
         "weights_bytes": weights_bytes,
-        "peak_disk_bytes": conversion_disk(source, calibration_tokens, weights_bytes),
+        "peak_disk_bytes": conversion_disk(source, calibration_tokens, weights_bytes, refit_steps),
         "peak_memory_bytes": {
             "file": memory,
             "self": max(memory, sampling_memory(source, calibration_tokens)),
