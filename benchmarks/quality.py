@@ -5,9 +5,9 @@
 Source: SmolLM2-135M-Instruct. Calibration: WikiText-2's validation split (tokenised form, marks undone), 32 windows
 of 2,048 tokens for ``attention-aware`` with refit and 8 without, 32 of 512 for ``transmla`` and ``mha2mla``; or text
 that the model writes (``self``). What is ``healed`` was converted by the map alone, without a refit or least squares,
-and what is ``refit healed`` with a refit, and then trained on 65,536 tokens of the same text, of which one in 32 is
-held out, in windows of 256 to 1,024, seen once or twice, by how much was lost; the former also on ``self``, or half of
-each.
+what is ``closed-form healed`` with least squares and what is ``refit healed`` with a refit, and then trained on 65,536
+tokens of the same text, of which one in 32 is held out, in windows of 256 to 1,024, seen once or twice, by how much was
+lost; the first also on ``self``, or half of each, and the second on 32,768 tokens of ``self``.
 Scores: perplexity in float32 of the first 8 windows of 1,024 tokens of WikiText-2's raw test split, the first 2 of
 4,096, and of 8 windows of 1,024 tokens of another domain: the source code of Python's ``argparse``. Some also through
 vLLM.
@@ -63,6 +63,8 @@ LABELS = {
     "mha2mla": "MHA2MLA (ours)",
     "closed-form": "attention-aware, closed form",
     "attention-aware": "attention-aware",
+    "closed-form healed": "attention-aware, closed form, healed",
+    "closed-form healed self": "attention-aware, closed form, self-calibrated, healed on self",
     "refit healed": "attention-aware, healed",
     "map": "attention-aware, map alone",
     "map per layer": "attention-aware, map alone, sizes per layer",
@@ -104,11 +106,14 @@ def jobs(text: Path) -> dict[str, Job]:
             closed_form = [*ratio, *plain, "--refit-steps", "0", *option]
             refitted = [*ratio, *plain, "--calibration-tokens", "65536", *option]
             rows[f"closed-form{sizes} {width}"] = Job(width, closed_form)
+            rows[f"closed-form healed{sizes} {width}"] = Job(width, closed_form, ["--text", str(text)])
             rows[f"map{sizes} {width}"] = Job(width, [*closed_form, *MAP_ALONE])
             rows[f"healed{sizes} {width}"] = Job(width, [*closed_form, *MAP_ALONE], ["--text", str(text)])
             rows[f"attention-aware{sizes} {width}"] = Job(width, refitted)
             rows[f"refit healed{sizes} {width}"] = Job(width, refitted, ["--text", str(text)])
         rows[f"self {width}"] = Job(width, ratio)
+        healing = ["--text", "self", "--tokens", "32768"]
+        rows[f"closed-form healed self {width}"] = Job(width, [*ratio, "--refit-steps", "0"], healing)
         for kind, origins in OTHER_TEXTS.items():
             texts = [str(text) if origin == "FILE" else origin for origin in origins]
             mapped = [*ratio, *each("--calibration", texts), "--refit-steps", "0", *MAP_ALONE]
@@ -200,7 +205,7 @@ def main() -> None:
                 **cost(report),
                 **({"healing": healing} if healing else {}),
             }
-            if name.startswith(("attention-aware", "refit healed", "healed", "self")):
+            if name.startswith(("attention-aware", "self")) or "healed" in name:
                 rows[name]["perplexity_in_vllm"] = round(
                     evaluate(model, arguments.test, "--engine", "vllm")["perplexity"], 3
                 )

@@ -1,5 +1,6 @@
 """Method ``attention-aware`` over a whole model: searching its weights, and converting layer by layer."""
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -128,6 +129,27 @@ def random_count(tokens: int, window: int = WINDOW) -> int:
     return min(window, max(MIN_RANDOM, int(RANDOM_SHARE * tokens)))
 
 
+def fits_outputs(options: AttentionAware) -> bool:
+    """Whether outputs are to be fitted by least squares, in the place of a refit: that starts worse from them than from
+    the map itself."""
+    return not options.refit.steps and Ingredient.LEAST_SQUARES not in options.without
+
+
+def enough_text(tokens: int, read: int, window: int = WINDOW) -> bool:
+    """Whether tokens of text, and the random ones beside them, are enough for least squares of outputs that are
+    made of ``read`` numbers."""
+    return enough_tokens(tokens + random_count(tokens, window), read)
+
+
+def too_little_text(read: int) -> str:
+    """What a user is told whose text is not :func:`enough_text`."""
+    least = next(tokens for tokens in itertools.count(WINDOW, WINDOW) if enough_text(tokens, read))
+    return (
+        "There are too few calibration tokens to fit the output projections, which then stay as they are: give "
+        f"--calibration-tokens {least} or more, and as much text."
+    )
+
+
 def attention_aware(
     source: Source, windows: torch.Tensor, budgets: list[CacheBudget], options: AttentionAware
 ) -> LayerConversion:
@@ -147,12 +169,8 @@ def attention_aware(
 
     tokens = windows[:-1].numel()
     count = random_count(tokens, windows.shape[1])
-    # In the place of a refit, which starts worse from least squares than from the map itself.
-    fits = (
-        not options.refit.steps
-        and Ingredient.LEAST_SQUARES not in options.without
-        and enough_tokens(tokens + count, source.config.num_attention_heads * source.head_dim)
-    )
+    read = source.config.num_attention_heads * source.head_dim
+    fits = fits_outputs(options) and enough_text(tokens, read, windows.shape[1])
 
     def start() -> Streams:
         text, random = embed(source, windows[:-1]), embed(source, windows[-1:, :count])

@@ -8,7 +8,15 @@ import torch
 from rich.progress import Progress
 
 from mla_converters.attention_aware_run import WINDOW as ATTENTION_AWARE_WINDOW
-from mla_converters.attention_aware_run import AttentionAware, Ingredient, attention_aware, search_split
+from mla_converters.attention_aware_run import (
+    AttentionAware,
+    Ingredient,
+    attention_aware,
+    enough_text,
+    fits_outputs,
+    search_split,
+    too_little_text,
+)
 from mla_converters.budget import CacheBudget, candidate_budgets, exact_budget, resolve_budget
 from mla_converters.calibration import WINDOW, calibration_windows, random_tokens
 from mla_converters.errors import ConversionError
@@ -158,6 +166,10 @@ def _attention_aware(
         budget, errors = search_split(source, windows, budgets, method, options.device, progress, record)
         details["split_errors"] = {f"{b.kv_lora_rank}+{b.qk_rope_head_dim}": round(e, 6) for b, e in errors.items()}
     details |= {"refit_steps": options.refit_steps, "without": sorted(options.without)}
+    lossless = budget == exact_budget(source.config.num_key_value_heads, source.head_dim)
+    read = source.config.num_attention_heads * source.head_dim
+    if fits_outputs(method) and not lossless and not enough_text(windows[:-1].numel(), read, windows.shape[1]):
+        details["warnings"] = [too_little_text(read)]
     sizes = [budget] * source.config.num_hidden_layers
     if options.layer_sizes == LayerSizes.MEASURED:
         record = work.record("sizes")

@@ -1,8 +1,10 @@
 """The attention-aware method: its statistics, its map, its search, and the refit."""
 
 import functools
+import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -317,7 +319,7 @@ def test_mixtures_are_refitted_without_their_mlp(tmp_path: Path) -> None:
         out = tmp_path / f"without {len(without)}"
         options = Options(calibration=(str(CALIBRATION),), calibration_tokens=512, refit_steps=3, without=without)
         convert(str(folder), out, options, quiet=True)
-        files.append((out / "model.safetensors").read_bytes())
+        files.append(weights(out))
     assert files[0] == files[1]
 
 
@@ -330,6 +332,32 @@ def test_refit_of_a_single_window(tmp_path: Path) -> None:
     closed_form, refitted = (load_file(tmp_path / f"{steps}" / "model.safetensors") for steps in (0, 3))
     name = "model.layers.0.self_attn.kv_b_proj.weight"
     assert not torch.equal(closed_form[name], refitted[name])
+
+
+def test_too_few_tokens_for_least_squares(tmp_path: Path) -> None:
+    """Eight for each of 192 numbers that heads read, 512 of them random. It is said where there are fewer, unless there
+    is nothing to be fitted."""
+    source = RandomModel(heads=HEADS, kv_heads=KV_HEADS, head_dim=32, hidden=96).save(tmp_path / "source")
+
+    def report(name: str, tokens: int, **options: Any) -> dict[str, Any]:
+        options = {"refit_steps": 0, "cache_ratio": 0.5} | options
+        chosen = Options(calibration=(str(CALIBRATION),), calibration_tokens=tokens, **options)
+        return convert(str(source), tmp_path / name, chosen, quiet=True)
+
+    few = report("few", 512)
+    assert "--calibration-tokens 2048 " in few["warnings"][0]
+    assert json.loads((tmp_path / "few" / "conversion_report.json").read_text())["warnings"] == few["warnings"]
+    report("few, map alone", 512, without=frozenset({Ingredient.LEAST_SQUARES}))
+    assert weights(tmp_path / "few") == weights(tmp_path / "few, map alone")
+    assert "warnings" not in report("enough", 1024)
+    report("enough, map alone", 1024, without=frozenset({Ingredient.LEAST_SQUARES}))
+    assert weights(tmp_path / "enough") != weights(tmp_path / "enough, map alone")
+    assert "warnings" not in report("refit", 512, refit_steps=1)
+    assert "warnings" not in report("whole", 512, cache_ratio=1.0)
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
 
 
 def test_every_ingredient_does_something(tmp_path: Path) -> None:

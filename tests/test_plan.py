@@ -332,9 +332,10 @@ def test_least_squares_cost_where_they_are_fitted(planned: Planner, tmp_path: Pa
     """From eight tokens for each of 4,096 numbers that heads read, 2,048 of them random: the converted model's hidden
     states pass through the layers too."""
     folder = write_config(tmp_path / "model")
-    few, many = (
-        planned(folder, "--refit-steps", 0, "--calibration-tokens", tokens)["conversion"] for tokens in (30_719, 30_720)
-    )
+    plans = [planned(folder, "--refit-steps", 0, "--calibration-tokens", tokens) for tokens in (30_719, 30_720)]
+    assert "--calibration-tokens 30720 " in plans[0]["warnings"][0]
+    assert plans[1]["warnings"] == []
+    few, many = (plan["conversion"] for plan in plans)
     assert many["peak_disk_bytes"] - few["peak_disk_bytes"] == pytest.approx(2 * 30_720 * 4096 * 4, rel=1e-3)
     assert many["core_seconds"][Options.method] > 1.2 * few["core_seconds"][Options.method]
     assert many["core_seconds"]["transmla"] == pytest.approx(few["core_seconds"]["transmla"], rel=1e-3)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from mla_converters.errors import ConversionError
 from mla_converters.evaluation.optional import require
@@ -55,6 +56,12 @@ def write_report(path: Path | None, report: dict[str, Any]) -> None:
         path.write_text(json.dumps(report, indent=2) + "\n")
     except OSError as error:
         raise ConversionError(f"{path} cannot be written: {error.strerror}.") from error
+
+
+def print_warnings(out: Console, warnings: Iterable[str]) -> None:
+    """Say what a report warns of."""
+    for warning in warnings:
+        out.print(f"Warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
 
 
 def quiet_transformers() -> None:

@@ -14,6 +14,7 @@ from mla_converters.commands.common import (
     check_choice,
     check_output,
     chosen_device,
+    print_warnings,
     quiet_transformers,
     write_report,
 )
@@ -215,4 +216,5 @@ def _print_report(report: dict) -> None:
         table.add_row(name, value)
     out = Console()
     out.print(table)
+    print_warnings(out, report.get("warnings", ()))
     out.print(f"Serve it: vllm serve {report['out']}", highlight=False, soft_wrap=True)

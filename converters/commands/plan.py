@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mla_converters.commands.common import check_output, quiet_transformers, write_report
+from mla_converters.commands.common import check_output, print_warnings, quiet_transformers, write_report
 from mla_converters.errors import ConversionError
 
 EPILOG = """
@@ -86,8 +86,7 @@ def _print_plan(result: dict[str, Any], memory: str) -> None:
     if gpus.row_count:
         out.print(gpus)
     out.print(_cost_table(result["conversion"], result["recommended"]))
-    for warning in result["warnings"]:
-        out.print(f"Warning: {warning}", style="yellow", highlight=False)
+    print_warnings(out, result["warnings"])
     out.print(f"Recommended: {result['recommended']['reason']}", highlight=False)
     out.print(result["command"], highlight=False, soft_wrap=True, markup=False)
 

@@ -6,10 +6,9 @@ CPU, one thread).
 
 from dataclasses import dataclass
 
-from mla_converters.attention_aware_run import WINDOW, random_count
+from mla_converters.attention_aware_run import WINDOW, enough_text, random_count
 from mla_converters.budget import CacheBudget
 from mla_converters.options import Options
-from mla_converters.output_fit import enough_tokens
 from mla_converters.planning.source import PlannedSource
 from mla_converters.record import record_bytes
 from mla_converters.refit import BATCH, QUERIES
@@ -151,8 +150,7 @@ def conversion_memory(
 
 def _fits_output(source: PlannedSource, calibration_tokens: int, refit_steps: int) -> bool:
     """Whether the default method fits outputs by least squares."""
-    tokens = calibration_tokens + random_count(calibration_tokens)
-    return not refit_steps and enough_tokens(tokens, source.query_heads * source.head_dim)
+    return not refit_steps and enough_text(calibration_tokens, source.query_heads * source.head_dim)
 
 
 def _state_tokens(source: PlannedSource, calibration_tokens: int, refit_steps: int) -> int:

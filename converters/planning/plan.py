@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mla_converters.attention_aware_run import enough_text, too_little_text
 from mla_converters.calibration import WINDOW
 from mla_converters.errors import ConversionError
 from mla_converters.families import window_refusal
@@ -65,7 +66,7 @@ def plan(
         ],
         "conversion": _describe_conversion(source, chosen, calibration_tokens, refit_steps),
         "recommended": {**asdict(chosen.layout), "reason": reason},
-        "warnings": _warnings(source),
+        "warnings": _warnings(source, calibration_tokens, refit_steps),
         "command": _command(source, chosen, calibration_tokens, refit_steps),
     }
 
@@ -133,8 +134,12 @@ def _describe_conversion(
     }
 
 
-def _warnings(source: PlannedSource) -> list[str]:
-    return [] if source.window is None else [window_refusal(source.window)]
+def _warnings(source: PlannedSource, calibration_tokens: int, refit_steps: int) -> list[str]:
+    warnings = [] if source.window is None else [window_refusal(source.window)]
+    read = source.query_heads * source.head_dim
+    if not refit_steps and not enough_text(calibration_tokens, read):
+        warnings.append(too_little_text(read))
+    return warnings
 
 
 def _command(source: PlannedSource, chosen: Candidate, calibration_tokens: int, refit_steps: int) -> str:
