@@ -1,6 +1,6 @@
 """Method ``attention-aware`` over a whole model: searching its weights, and converting layer by layer."""
 
-import itertools
+from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -143,10 +143,10 @@ def enough_text(tokens: int, read: int, window: int = WINDOW) -> bool:
 
 def too_little_text(read: int) -> str:
     """What a user is told whose text is not :func:`enough_text`."""
-    least = next(tokens for tokens in itertools.count(WINDOW, WINDOW) if enough_text(tokens, read))
+    windows = bisect_left(range(read + 1), True, lo=1, key=lambda windows: enough_text(windows * WINDOW, read))
     return (
         "There are too few calibration tokens to fit the output projections, which then stay as they are: give "
-        f"--calibration-tokens {least} or more, and as much text."
+        f"--calibration-tokens {windows * WINDOW} or more, and as much text."
     )
 
 
