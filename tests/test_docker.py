@@ -39,7 +39,9 @@ def test_what_is_copied_installs_whole(extra: str, tmp_path: Path) -> None:
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--no-build-isolation"]
     subprocess.run([*pip, "--target", tmp_path / "installed", tmp_path / "context"], check=True)
     for folder, package in (("converters", "mla_converters"), ("vllm_mla_plugin", "vllm_mla_plugin")):
-        files = {path.relative_to(ROOT / folder) for path in (ROOT / folder).rglob("*.*") if path.suffix in (".py", ".cpp")}
+        files = {
+            path.relative_to(ROOT / folder) for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".cpp")
+        }
         assert files
         installed = tmp_path / "installed" / package
         assert not {str(path) for path in files if not (installed / path).is_file()}
