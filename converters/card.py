@@ -9,7 +9,6 @@ from huggingface_hub.repocard import metadata_load
 from mla_converters.calibration import CHAT, SELF
 from mla_converters.card_evaluation import Evaluation, read_evaluation
 from mla_converters.card_plot import can_plot, plot_layers
-from mla_converters.curriculum import described
 from mla_converters.errors import ConversionError
 from mla_converters.json_files import read_json_object
 from mla_converters.manifest import update_manifest
@@ -156,8 +155,8 @@ def _conversion(report: dict[str, Any]) -> str:
     if healing := report.get("healing"):
         kl = healing["kl_held_out"]
         lines.append(
-            "- Healed: attentions trained on the source's predictions for "
-            f"{described(healing['rounds'], healing['batch_size'])}; text: {healing['tokens']:,} tokens of "
+            f"- Healed: attentions trained on the source's predictions for {healing['steps']} steps of "
+            f"{healing['batch_size']} x {healing['window']:,} tokens; text: {healing['tokens']:,} tokens of "
             f"{' and '.join(map(_origin, healing['text']))}; KL divergence on text held out {kl['before']:.4f} before, "
             f"{kl['after']:.4f} after"
         )

@@ -11,11 +11,13 @@ from rich.progress import Progress
 
 from mla_converters.card import CARD, REPORT
 from mla_converters.checkpoint import INDEX, Checkpoint
-from mla_converters.curriculum import LONGEST, curriculum, rounds
 from mla_converters.distillation import (
+    LONGEST,
     SAVED_BYTES,
     distillation,
     held_out_kl,
+    suited_length,
+    suited_passes,
     suited_rate,
     train,
 )
@@ -32,7 +34,7 @@ from mla_converters.options import HealOptions, Method, check_heal_options, give
 from mla_converters.outcome import describe_model, outcome, progress_bars
 from mla_converters.shards import Shards
 from mla_converters.source import Source, open_source
-from mla_converters.training_text import hold_out, training_windows
+from mla_converters.training_text import divided, hold_out, training_windows
 from mla_converters.verification import converted_config
 from mla_converters.work import Work, work_folder
 
@@ -158,10 +160,12 @@ def _train(
                 f"{model} predicts what its source predicts, to {before.item():.0e} nats per token on text held out: "
                 "nothing was lost that could be healed."
             )
-        batches = curriculum(trained_on, before.item(), options)
-        progress.update(task, total=len(batches))
-        rate = options.learning_rate or suited_rate(before.item(), batches[0].numel())
-        train(distilled, batches, rate, options, work.folder / "trainer", advance)
+        if options.length is None:
+            trained_on = divided(trained_on, suited_length(before.item()))
+        steps = options.steps or -(-suited_passes(before.item()) * len(trained_on) // options.batch_size)
+        progress.update(task, total=steps)
+        rate = options.learning_rate or suited_rate(before.item(), trained_on[: options.batch_size].numel())
+        train(distilled, trained_on, steps, rate, options, work.folder / "trainer", advance)
         after = held_out_kl(distilled, held_out, options.device)
     if not after < before.item():
         raise ConversionError(
@@ -172,7 +176,8 @@ def _train(
     return healed, {
         "text": [Path(origin).name for origin in options.text],
         "tokens": windows.numel(),
-        "rounds": rounds(batches),
+        "window": trained_on.shape[1],
+        "steps": steps,
         "batch_size": options.batch_size,
         "learning_rate": rate,
         "seed": options.seed,

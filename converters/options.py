@@ -77,8 +77,7 @@ class HealOptions:
         text: text files, or ``self`` or ``chat`` for what the source writes.
         tokens: how many of them at most; one window in 32 is held out.
         steps: of Adam; None for as many as show each window once, or twice if much was lost.
-        length: tokens in a window, or as many as the source's context has; None for 256 to 1,024, by how much was lost,
-            and 1,024 when windows come again, unless ``steps`` are given.
+        length: tokens in a window, or as many as the source's context has; None for 256 to 1,024, by how much was lost.
         batch_size: windows to a step.
         learning_rate: change of a weight in the first steps, relative to the root mean square of its matrix; None for
             one that follows from how much was lost.

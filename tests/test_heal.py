@@ -27,10 +27,9 @@ from conftest import (
 )
 from safetensors.torch import load_file
 
-from mla_converters import curriculum, distillation, healing, layers
+from mla_converters import distillation, healing, layers
 from mla_converters.evaluation.hf_engine import kl_per_token
 from mla_converters.evaluation.models import Model
-from mla_converters.options import HealOptions
 from mla_converters.training_text import divided
 
 OTHER_TEXT = ROOT / "scripts" / "demo_text.txt"
@@ -84,7 +83,7 @@ def test_only_attentions_change_and_predict_better(shape: str, tmp_path: Path) -
     kl = held_out(healed)
     assert 0 < kl["after"] < 0.9 * kl["before"]
     assert reported(healed)["learning_rate"] == pytest.approx(
-        distillation.suited_rate(kl["before"], reported(healed)["rounds"][0]["window"]), rel=1e-3
+        distillation.suited_rate(kl["before"], reported(healed)["window"]), rel=1e-3
     )
     old, new = (load_file(folder / "model.safetensors") for folder in (mla, healed))
     assert old.keys() == new.keys()
@@ -96,60 +95,18 @@ def test_only_attentions_change_and_predict_better(shape: str, tmp_path: Path) -
 
 def test_windows_by_how_much_was_lost() -> None:
     """The more, the shorter; windows are cut in equal pieces, and no token is lost but what does not divide."""
-    assert [curriculum.suited_length(lost) for lost in LOST] == list(LOST.values())
+    assert [distillation.suited_length(lost) for lost in LOST] == list(LOST.values())
     windows = torch.arange(2002).view(2, 1001)
     assert torch.equal(divided(windows, 256), torch.cat([row[:999].view(3, 333) for row in windows]))
     assert torch.equal(divided(windows, 2048), windows)
 
 
 def test_windows_are_seen_twice_if_much_was_lost(tmp_path: Path) -> None:
-    assert [curriculum.suited_passes(lost) for lost in (0.0, 0.2, 0.21, 9.0)] == [1, 1, 2, 2]
+    assert [distillation.suited_passes(lost) for lost in (0.0, 0.2, 0.21, 9.0)] == [1, 1, 2, 2]
     mla = convert(SHAPES["llama"].save(tmp_path / "source"), tmp_path / "mla", *CALIBRATED)
     healed = heal(mla, tmp_path / "healed", "--text", CALIBRATION, "--tokens", 1408, "--length", 128, "--batch-size", 4)
     # Of the 11 windows one is held out.
-    times = curriculum.suited_passes(held_out(healed)["before"])
-    assert reported(healed)["rounds"] == [{"steps": times * math.ceil(10 / 4), "window": 128}]
-
-
-def test_windows_that_come_again_are_whole() -> None:
-    """If much was lost: first short, then whole; every token is seen in each round, in an order of its own."""
-    windows = torch.arange(8192).view(8, 1024)
-    options = HealOptions(batch_size=3)
-    steps = curriculum.curriculum(windows, 1.0, options)
-    assert curriculum.rounds(steps) == [{"steps": 11, "window": 256}, {"steps": 3, "window": 1024}]
-    assert [len(batch) for batch in steps] == [3] * 10 + [2, 3, 3, 2]
-    for seen in (steps[:11], steps[11:]):
-        ids = torch.cat([batch.flatten() for batch in seen])
-        assert not torch.equal(ids, windows.flatten())
-        assert torch.equal(ids.sort().values, windows.flatten())
-    (again,) = curriculum.rounds(curriculum.curriculum(windows, 0.3, options))
-    assert again == {"steps": 6, "window": 1024}, "nothing shorter is worth it"
-    (once,) = curriculum.rounds(curriculum.curriculum(windows, 0.1, options))
-    assert once == {"steps": 3, "window": 1024}
-
-
-@pytest.mark.parametrize("chosen", [{"steps": 50}, {"length": 64}])
-def test_windows_of_one_length_if_it_or_steps_are_given(chosen: dict[str, int]) -> None:
-    windows = torch.arange(512).view(8, 64)
-    (alike,) = curriculum.rounds(curriculum.curriculum(windows, 1.0, HealOptions(**chosen)))
-    assert alike == {"steps": chosen.get("steps", 16), "window": 64}
-
-
-def test_learning_rate() -> None:
-    """It warms up, falls by a cosine of the tokens seen, and grows with the root of a step's tokens."""
-    weight = torch.nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([weight], lr=2.0)
-    tokens = [256] * 8 + [1024] * 2
-    schedule = distillation.cosine(optimizer, tokens)
-    rates = []
-    for _ in tokens:
-        rates += schedule.get_last_lr()
-        optimizer.step()
-        schedule.step()
-    assert rates[:6] == pytest.approx([0, 0.4, 0.8, 1.2, 1.6, 2])
-    total = sum(tokens[5:])
-    assert rates[7] == pytest.approx(1 + math.cos(math.pi * 512 / total))
-    assert rates[8:] == pytest.approx([2 + 2 * math.cos(math.pi * seen / total) for seen in (768, 1792)])
+    assert reported(healed)["steps"] == math.ceil(distillation.suited_passes(held_out(healed)["before"]) * 10 / 4)
 
 
 def test_real_model(command_line: CommandLine, healed: Path, smollm2: Path) -> None:
@@ -222,7 +179,7 @@ def test_report_and_card(command_line: CommandLine, source: Path, mla: Path, tmp
     assert report["healing"] == written["healing"]
     healing = written.pop("healing")
     assert written == json.loads((mla / "conversion_report.json").read_text())
-    assert (healing["tokens"], healing["rounds"]) == (4096, [{"steps": 8, "window": 256}])
+    assert (healing["tokens"], healing["window"], healing["steps"]) == (4096, 256, 8)
     assert healing["command"] == f"vllm-mla heal {mla} ./mla-healed {' '.join(map(str, options))}"
     card = (out / "README.md").read_text()
     assert f"8 steps of 2 x 256 tokens; text: 4,096 tokens of `{CALIBRATION.name}`" in card

@@ -61,8 +61,7 @@ def heal(
     length: Annotated[
         int | None,
         typer.Option(
-            help="Tokens in a window, at most the source's context. [default: 256 to 1024, from how much was lost, and "
-            "1024 when they come again]",
+            help="Tokens in a window, at most the source's context. [default: 256 to 1024, from how much was lost]",
             rich_help_panel="Text",
         ),
     ] = None,
@@ -115,11 +114,9 @@ def heal(
 
 
 def _print_report(model: Path, report: dict[str, Any]) -> None:
-    from mla_converters.curriculum import described
-
     healing = report["healing"]
     table = Table(title=f"{model} healed", show_header=False)
-    table.add_row("trained for", described(healing["rounds"], healing["batch_size"]))
+    table.add_row("steps", f"{healing['steps']:,} of {healing['batch_size']} x {healing['window']} tokens")
     kl = healing["kl_held_out"]
     table.add_row("KL from the source, text held out", f"{kl['before']:.4f} before, {kl['after']:.4f} after")
     table.add_row("time, peak memory", f"{report['seconds']:.0f} s, {report['peak_rss_bytes'] / 1e9:.2f} GB")
