@@ -39,7 +39,7 @@ class Options:
         freqfold: neighbouring frequencies treated as one (``transmla``), or None to search.
         layer_sizes: ``same`` in all layers, or ``measured`` for the same total (``attention-aware``).
         rope_keep, svd: see :class:`mla_converters.mha2mla_run.Mha2mlaOptions`; None for its defaults.
-        refit_steps: of Adam for each layer (``attention-aware``); 0 for the closed form alone.
+        refit_steps: of Muon for each layer (``attention-aware``); 0 for the closed form alone.
         without: ingredients of ``attention-aware`` to leave out.
         calibration: text files, or ``self`` or ``chat`` for what the model writes; each gives an equal share.
         calibration_tokens: how many tokens calibrate.

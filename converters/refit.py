@@ -1,4 +1,4 @@
-"""Refitting one converted layer: a few steps of Adam towards what the source's layer gives."""
+"""Refitting one converted layer: a few steps of Muon towards what the source's layer gives."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 
 from mla_converters.latent_attention import LatentAttention
 from mla_converters.layers import SourceLayer, calibration_autocast
+from mla_converters.muon import Muon
 
 BATCH = 4  # windows to a step
 QUERIES = 128  # consecutive tokens of each window whose outputs are compared in a step
@@ -44,12 +45,33 @@ class Apart(nn.Module):
         return first.clone(), second.clone()
 
 
+class Heads(nn.Module):
+    """The weight of a projection of what all heads read as a matrix of each head, ``[heads, rows, columns]``.
+
+    Args:
+        heads: how many there are.
+    """
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+
+    def forward(self, by_head: torch.Tensor) -> torch.Tensor:
+        """The weight."""
+        return by_head.transpose(0, 1).flatten(1)
+
+    def right_inverse(self, weight: torch.Tensor) -> torch.Tensor:
+        """What :meth:`forward` is given for ``weight``."""
+        return weight.unflatten(1, (self.heads, -1)).transpose(0, 1).contiguous()
+
+
 @contextmanager
 def parts_apart(attentions: Sequence[nn.Module]) -> Iterator[None]:
     """Give step sizes of their own to what has scales of its own, for the time of a ``with`` block.
 
     Queries with and without RoPE, for the keys of these are not of one size. What a latent gives to keys and to values.
     With QK-norm, a latent's map of keys, which may be hundreds of times larger than the layer's input, and of that.
+    The heads of each projection are matrices of their own.
 
     Args:
         attentions: with ``nope_dim``, ``rope_dim`` and ``v_dim``.
@@ -65,6 +87,8 @@ def parts_apart(attentions: Sequence[nn.Module]) -> Iterator[None]:
         if normed:
             keys, hidden = attention.k_proj.weight.shape
             parts["kv_a_proj_with_mqa"] = Apart((keys, hidden), by_head=False)
+        parametrize.register_parametrization(attention.o_proj, "weight", Heads(attention.o_proj.in_features // value))
+        split.append(attention.o_proj)
         for name, part in parts.items():
             if min(part.sizes):
                 parametrize.register_parametrization(getattr(attention, name), "weight", part)
@@ -92,13 +116,13 @@ class Refit:
     """How long and how fast.
 
     Attributes:
-        steps: of Adam, on :data:`QUERIES` tokens of each of :data:`BATCH` windows; 0 for the closed form alone.
-        rate: of change of a weight in the first steps, relative to the root mean square of its matrix, in a layer whose
-            output errs by as much as it is; where little was lost, steps that large lose more than they repair.
+        steps: of Muon, on :data:`QUERIES` tokens of each of :data:`BATCH` windows; 0 for the closed form alone.
+        rate: of change of a matrix in the first steps, relative to its root mean square, in a layer whose output errs
+            by as much as it is; where little was lost, steps that large lose more than they repair.
     """
 
     steps: int = 96
-    rate: float = 0.02
+    rate: float = 0.01
 
 
 def refit_layer(
@@ -128,7 +152,7 @@ def refit_layer(
     """
     with parts_apart([attention]):
         rate = refit.rate * math.sqrt(min(error, 1))
-        optimizer = torch.optim.Adam(relative_rates(attention.parameters(), rate), betas=(0.9, 0.99))
+        optimizer = Muon(relative_rates(attention.parameters(), rate))
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer,
             lambda step: min(1, (step + 1) / WARMUP) * (1 + math.cos(math.pi * step / refit.steps)) / 2,

@@ -63,7 +63,7 @@ def convert(
     refit_steps: Annotated[
         int,
         typer.Option(
-            help="Adam steps of each layer's refit; 0 is faster and loses more.",
+            help="Muon steps of each layer's refit; 0 is faster and loses more.",
             rich_help_panel="Method attention-aware",
         ),
     ] = 96,

@@ -117,9 +117,9 @@ def conversion_memory(
     Python and its packages, and the larger of the embedding and what one layer takes: its weights as stored, those of
     its attention again in float32; the hidden states ``[tokens, D]`` in float32, of the source for the text and random
     tokens, and where layers are fitted of the converted model for the text; the second moments of ``2 * g * d`` keys
-    and values in float64; its converted attention, in float64 while it is computed or in float32 with gradients and
-    Adam's two moments while it is refitted; a refit's activations, and without one the matrices of the output's least
-    squares.
+    and values in float64; its converted attention, in float64 while it is computed or in float32 with gradients,
+    momentum and what Muon makes of them while it is refitted; a refit's activations, and without one the matrices of
+    the output's least squares.
 
     Args:
         source: the model.
