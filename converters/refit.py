@@ -80,19 +80,19 @@ def parts_apart(attentions: Sequence[nn.Module]) -> Iterator[None]:
     for attention in attentions:
         normed = hasattr(attention, "k_norm")
         nope, rope, value = attention.nope_dim, attention.rope_dim, attention.v_dim
-        parts = {
+        apart = {
             "q_proj": Apart((value if normed else nope, rope), by_head=True),
             "kv_b_proj": Apart((nope, value), by_head=True),
         }
         if normed:
             keys, hidden = attention.k_proj.weight.shape
-            parts["kv_a_proj_with_mqa"] = Apart((keys, hidden), by_head=False)
-        parametrize.register_parametrization(attention.o_proj, "weight", Heads(attention.o_proj.in_features // value))
-        split.append(attention.o_proj)
+            apart["kv_a_proj_with_mqa"] = Apart((keys, hidden), by_head=False)
+        parts: dict[str, nn.Module] = {name: part for name, part in apart.items() if min(part.sizes)}
+        parts["o_proj"] = Heads(attention.o_proj.in_features // value)
         for name, part in parts.items():
-            if min(part.sizes):
-                parametrize.register_parametrization(getattr(attention, name), "weight", part)
-                split.append(getattr(attention, name))
+            projection = getattr(attention, name)
+            parametrize.register_parametrization(projection, "weight", part)
+            split.append(projection)
     yield
     for projection in split:
         parametrize.remove_parametrizations(projection, "weight")
