@@ -18,7 +18,7 @@ from conftest import ROOT, CommandLine, RandomModel, Refused, load
 from transformers import AutoTokenizer
 
 from mla_converters.evaluation.hf_engine import kl_per_token
-from mla_converters.evaluation.scores import TokenScores, comparison, loss_by_position, measures
+from mla_converters.evaluation.scores import TokenScores, by_position, comparison, measures
 from mla_converters.evaluation.text import TextProtocol, read_text, wikitext_rows
 
 DEMO_TEXT = ROOT / "scripts" / "demo_text.txt"
@@ -78,14 +78,18 @@ def test_all_measures_on_the_real_model(run: Run, smollm2: Path, exact: Path, ha
         damaged["perplexity"] / report["reference"]["perplexity"], rel=1e-9
     )
     log_p, log_q = reference_logits.log_softmax(-1), half_logits.log_softmax(-1)
-    assert damaged["kl"] == pytest.approx((log_p.exp() * (log_p - log_q)).sum(-1).mean().item(), rel=1e-3)
+    divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
+    assert damaged["kl"] == pytest.approx(divergence.mean().item(), rel=1e-3)
     agreement = (reference_logits.argmax(-1) == half_logits.argmax(-1)).float().mean().item()
     assert damaged["top1_agreement"] == pytest.approx(agreement, abs=0.005)
     assert same["perplexity_ratio"] == pytest.approx(1, abs=1e-4) and same["kl"] == pytest.approx(0, abs=1e-5)
 
     losses = -log_q.gather(2, ids[:, 1:, None]).squeeze(2)
-    by_position = {"1-63": losses[:, :63], "64-127": losses[:, 63:127], "128-255": losses[:, 127:]}
-    assert damaged["loss_by_position"] == pytest.approx({k: v.mean().item() for k, v in by_position.items()}, rel=1e-4)
+    ranges = {"1-63": slice(63), "64-127": slice(63, 127), "128-255": slice(127, 255)}
+    for measure, values, rel in (("loss", losses, 1e-4), ("kl", divergence, 1e-3)):
+        shown = damaged[f"{measure}_by_position"]
+        assert shown == pytest.approx({k: values[:, tokens].mean().item() for k, tokens in ranges.items()}, rel=rel)
+        assert all(f"{value:.3f}" in report["table"] for value in shown.values())
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     scored_bytes = sum(len(tokenizer.decode(window[1:]).encode()) for window in ids)
     assert damaged["bits_per_byte"] == pytest.approx(losses.sum().item() / math.log(2) / scored_bytes, rel=1e-4)
@@ -120,7 +124,8 @@ def test_vllm_engine(run: Run, smollm2: Path, exact: Path, tmp_path: Path, monke
     assert report["reference"]["perplexity"] == pytest.approx(expected, rel=5e-3)
     assert row["perplexity"] == pytest.approx(expected, rel=5e-3)
     assert row["top1_agreement"] > 0.99
-    assert row["kl"] is None and "—" in report["table"] and "use --engine hf" in report["table"]
+    assert row["kl"] is None and row["kl_by_position"] is None
+    assert "—" in report["table"] and "use --engine hf" in report["table"]
     assert "vllm" in report["versions"] and report["device"] is None
 
 
@@ -157,8 +162,8 @@ def test_wikitext2_defaults_to_2048(refused: Refused, smollm2: Path) -> None:
 
 def test_measures_of_known_numbers() -> None:
     losses = torch.arange(1.0, 300.0).expand(2, -1)
-    assert loss_by_position(losses) == {"1-63": 32, "64-127": 95.5, "128-255": 191.5, "256-299": 277.5}
-    assert loss_by_position(torch.ones(1, 1)) == {"1-1": 1}
+    assert by_position(losses) == {"1-63": 32, "64-127": 95.5, "128-255": 191.5, "256-299": 277.5}
+    assert by_position(torch.ones(1, 1)) == {"1-1": 1}
     two_bits = TokenScores(torch.full((1, 4), 2 * math.log(2)), torch.tensor([[1, 2, 3, 4]]))
     assert measures(two_bits, 8)["perplexity"] == pytest.approx(4)
     assert measures(two_bits, 8)["bits_per_byte"] == pytest.approx(1)
@@ -168,6 +173,7 @@ def test_measures_of_known_numbers() -> None:
         "perplexity_ratio": pytest.approx(2),
         "perplexity_ratio_stderr": None,
         "kl": None,
+        "kl_by_position": None,
         "top1_agreement": 0.75,
     }
 

@@ -134,8 +134,11 @@ def _print_report(report: dict[str, Any]) -> None:
     rows = [*([report["reference"]] if report["reference"] else []), *report["models"]]
     names = short_names([row["name"] for row in rows])
     out.print(_measures_table(names, rows, compared=report["reference"] is not None))
-    out.print(_positions_table(names, rows))
-    if report["reference"] and report["engine"] == "vllm":
+    out.print(_positions_table(names, rows, "loss", "loss in nats, by position in the window"))
+    if report["reference"] and report["engine"] == "hf":
+        compared = names[1:], report["models"]
+        out.print(_positions_table(*compared, "kl", "KL from the reference in nats, by position in the window"))
+    elif report["reference"]:
         out.print("KL needs all logits, which vLLM does not give: use --engine hf.", highlight=False)
 
 
@@ -159,10 +162,11 @@ def _measures_table(names: list[str], rows: list[dict[str, Any]], compared: bool
     return table
 
 
-def _positions_table(names: list[str], rows: list[dict[str, Any]]) -> Table:
-    table = _table(list(rows[0]["loss_by_position"]), caption="loss in nats, by position in the window")
+def _positions_table(names: list[str], rows: list[dict[str, Any]], measure: str, caption: str) -> Table:
+    key = f"{measure}_by_position"
+    table = _table(list(rows[0][key]), caption=caption)
     for name, row in zip(names, rows, strict=True):
-        table.add_row(name, *(f"{loss:.3f}" for loss in row["loss_by_position"].values()))
+        table.add_row(name, *(f"{value:z.3f}" for value in row[key].values()))
     return table
 
 

@@ -43,33 +43,34 @@ def measures(scores: TokenScores, scored_bytes: int | None) -> dict[str, Any]:
     return {
         "perplexity": math.exp(scores.loss),
         "bits_per_byte": total_bits / scored_bytes if scored_bytes else None,
-        "loss_by_position": loss_by_position(scores.losses),
+        "loss_by_position": by_position(scores.losses),
     }
 
 
-def loss_by_position(losses: torch.Tensor) -> dict[str, float]:
-    """Mean loss for ranges of positions that double in size: 1-63, 64-127, 128-255, …
+def by_position(values: torch.Tensor) -> dict[str, float]:
+    """Means for ranges of positions that double in size: 1-63, 64-127, 128-255, …
 
     A position is the index of the token in its window, and so the number of tokens before it.
 
     Args:
-        losses: ``[windows, length - 1]``, of tokens 1 to ``length - 1``.
+        values: ``[windows, length - 1]``, of tokens 1 to ``length - 1``.
     """
-    length = losses.shape[1] + 1
+    length = values.shape[1] + 1
     starts = [1]
     while (following := max(64, 2 * starts[-1])) < length:
         starts.append(following)
     ranges = zip(starts, [*starts[1:], length], strict=True)
-    return {f"{start}-{end - 1}": losses[:, start - 1 : end - 1].double().mean().item() for start, end in ranges}
+    return {f"{start}-{end - 1}": values[:, start - 1 : end - 1].double().mean().item() for start, end in ranges}
 
 
-def comparison(scores: TokenScores, reference: TokenScores) -> dict[str, float | None]:
+def comparison(scores: TokenScores, reference: TokenScores) -> dict[str, Any]:
     """A model beside the reference on the same windows.
 
     Returns:
         ``perplexity_ratio`` (model / reference), ``perplexity_ratio_stderr`` (its standard error, from how much it
         differs between windows; None with one window), ``kl`` (mean ``KL(reference || model)`` per token in nats,
-        or None) and ``top1_agreement`` (share of tokens, 0 to 1, where both find the same token likeliest).
+        or None), ``kl_by_position`` (the same per range of positions, or None) and ``top1_agreement`` (share of
+        tokens, 0 to 1, where both find the same token likeliest).
     """
     ratio = math.exp(scores.loss - reference.loss)
     of_windows = (scores.losses - reference.losses).double().mean(1)
@@ -78,5 +79,6 @@ def comparison(scores: TokenScores, reference: TokenScores) -> dict[str, float |
         "perplexity_ratio": ratio,
         "perplexity_ratio_stderr": None if spread is None else ratio * spread,  # of a logarithm, so relative
         "kl": None if scores.kl is None else scores.kl.double().mean().item(),
+        "kl_by_position": None if scores.kl is None else by_position(scores.kl),
         "top1_agreement": (scores.top1 == reference.top1).double().mean().item(),
     }
