@@ -7,7 +7,8 @@ of 2,048 tokens for ``attention-aware`` with refit and 8 without, 32 of 512 for 
 that the model writes (``self``). What is ``healed`` was converted by the map alone, without a refit or least squares,
 what is ``closed-form healed`` with least squares and what is ``refit healed`` with a refit, and then trained on 65,536
 tokens of the same text, of which one in 32 is held out, in windows of 256 to 1,024, seen once or twice, by how much was
-lost; the first also on ``self``, or half of each, and the second on 32,768 tokens of ``self``.
+lost; the first also on ``self``, or half of each, the second on 32,768 tokens of ``self``, and the third on as many
+tokens of ``self`` besides.
 Scores: perplexity in float32 of the first 8 windows of 1,024 tokens of WikiText-2's raw test split, the first 2 of
 4,096, and of 8 windows of 1,024 tokens of another domain: the source code of Python's ``argparse``. Some also through
 vLLM.
@@ -35,7 +36,6 @@ from common import (
     row_parser,
     write_result,
 )
-from matplotlib import colormaps
 
 from mla_converters.attention_aware_run import Ingredient
 from mla_converters.drawing import png
@@ -58,23 +58,17 @@ OF_THE_MAP = [
     if ingredient not in (Ingredient.LEAST_SQUARES, Ingredient.CONVERTED_INPUTS, Ingredient.MLP)
 ]
 SIZES = {"": [], " per layer": ["--layer-sizes", "measured"]}
+# What the plot shows.
 LABELS = {
     "transmla": "TransMLA (ours)",
     "mha2mla": "MHA2MLA (ours)",
     "closed-form": "attention-aware, closed form",
     "attention-aware": "attention-aware",
-    "closed-form healed": "attention-aware, closed form, healed",
-    "closed-form healed self": "attention-aware, closed form, self-calibrated, healed on self",
     "refit healed": "attention-aware, healed",
-    "map": "attention-aware, map alone",
-    "map per layer": "attention-aware, map alone, sizes per layer",
-    "attention-aware per layer": "attention-aware, sizes per layer",
+    "refit healed text and self": "attention-aware, healed on text and self",
     "refit healed per layer": "attention-aware, sizes per layer, healed",
-    "healed": "attention-aware, map alone, healed",
-    "healed self": "attention-aware, map alone, self-calibrated, healed on self",
-    "healed text and self": "attention-aware, map alone, half self-calibrated, healed on both",
-    "healed per layer": "attention-aware, map alone, sizes per layer, healed",
     "self": "attention-aware, self-calibrated",
+    "closed-form healed self": "closed form, self-calibrated, healed on self",
 }
 
 
@@ -111,6 +105,9 @@ def jobs(text: Path) -> dict[str, Job]:
             rows[f"healed{sizes} {width}"] = Job(width, [*closed_form, *MAP_ALONE], ["--text", str(text)])
             rows[f"attention-aware{sizes} {width}"] = Job(width, refitted)
             rows[f"refit healed{sizes} {width}"] = Job(width, refitted, ["--text", str(text)])
+            if not option:
+                both = [*each("--text", [str(text), "self"]), "--tokens", "131072"]
+                rows[f"refit healed text and self {width}"] = Job(width, refitted, both)
         rows[f"self {width}"] = Job(width, ratio)
         healing = ["--text", "self", "--tokens", "32768"]
         rows[f"closed-form healed self {width}"] = Job(width, [*ratio, "--refit-steps", "0"], healing)
@@ -156,7 +153,6 @@ def draw(rows: dict[str, dict], path: Path) -> None:
     with png(path) as figure:
         figure.set_size_inches(7, 7)
         axes = figure.add_subplot()
-        axes.set_prop_cycle(color=colormaps["tab20"].colors)  # as many as there are labels, and more
         axes.plot(*zip(*TRANSMLA_OWN_CODE.items(), strict=True), "x--", color="gray", label="TransMLA's own code")
         for kind, label in LABELS.items():
             points = [(width, rows[name]["perplexity"]) for width in SPLITS if (name := f"{kind} {width}") in rows]
