@@ -21,9 +21,9 @@ from mla_converters.commands.common import (
 EPILOG = """
 **Examples**
 
-On text like what you will serve, and on the source's own:
+On text like what you will serve, and on as much that the source writes, so that other text is not forgotten:
 
-`vllm-mla heal ./smol-mla ./smol-healed --text my.txt --text self`
+`vllm-mla heal ./smol-mla ./smol-healed --text my.txt --text self --tokens 131072`
 
 More text:
 
