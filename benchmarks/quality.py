@@ -105,9 +105,8 @@ def jobs(text: Path) -> dict[str, Job]:
             rows[f"healed{sizes} {width}"] = Job(width, [*closed_form, *MAP_ALONE], ["--text", str(text)])
             rows[f"attention-aware{sizes} {width}"] = Job(width, refitted)
             rows[f"refit healed{sizes} {width}"] = Job(width, refitted, ["--text", str(text)])
-            if not option:
-                both = [*each("--text", [str(text), "self"]), "--tokens", "131072"]
-                rows[f"refit healed text and self {width}"] = Job(width, refitted, both)
+            both = [*each("--text", [str(text), "self"]), "--tokens", "131072"]
+            rows[f"refit healed text and self{sizes} {width}"] = Job(width, refitted, both)
         rows[f"self {width}"] = Job(width, ratio)
         healing = ["--text", "self", "--tokens", "32768"]
         rows[f"closed-form healed self {width}"] = Job(width, [*ratio, "--refit-steps", "0"], healing)
