@@ -90,6 +90,7 @@ class Job:
 def jobs(text: Path) -> dict[str, Job]:
     """Every row by its name; what is converted alike comes one after the other."""
     plain = ["--calibration", str(text)]
+    both = [*each("--text", [str(text), "self"]), "--tokens", "131072"]
     rows = {"exact": Job(384, ["--method", "exact"])}
     for width, (rank, rope) in SPLITS.items():
         split = ["--kv-lora-rank", str(rank), "--qk-rope-head-dim", str(rope)]
@@ -105,7 +106,6 @@ def jobs(text: Path) -> dict[str, Job]:
             rows[f"healed{sizes} {width}"] = Job(width, [*closed_form, *MAP_ALONE], ["--text", str(text)])
             rows[f"attention-aware{sizes} {width}"] = Job(width, refitted)
             rows[f"refit healed{sizes} {width}"] = Job(width, refitted, ["--text", str(text)])
-            both = [*each("--text", [str(text), "self"]), "--tokens", "131072"]
             rows[f"refit healed text and self{sizes} {width}"] = Job(width, refitted, both)
         rows[f"self {width}"] = Job(width, ratio)
         healing = ["--text", "self", "--tokens", "32768"]
