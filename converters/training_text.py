@@ -28,7 +28,8 @@ def training_windows(
         progress: for the bar.
 
     Returns:
-        ``[windows, length]`` int64, in random order.
+        ``[windows, length]`` int64, of each text in random order, and in any part of them as large a share of each text
+        as in all: what is held out stands for all.
 
     Raises:
         ConversionError: a text cannot be read, there is too little of all, or the model has no chat template.
@@ -40,13 +41,15 @@ def training_windows(
         raise ConversionError(f"--tokens is {tokens}, but must be at least {needed}: windows of {length}.")
     texts = read_texts(source, origins)
     generator = torch.Generator().manual_seed(seed)
-    windows = torch.cat(text_windows(source, texts, share, length, _cut, generator, progress, WRITTEN_LENGTH))
+    of_each = text_windows(source, texts, share, length, _cut, generator, progress, WRITTEN_LENGTH)
+    windows = torch.cat([of_one[torch.randperm(len(of_one), generator=generator)] for of_one in of_each])
     if len(windows) < LEAST:
         raise ConversionError(
             f"--text gives {len(windows)} windows of {length} tokens, but {LEAST} are needed: give more text, or a "
             "smaller --length."
         )
-    return windows[torch.randperm(len(windows), generator=generator)]
+    along = torch.cat([(torch.arange(len(of_one)) + 0.5) / len(of_one) for of_one in of_each])
+    return windows[along.argsort(stable=True)]
 
 
 def hold_out(windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -74,6 +74,23 @@ def test_healing_takes_more_texts_that_are_shorter(tmp_path: Path) -> None:
     assert sorted(windows[:, [0, 256]].tolist()) == sorted(first.view(2, 2).tolist())
 
 
+def test_what_is_held_out_stands_for_all_texts(tmp_path: Path) -> None:
+    """Any number of first windows has its share of each text, to within one, and none is lost or there twice."""
+    folder = RandomModel().save(tmp_path / "source")
+    short = tmp_path / "short.txt"
+    with open_source(str(folder)) as source, Progress(disable=True) as progress:
+        short.write_text(CALIBRATION.read_text()[:2000])
+        ids = source.tokenizer(short.read_text()).input_ids
+        pieces = [ids[start : start + 256] for start in range(0, len(ids) - 255, 256)]
+        windows = training_windows(source, ("self", str(short)), 30 * 256, 256, 0, progress).tolist()
+    assert 1 < len(pieces) < 15
+    assert len(windows) == 15 + len(pieces)
+    assert sorted(window for window in windows if window in pieces) == sorted(pieces)
+    for first in range(1, len(windows) + 1):
+        of_file = sum(window in pieces for window in windows[:first])
+        assert abs(of_file - first * len(pieces) / len(windows)) <= 1, first
+
+
 def test_texts_share_the_windows(tmp_path: Path) -> None:
     """Texts take turns, so that those who take the first windows have some of each, and each has what it has alone."""
     folder = RandomModel().save(tmp_path / "source")
