@@ -14,7 +14,7 @@ $(VENV)/.ready-$(VLLM_CPU): pyproject.toml setup.py scripts/setup_cpu.sh scripts
 	touch $@
 
 demo: setup
-	$(BIN)/python scripts/demo.py
+	$(BIN)/python -m scripts.demo
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 10
@@ -23,9 +23,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/hadolint docker/Dockerfile docker/Dockerfile.cpu
-	# mypy does not follow the finder of an editable install, so it gets the import name as a link.
-	mkdir -p .mypy_cache/path && ln -sfn ../../converters .mypy_cache/path/mla_converters
-	MYPYPATH=.mypy_cache/path $(BIN)/mypy
+	$(BIN)/mypy
 
 clean:
 	rm -rf $(VENV) .models .demo

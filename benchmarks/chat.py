@@ -1,6 +1,6 @@
 """What calibration on conversations buys a chat model: SmolLM2-135M-Instruct at half its cache, by the map alone.
 
-    python benchmarks/chat.py --valid wiki.valid.tokens --test wiki.test.raw
+    python -m benchmarks.chat --valid wiki.valid.tokens --test wiki.test.raw
 
 Scores, through ``vllm-mla eval``, in float32: KL divergence from the source and perplexity on conversations (questions
 below, written by hand; answers sampled from the source; the first 8 windows of 512 tokens), WikiText-2's raw test split
@@ -10,18 +10,16 @@ Rows already in the result file are kept: remove it to measure again, or choose 
 """
 
 import re
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
-from common import CODE, convert, evaluate, measured_rows, plain_text, row_parser, write_result
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
-from demo_model import demo_folder
+from benchmarks.common import CODE, convert, evaluate, measured_rows, plain_text, row_parser, write_result
+from scripts.demo_model import demo_folder
 
-COMMAND = "python benchmarks/chat.py --valid wiki.valid.tokens --test wiki.test.raw"
+COMMAND = "python -m benchmarks.chat --valid wiki.valid.tokens --test wiki.test.raw"
 OPTIONS = ("--kv-lora-rank", "128", "--qk-rope-head-dim", "64", "--refit-steps", "0", "--without", "least-squares")
 ANSWER = 192  # tokens at most
 QUESTIONS = (

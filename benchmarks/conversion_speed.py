@@ -1,6 +1,6 @@
 """How long a conversion by the map alone takes, without a refit or least squares, beside another converter, in turns.
 
-    python benchmarks/conversion_speed.py --valid wiki.valid.tokens --test wiki.test.raw --peer COMMAND --peer-name NAME
+    python -m benchmarks.conversion_speed --valid wiki.valid.tokens --test wiki.test.raw --peer COMMAND --peer-name NAME
 
 Source: SmolLM2-135M-Instruct, to 128 + 64. Calibration: WikiText-2's validation split, so many tokens as ``--tokens``
 says. Seconds from the start of a process to its end, imports and writing included; perplexity of the first 8 windows of
@@ -11,18 +11,15 @@ that loads the model in float32, cuts 32 windows of 512 tokens of the same text,
 
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from common import VLLM_MLA, evaluate, plain_text, text_parser, write_result
+from benchmarks.common import VLLM_MLA, evaluate, plain_text, text_parser, write_result
+from scripts.demo_model import demo_folder
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
-from demo_model import demo_folder
-
-COMMAND = "python benchmarks/conversion_speed.py --valid wiki.valid.tokens --test wiki.test.raw --peer COMMAND"
+COMMAND = "python -m benchmarks.conversion_speed --valid wiki.valid.tokens --test wiki.test.raw --peer COMMAND"
 SPLIT = ("--kv-lora-rank", "128", "--qk-rope-head-dim", "64")
 OPTIONS = (*SPLIT, "--refit-steps", "0", "--without", "least-squares", "--force")
 

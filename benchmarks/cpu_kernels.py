@@ -1,6 +1,6 @@
 """The CPU attention of one layer, alone: vLLM's for the source's sizes against this plugin's for half the cache.
 
-    OMP_NUM_THREADS=1 python benchmarks/cpu_kernels.py [--repeats 15]
+    OMP_NUM_THREADS=1 python -m benchmarks.cpu_kernels [--repeats 15]
 
 SmolLM2's sizes (9 heads, 3 KV heads of 64; 128 + 64 cached), bfloat16. Decodes 1 and 16 sequences of several lengths,
 and prefills one of several lengths. The two alternate, and the minimum of each counts, for other jobs may share the
@@ -10,23 +10,19 @@ processor's own.
 
 import argparse
 import itertools
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from common import write_result
+from support.backend_cpu import Sizes, make_impl
 from vllm import _custom_ops as ops
 from vllm.model_executor.layers.attention.mla_attention import MLACommonPrefillMetadata
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-
-from test_backend_cpu import Sizes, make_impl
+from benchmarks.common import write_result
 
 DTYPE = torch.bfloat16
 HEADS, KV_HEADS, HEAD_DIM = 9, 3, 64
@@ -143,7 +139,7 @@ def main() -> None:
         rows.append({"what": "prefill", "sequences": 1, "length": length, **run})
         print(rows[-1], flush=True)
     threads = torch.get_num_threads()
-    write_result("cpu_kernels", "python benchmarks/cpu_kernels.py", {"threads": threads, "rows": rows})
+    write_result("cpu_kernels", "python -m benchmarks.cpu_kernels", {"threads": threads, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How fast a half-cache conversion serves on a CPU, against its source: prefill, and decode at 2K and 6K of context.
 
-    python benchmarks/cpu_speed.py [SOURCE] [--model CONVERTED] [--rounds 3]
+    python -m benchmarks.cpu_speed [SOURCE] [--model CONVERTED] [--rounds 3]
 
 Converts SOURCE (the demo model, unless one is given) to 192 cached numbers per token and layer by the fastest method,
 for speed does not depend on quality, or takes the conversion that --model names; then runs `vllm-mla bench` on both,
@@ -10,16 +10,13 @@ side by side, in bfloat16: 16 requests of 2,048 and 6,144 tokens.
 import argparse
 import json
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-from common import VLLM_MLA, convert, write_result
+from benchmarks.common import VLLM_MLA, convert, write_result
+from scripts.demo_model import demo_folder
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
-
-from demo_model import demo_folder  # noqa: E402
 
 SPLIT = ("--kv-lora-rank", "128", "--qk-rope-head-dim", "64")
 CONVERSION = ("--method", "transmla", "--freqfold", "2", *SPLIT, "--calibration-tokens", "2048")
@@ -46,7 +43,7 @@ def main() -> None:
         report = json.loads(file.read_text())
     rows = [{**row, "name": Path(row["name"]).name} for row in report["models"]]
     result = {key: report[key] for key in ("rounds", "hardware", "versions")}
-    write_result("cpu_speed", f"python benchmarks/cpu_speed.py --rounds {arguments.rounds}", {**result, "rows": rows})
+    write_result("cpu_speed", f"python -m benchmarks.cpu_speed --rounds {arguments.rounds}", {**result, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Does QK-norm cost a conversion quality? SmolLM2 as a Qwen3, converted and scored beside SmolLM2 itself.
 
-    python benchmarks/families.py --valid wiki.valid.tokens --test wiki.test.raw
+    python -m benchmarks.families --valid wiki.valid.tokens --test wiki.test.raw
 
 No weights make a Qwen3 compute what a Llama computes, for its queries and keys are normalised. So SmolLM2's weights
 are put into a Qwen3, each layer's attention is trained to give what SmolLM2's gives, and then the whole model to
@@ -17,23 +17,20 @@ Rows already in the result file are kept: remove it to measure again, or choose 
 
 import itertools
 import re
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
-from common import convert, evaluate, heal, measured_rows, plain_text, row_parser, write_result
 from rich.progress import track
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from mla_converters.layers import calibration_autocast
-from mla_converters.refit import relative_rates
+from benchmarks.common import convert, evaluate, heal, measured_rows, plain_text, row_parser, write_result
+from mla_converters.methods.attention_aware.refit import relative_rates
+from mla_converters.streaming.layers import calibration_autocast
+from scripts.demo_model import demo_folder
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
-from demo_model import demo_folder
-
-COMMAND = "python benchmarks/families.py --valid wiki.valid.tokens --test wiki.test.raw"
+COMMAND = "python -m benchmarks.families --valid wiki.valid.tokens --test wiki.test.raw"
 LENGTH, BATCH = 512, 4
 LAYER_WINDOWS, LAYER_STEPS, LAYER_RATE = 16, 64, 0.01
 STEPS, RATE = 32, 1e-4

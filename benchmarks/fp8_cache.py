@@ -1,6 +1,6 @@
 """What an 8-bit latent cache costs: perplexity with every cached number rounded to fp8 (e4m3, scale 1).
 
-    python benchmarks/fp8_cache.py --test wiki.test.raw MODEL...
+    python -m benchmarks.fp8_cache --test wiki.test.raw MODEL...
 
 Runs converted checkpoints in transformers, float32, on the first 8 windows of 1,024 tokens of the text, with the
 cache rounded and not, and with each cached component first multiplied by a random factor of 10 ** [-4, 4] that the
@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import write_result
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import vllm_mla_plugin.hf  # noqa: F401 - registers the MLA models
+from benchmarks.common import write_result
 
 
 def rounded(x: torch.Tensor) -> torch.Tensor:
@@ -82,7 +82,7 @@ def main() -> None:
         rows.append({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()})
         print(rows[-1], flush=True)
     names = " ".join(model.name for model in arguments.models)
-    write_result("fp8_cache", f"python benchmarks/fp8_cache.py --test wiki.test.raw {names}", {"rows": rows})
+    write_result("fp8_cache", f"python -m benchmarks.fp8_cache --test wiki.test.raw {names}", {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Throughput and KV capacity on a GPU: MLA against MHA and GQA, by shape alone (random weights, no downloads).
 
-    python benchmarks/gpu.py [--only NAME] [--cache 16.5] [--rounds 1]
+    python -m benchmarks.gpu [--only NAME] [--cache 16.5] [--rounds 1]
 
 Serves pairs of configurations through vLLM, each engine with the same memory for its cache, and writes
 benchmarks/results/gpu.json after each model, with the ratios of pairs and whether they reach their targets. Rows
@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, write_result
 from transformers import LlamaConfig
 
+from benchmarks.common import RESULTS, write_result
 from mla_converters.bench.run import MOST, BenchOptions, Workload, bench
-from vllm_mla_plugin.config import LlamaMLAConfig
+from vllm_mla_plugin.checkpoint.config import LlamaMLAConfig
 
 LLAMA_2_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
 LLAMA_3_8B = LLAMA_2_7B | {"intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256}
@@ -136,7 +136,7 @@ def main() -> None:
         parser.error("this needs a GPU")
     result = RESULTS / "gpu.json"
     rows: list[dict[str, Any]] = json.loads(result.read_text())["rows"] if result.exists() else []
-    command = shlex.join(["python", "benchmarks/gpu.py", *sys.argv[1:]])
+    command = shlex.join(["python", "-m", "benchmarks.gpu", *sys.argv[1:]])
     for name, model in itertools.product([arguments.only] if arguments.only else CASES, ("source", "mla")):
         known = [workload(row) for row in rows if (row["case"], row["name"]) == (name, model)]
         missing = tuple(each for each in CASES[name].targets if each not in known)

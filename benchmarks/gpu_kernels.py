@@ -1,6 +1,6 @@
 """Decode of one layer on a GPU, alone: the bandwidth that reading the cache reaches, against that of a plain copy.
 
-    python benchmarks/gpu_kernels.py [--sequences 64] [--length 8192]
+    python -m benchmarks.gpu_kernels [--sequences 64] [--length 8192]
 
 Every backend choice of this plugin: 512 + 64 and 256 + 64, which vLLM's own kernels serve, and sizes that they do not.
 bfloat16; pages in random order; in CUDA graphs, as served. Counted are the bytes of the cached tokens, each once; of a
@@ -8,20 +8,15 @@ copy, those read and those written.
 """
 
 import argparse
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import triton.testing
 import vllm
-from common import RESULTS, write_result
+from support.gpu_backends import BLOCK, Case, impl_for
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "gpu"))
-
-from gpu_backends import BLOCK, Case, impl_for
+from benchmarks.common import RESULTS, write_result
 
 CASES = {
     "llama-3-8b, 512 + 64": Case(512, 64, nope=128, v=128, heads=32),
@@ -80,7 +75,7 @@ def main() -> None:
         rows.append(row | {"bytes_per_second": round(bandwidth), "share_of_copy": round(bandwidth / copied, 3)})
         print(rows[-1], flush=True)
     size = {"sequences": arguments.sequences, "length": arguments.length, "copy_bytes_per_second": round(copied)}
-    write_result("gpu_kernels", "python benchmarks/gpu_kernels.py", {"vllm": vllm.__version__, **size, "rows": rows})
+    write_result("gpu_kernels", "python -m benchmarks.gpu_kernels", {"vllm": vllm.__version__, **size, "rows": rows})
     print(f"written to {RESULTS / 'gpu_kernels.json'}")
 
 

@@ -1,6 +1,6 @@
 """What converting a large model takes: time of each layer, peak memory and disk, beside what ``vllm-mla plan`` says.
 
-    python benchmarks/large.py --folder /scratch [--layers 32] [--refit-steps 0] [OPTION...]
+    python -m benchmarks.large --folder /scratch [--layers 32] [--refit-steps 0] [OPTION...]
 
 Writes a checkpoint of Llama-3-8B's shape (bfloat16, random weights, shards of 5 GB) into the folder, converts it to
 512 + 64 with 4,096 calibration tokens in a process of its own, and watches that process and the disk: for 32 layers
@@ -20,16 +20,14 @@ from typing import Any
 
 import psutil
 import torch
-from common import VLLM_MLA, write_result
 from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from benchmarks.common import VLLM_MLA, write_result
+from mla_converters.checkpoints.writer import Shards
 from mla_converters.options import Options
-from mla_converters.shards import Shards
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
-from demo_model import ROOT, demo_folder
+from scripts.demo_model import ROOT, demo_folder
 
 TOKENS = 4096
 SIZES = ("--kv-lora-rank", "512", "--qk-rope-head-dim", "64")
@@ -199,7 +197,7 @@ def main() -> None:
         },
     }
     print(json.dumps(result, indent=2))
-    write_result("large", f"python {' '.join(sys.argv)}", result)
+    write_result("large", f"python -m benchmarks.large {' '.join(sys.argv[1:])}", result)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Quality at each cache size, method against method: converts, scores through ``vllm-mla eval``, tabulates, plots.
 
-    python benchmarks/quality.py --valid wiki.valid.tokens --test wiki.test.raw
+    python -m benchmarks.quality --valid wiki.valid.tokens --test wiki.test.raw
 
 Source: SmolLM2-135M-Instruct. Calibration: WikiText-2's validation split (tokenised form, marks undone), 32 windows
 of 2,048 tokens for ``attention-aware`` with refit and 8 without, 32 of 512 for ``transmla`` and ``mha2mla``; or text
@@ -17,14 +17,13 @@ Rows already in the result file are kept: remove it to measure again, or choose 
 """
 
 import re
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import (
+from benchmarks.common import (
     CODE,
     RESULTS,
     convert,
@@ -36,14 +35,11 @@ from common import (
     row_parser,
     write_result,
 )
+from mla_converters.methods.attention_aware.run import Ingredient
+from mla_converters.support.plots import png
+from scripts.demo_model import demo_folder
 
-from mla_converters.attention_aware_run import Ingredient
-from mla_converters.drawing import png
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
-from demo_model import demo_folder
-
-COMMAND = "python benchmarks/quality.py --valid wiki.valid.tokens --test wiki.test.raw"
+COMMAND = "python -m benchmarks.quality --valid wiki.valid.tokens --test wiki.test.raw"
 # Cached numbers per token and layer (the source has 384), and how TransMLA's paper and code split them.
 SPLITS = {192: (128, 64), 128: (96, 32), 96: (64, 32), 48: (32, 16)}
 # Perplexity of checkpoints that TransMLA's own code wrote, with the same calibration text and scoring.

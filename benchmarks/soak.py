@@ -1,6 +1,6 @@
 """Does the server stand up under load? More requests than it can serve, some of them broken, some abandoned.
 
-    python benchmarks/soak.py MODEL [--minutes 5] [--overload 1.5]
+    python -m benchmarks.soak MODEL [--minutes 5] [--overload 1.5]
 
 Starts `vllm serve` on MODEL, a converted checkpoint, in float32, where an answer does not depend on who else is in its
 batch. Asks each prompt of a fixed set alone, measures how many requests a second the server completes, and then sends
@@ -26,13 +26,11 @@ from typing import Any
 
 import aiohttp
 import psutil
-from common import write_result
 from rich.console import Console
 from rich.progress import track
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
-
-import demo
+from benchmarks.common import write_result
+from scripts import demo
 
 CONTEXT = 2048  # the demo's server has so much
 VOCABULARY = 40000  # token ids below it are ordinary words in the demo model's tokenizer
@@ -260,7 +258,7 @@ def main() -> None:
         figures = asyncio.run(soak(arguments.model, url, arguments.minutes, arguments.overload))
     print(json.dumps(figures, indent=2))
     figures["model"] = arguments.model.name
-    command = f"python benchmarks/soak.py {arguments.model.name} --minutes {arguments.minutes:g}"
+    command = f"python -m benchmarks.soak {arguments.model.name} --minutes {arguments.minutes:g}"
     write_result("soak", f"{command} --overload {arguments.overload:g}", figures)
     sys.exit(1 if figures["wrong"] or figures["problems"] else 0)
 

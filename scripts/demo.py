@@ -18,9 +18,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from demo_model import ROOT, demo_folder, demo_gguf
 from rich.console import Console
 from rich.table import Table
+
+from scripts.demo_model import ROOT, demo_folder, demo_gguf
 
 DEMO = ROOT / ".demo"
 BIN = Path(sys.executable).parent

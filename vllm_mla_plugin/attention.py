@@ -35,7 +35,7 @@ class MLASelfAttention(nn.Module):
     function), takes the RoPE frequencies from the checkpoint, and may carry biases.
 
     Args:
-        config: an MLA configuration (:class:`vllm_mla_plugin.config.MLAFields`).
+        config: an MLA configuration (:class:`vllm_mla_plugin.checkpoint.config.MLAFields`).
         num_heads: query heads over all tensor-parallel ranks.
         bias: whether ``q_proj`` and ``kv_a_proj_with_mqa`` have a bias.
         bias_o_proj: whether ``o_proj`` has one.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from vllm.platforms.cpu import CpuPlatform
 
-from vllm_mla_plugin.config import CONFIG_CLASSES
+from vllm_mla_plugin.checkpoint.config import CONFIG_CLASSES
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -9,7 +9,7 @@ from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.layers.quantization import QuantizationConfig
 
 from vllm_mla_plugin.attention import MLASelfAttention
-from vllm_mla_plugin.query_norm import norm_queries
+from vllm_mla_plugin.checkpoint.query_norm import norm_queries
 
 
 class QKNormMLASelfAttention(MLASelfAttention):

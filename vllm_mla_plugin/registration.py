@@ -7,7 +7,7 @@ from vllm.transformers_utils.model_arch_config_convertor import (
     ModelArchConfigConvertorBase,
 )
 
-from vllm_mla_plugin.config import CONFIG_CLASSES
+from vllm_mla_plugin.checkpoint.config import CONFIG_CLASSES
 
 # Lazy "module:class" strings: vLLM imports a model's module only when it serves that model.
 ARCHITECTURES = {

@@ -10,7 +10,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward, rotate_half
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from vllm_mla_plugin.query_norm import norm_queries
+from vllm_mla_plugin.checkpoint.query_norm import norm_queries
 
 
 def apply_rope(x: torch.Tensor, freqs: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from transformers import LlamaForCausalLM
 
-from vllm_mla_plugin.config import LlamaMLAConfig
+from vllm_mla_plugin.checkpoint.config import LlamaMLAConfig
 from vllm_mla_plugin.hf.attention import MLAModel
 
 

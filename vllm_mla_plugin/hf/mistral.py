@@ -2,7 +2,7 @@
 
 from transformers import MistralForCausalLM
 
-from vllm_mla_plugin.config import MistralMLAConfig
+from vllm_mla_plugin.checkpoint.config import MistralMLAConfig
 from vllm_mla_plugin.hf.attention import MLAModel
 
 

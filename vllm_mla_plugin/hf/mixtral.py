@@ -2,7 +2,7 @@
 
 from transformers import MixtralForCausalLM
 
-from vllm_mla_plugin.config import MixtralMLAConfig
+from vllm_mla_plugin.checkpoint.config import MixtralMLAConfig
 from vllm_mla_plugin.hf.attention import MLAModel
 
 

@@ -2,7 +2,7 @@
 
 from transformers import Qwen2ForCausalLM
 
-from vllm_mla_plugin.config import Qwen2MLAConfig
+from vllm_mla_plugin.checkpoint.config import Qwen2MLAConfig
 from vllm_mla_plugin.hf.attention import MLAModel
 
 

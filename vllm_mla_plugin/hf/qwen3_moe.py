@@ -2,7 +2,7 @@
 
 from transformers import Qwen3MoeForCausalLM
 
-from vllm_mla_plugin.config import Qwen3MoeMLAConfig
+from vllm_mla_plugin.checkpoint.config import Qwen3MoeMLAConfig
 from vllm_mla_plugin.hf.attention import MLAModel
 
 

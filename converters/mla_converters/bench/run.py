@@ -1,0 +1,253 @@
+"""The benchmark, start to end. :func:`bench` is the Python API behind ``vllm-mla bench``."""
+
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from statistics import median
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from mla_converters.checkpoints.models import Model, find_models
+from mla_converters.engines.process import Engine
+from mla_converters.errors import ConversionError
+
+DEFAULT_LENGTHS = (1024, 2048, 4096, 8192, 16384)
+"""Input and output lengths of TransMLA's speed measurements (Meng et al. 2025)."""
+RATES = ("output_tokens_per_second", "decode_tokens_per_second")
+TIMES = ("time_to_first_token", "time_per_output_token")
+CPU_CACHE_BYTES = 4 * 2**30
+"""On a CPU, vLLM would take most of the memory for the cache of one engine."""
+
+
+MOST: Literal["most"] = "most"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Requests of one size, sent at once.
+
+    Attributes:
+        requests: how many; ``MOST`` for as many as the cache of the model's engine holds at full length.
+        input_len: tokens of each prompt.
+        output_len: tokens that each answer has.
+    """
+
+    requests: int | Literal["most"]
+    input_len: int
+    output_len: int
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What a benchmark is asked to do; the defaults are those of the command line.
+
+    Attributes:
+        lengths: pairs of input and output length; None for ``DEFAULT_LENGTHS``, as far as all models' contexts go.
+        requests: numbers of requests, each of which is measured at all lengths; see :class:`Workload`.
+        workloads: what to measure in place of ``requests`` at ``lengths``.
+        rounds: how often every model is measured; the medians are reported.
+        dtype: of weights and cache; ``auto`` leaves it to the model.
+        load_format: ``auto``, or ``dummy`` for random weights.
+        kv_cache_bytes: memory of each engine's cache; None for vLLM's choice on a GPU, 4 GiB on a CPU.
+        engine: further arguments of ``vllm.LLM``.
+    """
+
+    lengths: tuple[tuple[int, int], ...] | None = None
+    requests: tuple[int | Literal["most"], ...] = (16,)
+    workloads: tuple[Workload, ...] = ()
+    rounds: int = 3
+    dtype: str = "auto"
+    load_format: str = "auto"
+    kv_cache_bytes: int | None = None
+    engine: dict[str, Any] = field(default_factory=dict)
+
+
+def bench(names: list[str], options: BenchOptions, *, quiet: bool = False) -> dict[str, Any]:
+    """Measure how fast vLLM serves some models, in turns.
+
+    On a CPU all engines run from the start and take turns at every workload, so that what else the machine does hits
+    them alike. On a GPU an engine has the memory to itself: the models' engines follow each other, once per round.
+
+    Args:
+        names: folders or hub ids; the first is what the others are compared with.
+        options: workloads and engine.
+        quiet: no progress bar.
+
+    Returns:
+        The report: a row per model and workload with medians over the rounds, ratios to the first model, and all
+        rounds; hardware and versions.
+
+    Raises:
+        ConversionError: the models cannot be measured so.
+    """
+    started = time.monotonic()
+    with ExitStack() as stack:
+        models = find_models(names, stack)
+        workloads = _workloads(models, options)
+        progress = stack.enter_context(Progress(console=Console(stderr=True), disable=quiet))
+        task = progress.add_task("Measuring", total=len(models) * options.rounds * len(workloads))
+        facts: dict[str, dict[str, Any]] = {}
+        runs: dict[tuple[str, Workload], list[dict[str, Any]]] = {}
+        for model, workload, run in _measure(models, workloads, options, facts):
+            runs.setdefault((model.name, workload), []).append(run)
+            progress.advance(task)
+    rows = [_row(model, workload, runs, facts, models[0]) for workload in workloads for model in models]
+    first = facts[models[0].name]
+    return {
+        "models": rows,
+        "engines": facts,
+        "rounds": options.rounds,
+        "load_format": options.load_format,
+        "engine_arguments": options.engine,
+        "hardware": hardware(first["device"]),
+        "versions": {
+            **first["versions"],
+            "vllm-mla-plugin": version("vllm-mla-plugin"),
+            "python": platform.python_version(),
+        },
+        "seconds": time.monotonic() - started,
+    }
+
+
+def hardware(device: str) -> dict[str, Any]:
+    """What the numbers were measured on."""
+    return {
+        "device": device,
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
+    }
+
+
+def _workloads(models: list[Model], options: BenchOptions) -> list[Workload]:
+    if options.rounds < 1 or any(count != MOST and count < 1 for count in options.requests):
+        raise ConversionError("--rounds and --requests must be at least 1.")
+    if options.workloads:
+        return list(options.workloads)
+    contexts = {model.name: model.context for model in models if model.context is not None}
+    shortest = min(contexts, key=lambda name: contexts[name], default=None)
+    limit = contexts[shortest] if shortest is not None else None
+    lengths = options.lengths
+    if lengths is None:
+        lengths = tuple((length, length) for length in DEFAULT_LENGTHS if limit is None or 2 * length <= limit)
+        if not lengths:
+            raise ConversionError(f"The context of {shortest} is {limit} tokens: give --lengths that fit.")
+    for input_len, output_len in lengths:
+        if min(input_len, output_len) < 1:
+            raise ConversionError("--lengths must be at least 1.")
+        if limit is not None and input_len + output_len > limit:
+            raise ConversionError(
+                f"--lengths {input_len}:{output_len} are longer than the context of {shortest} ({limit} tokens)."
+            )
+    return [Workload(requests, *pair) for requests in options.requests for pair in lengths]
+
+
+def _measure(
+    models: list[Model], workloads: list[Workload], options: BenchOptions, facts: dict[str, dict[str, Any]]
+) -> Iterator[tuple[Model, Workload, dict[str, Any]]]:
+    """Runs of all models, in turns; fills ``facts`` with what the engines say of themselves."""
+    if torch.cuda.is_available():
+        for seed in range(options.rounds):
+            for model in models:
+                with _start(model, workloads, options) as engine:
+                    facts[model.name] = engine.facts
+                    for workload in workloads:
+                        yield model, workload, _serve(engine, workload, seed)
+        return
+    with ExitStack() as stack:
+        engines = [stack.enter_context(_start(model, workloads, options)) for model in models]
+        facts.update({model.name: engine.facts for model, engine in zip(models, engines, strict=True)})
+        for seed in range(options.rounds):
+            for workload in workloads:
+                for model, engine in zip(models, engines, strict=True):
+                    yield model, workload, _serve(engine, workload, seed)
+
+
+def _serve(engine: Engine, workload: Workload, seed: int) -> dict[str, Any]:
+    """Measure one workload."""
+    input_len, output_len = workload.input_len, workload.output_len
+    return engine.measure(_request_count(workload, engine.facts), input_len, output_len, seed)
+
+
+def _request_count(workload: Workload, facts: dict[str, Any]) -> int:
+    """How many requests an engine gets, of which ``facts`` are known."""
+    if workload.requests != MOST:
+        return workload.requests
+    block_size = facts["kv_block_size"]
+    blocks = facts["kv_capacity_tokens"] // block_size - 1  # vLLM keeps one empty
+    return max(1, blocks // -(-(workload.input_len + workload.output_len) // block_size))
+
+
+def _start(model: Model, workloads: list[Workload], options: BenchOptions) -> Engine:
+    longest = max(workload.input_len + workload.output_len for workload in workloads)
+    arguments: dict[str, Any] = {
+        "model": model.path,
+        "dtype": options.dtype,
+        "load_format": options.load_format,
+        "max_model_len": longest,
+        # Every prompt is new; rounds repeat none.
+        "enable_prefix_caching": False,
+    }
+    if MOST not in (counts := [workload.requests for workload in workloads]):
+        arguments["max_num_seqs"] = max(counts)  # else vLLM's own limit
+    cache = options.kv_cache_bytes or (None if torch.cuda.is_available() else CPU_CACHE_BYTES)
+    if cache is not None:
+        arguments["kv_cache_memory_bytes"] = cache
+    engine = Engine(model.name, arguments | options.engine)
+    # The first requests pay for what is compiled or allocated once.
+    engine.measure(requests=2, input_len=min(64, longest - 4), output_len=4, seed=-1)
+    return engine
+
+
+def _row(
+    model: Model,
+    workload: Workload,
+    runs: dict[tuple[str, Workload], list[dict[str, Any]]],
+    facts: dict[str, dict[str, Any]],
+    first: Model,
+) -> dict[str, Any]:
+    own, base = runs[model.name, workload], runs[first.name, workload]
+    return {
+        "name": model.name,
+        "cached_per_token_and_layer": model.cached_numbers,
+        **asdict(workload),
+        "kv_capacity_tokens": facts[model.name]["kv_capacity_tokens"],
+        **medians(own),
+        "ratios": {
+            "kv_capacity": facts[model.name]["kv_capacity_tokens"] / facts[first.name]["kv_capacity_tokens"],
+            **{key: _ratio(own, base, key) for key in RATES},
+            **{key: _ratio(base, own, key) for key in TIMES},
+        },
+        "runs": own,
+    }
+
+
+def _ratio(above: list[dict[str, Any]], below: list[dict[str, Any]], key: str) -> float | None:
+    """Median of the ratios of a figure, round by round, for a round's runs were close in time; None without it."""
+    pairs = [(_figure(a[key]), _figure(b[key])) for a, b in zip(above, below, strict=True)]
+    known = [a / b for a, b in pairs if a is not None and b is not None]
+    return median(known) if known else None
+
+
+def _figure(value: Any) -> float | None:
+    """A rate, or a time's median over requests."""
+    return value["median"] if isinstance(value, dict) else value
+
+
+def medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Each figure's median over the rounds."""
+    result: dict[str, Any] = {}
+    for key, value in runs[0].items():
+        values = [run[key] for run in runs if run[key] is not None]
+        if not values:
+            result[key] = None
+        else:
+            result[key] = medians(values) if isinstance(value, dict) else median(values)
+    return result

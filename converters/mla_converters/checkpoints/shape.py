@@ -1,0 +1,171 @@
+"""The model to plan for: its configuration, and what follows from that. No weights are read."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from mla_converters.checkpoints.families import active_window, check_config, find_family, source_head_dim
+from mla_converters.checkpoints.locate import local_path, not_on_the_hub
+from mla_converters.errors import ConversionError
+from mla_converters.streaming.experts import has_experts
+from mla_converters.support.json_files import read_json_object
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class PlannedSource:
+    """Sizes of a source.
+
+    Attributes:
+        name: what ``vllm-mla convert`` is to be given: a folder or a hub id.
+        revision: hub revision asked for, or None.
+        architecture: as in ``config.json``.
+        dtype: of the weights.
+        cache_dtype: of the cache when it is served.
+        layers, hidden, query_heads, kv_heads, head_dim: of the transformer.
+        context: longest context in tokens.
+        window: the sliding window that is active within that context, or None.
+        parameters: of the whole model, tied ones once.
+        embedding_parameters: of the input embedding.
+        layer_parameters: of one layer; of its experts only as many as a token uses.
+        attention_parameters: of one layer's attention.
+        mlp_width: numbers inside a layer's MLP; 0 where all are mixtures of experts.
+        qkv_parameters: of its projections to queries, keys and values.
+        qkv_bias: whether these have a bias.
+        qk_norm: whether each head's query and key are normalised.
+    """
+
+    name: str
+    revision: str | None
+    architecture: str
+    dtype: str
+    cache_dtype: str
+    layers: int
+    hidden: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    context: int
+    window: int | None
+    parameters: int
+    embedding_parameters: int
+    layer_parameters: int
+    attention_parameters: int
+    mlp_width: int
+    qkv_parameters: int
+    qkv_bias: bool
+    qk_norm: bool
+
+    @property
+    def cached(self) -> int:
+        """Numbers cached per token and layer: keys and values."""
+        return 2 * self.kv_heads * self.head_dim
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of one parameter."""
+        return DTYPE_BYTES[self.dtype]
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of one cached number."""
+        return DTYPE_BYTES[self.cache_dtype]
+
+
+def read_source(source: str, revision: str | None = None, dtype: str | None = None) -> PlannedSource:
+    """Read and check a configuration.
+
+    Args:
+        source: a folder with ``config.json``, such a file, or a hub id (only ``config.json`` is fetched).
+        revision: branch, tag or commit of a hub id.
+        dtype: to serve in; None is what ``vllm serve`` takes: the source's, but bfloat16 for float32.
+
+    Raises:
+        ConversionError: there is none, or ``convert`` would refuse it.
+    """
+    if dtype not in (None, *DTYPE_BYTES):
+        raise ConversionError(f"--dtype is {dtype!r}; choose one of {', '.join(DTYPE_BYTES)}.")
+    path = _config_path(source, revision)
+    family = find_family(read_json_object(path))
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        check_config(config)
+        # Read before building the skeleton, which overwrites it.
+        stored = str(config.dtype or torch.float32).removeprefix("torch.")
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        sizes = _sizes(config, skeleton)
+    except ConversionError:
+        raise
+    except Exception as error:  # transformers and torch raise whatever the numbers provoke
+        raise ConversionError(f"{path} is not a valid configuration: {error}") from error
+    if stored not in DTYPE_BYTES:
+        raise ConversionError(f"{path} says dtype {stored!r}; supported are: {', '.join(DTYPE_BYTES)}.")
+    return PlannedSource(
+        name=_convertible_name(source),
+        revision=revision,
+        architecture=family.architecture,
+        dtype=stored,
+        cache_dtype=dtype or ("bfloat16" if stored == "float32" else stored),
+        **sizes,
+    )
+
+
+def _sizes(config: PretrainedConfig, skeleton: torch.nn.Module) -> dict[str, Any]:
+    """The fields of :class:`PlannedSource` that are sizes."""
+    attention = skeleton.model.layers[0].self_attn
+    return {
+        "layers": config.num_hidden_layers,
+        "hidden": config.hidden_size,
+        "query_heads": config.num_attention_heads,
+        "kv_heads": config.num_key_value_heads,
+        "head_dim": source_head_dim(config),
+        "context": config.max_position_embeddings,
+        "window": active_window(config),
+        "parameters": _count(skeleton),
+        "embedding_parameters": _count(skeleton.get_input_embeddings()),
+        "layer_parameters": max(_used_parameters(layer, config) for layer in skeleton.model.layers),
+        "attention_parameters": _count(attention),
+        "mlp_width": max(0 if has_experts(layer) else config.intermediate_size for layer in skeleton.model.layers),
+        "qkv_parameters": sum(map(_count, (attention.q_proj, attention.k_proj, attention.v_proj))),
+        "qkv_bias": attention.q_proj.bias is not None,
+        "qk_norm": hasattr(attention, "k_norm"),
+    }
+
+
+def _used_parameters(layer: torch.nn.Module, config: PretrainedConfig) -> int:
+    """Parameters of a layer that take part in computing a token."""
+    if not has_experts(layer):
+        return _count(layer)
+    experts = _count(layer.mlp.experts)
+    return _count(layer) - experts + experts * config.num_experts_per_tok // config.num_experts
+
+
+def _count(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _config_path(source: str, revision: str | None) -> Path:
+    if source.endswith(".gguf"):
+        raise ConversionError(
+            f"{source} is a GGUF file, whose sizes cannot be planned from a config.json: convert it directly, or "
+            "plan the model that it was made from."
+        )
+    path = local_path(source)
+    if path is not None:
+        return path / "config.json" if path.is_dir() else path
+    try:
+        return Path(hf_hub_download(source, "config.json", revision=revision))
+    except (HFValidationError, HfHubHTTPError, EntryNotFoundError, LocalEntryNotFoundError, OSError) as error:
+        raise not_on_the_hub(source, error) from error
+
+
+def _convertible_name(source: str) -> str:
+    """The source as ``convert`` takes it: the folder of a bare configuration file."""
+    return str(Path(source).parent) if Path(source).is_file() else source

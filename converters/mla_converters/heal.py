@@ -1,0 +1,207 @@
+"""Healing: training what a conversion changed until the model predicts again what its source predicts."""
+
+import shlex
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress
+
+from mla_converters.cards.card import CARD, REPORT
+from mla_converters.cards.describe import describe_model, outcome, progress_bars
+from mla_converters.checkpoints.families import architecture_names
+from mla_converters.checkpoints.locate import local_path
+from mla_converters.checkpoints.manifest import MANIFEST
+from mla_converters.checkpoints.models import Model, read_config
+from mla_converters.checkpoints.reader import INDEX, Checkpoint
+from mla_converters.checkpoints.source import Source, open_source
+from mla_converters.checkpoints.writer import Shards
+from mla_converters.errors import ConversionError
+from mla_converters.evaluation.hf_engine import load_model
+from mla_converters.options import HealOptions, Method, check_heal_options, given_options
+from mla_converters.resume.identity import VERSIONS, healing_identity
+from mla_converters.resume.work_folder import Work, work_folder
+from mla_converters.streaming.layers import native_bfloat16
+from mla_converters.support.json_files import read_json_object
+from mla_converters.text.healing import divided, hold_out, training_windows
+from mla_converters.training.distillation import (
+    LONGEST,
+    SAVED_BYTES,
+    distillation,
+    held_out_kl,
+    suited_length,
+    suited_passes,
+    suited_rate,
+    train,
+)
+from mla_converters.verify import converted_config
+
+# Nats per token from the source that are no more than rounding; a small model that lost nothing has 2e-9 and 7e-4.
+NOTHING = {torch.float32: 1e-5, torch.bfloat16: 1e-3}
+SAVES = 2  # a new one is written before the old one goes
+ATTENTION = ".self_attn."  # in the names of what is trained
+
+
+def heal(
+    model: Path,
+    out: Path,
+    options: HealOptions,
+    *,
+    source: str | None = None,
+    force: bool = False,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Train the attentions of a converted model on what its source predicts; all other weights stay.
+
+    Args:
+        model: a folder that ``vllm-mla convert`` wrote.
+        out: folder to create; appears when it is complete.
+        options: text, steps.
+        source: what the model was converted from; None for what its configuration names.
+        force: replace ``out``.
+        quiet: no progress bars.
+
+    Returns:
+        The conversion's report, with what healing did under ``healing``.
+
+    Raises:
+        ConversionError: the input cannot be used, or training made the model worse.
+        UnfinishedError: interrupted, or out of disk space; called again with the same arguments, it goes on.
+    """
+    started = time.monotonic()
+    check_heal_options(options)
+    config, report = _converted(model)
+    if out.resolve() == model.resolve():
+        raise ConversionError(f"OUT is {out}, which is MODEL: give a folder of its own.")
+    name, revision = (source, None) if source else _recorded_source(model, report)
+    with (
+        progress_bars(quiet) as progress,
+        open_source(name, revision, options.trust_remote_code) as teacher,
+    ):
+        _check_pair(model, config, teacher)
+        checkpoint = Checkpoint(model)
+        with work_folder(out, force, healing_identity(model, teacher, options)) as work:
+            work.check_space(_disk_bytes(checkpoint))
+            healed, details = _train(model, teacher, options, work, progress)
+            _write_weights(checkpoint, healed, work.model)
+            _copy_others(model, checkpoint, work.model)
+            report["healing"] = {"command": _command_line(model, source, options), **details}
+            describe_model(work.model, config | {"mla_conversion": report})
+    return outcome(report, out, started)
+
+
+def _converted(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A converted model's configuration and report.
+
+    Raises:
+        ConversionError: it is none, or lost nothing.
+    """
+    config, report = converted_config(folder), read_json_object(folder / REPORT)
+    if not isinstance(report.get("source"), str):
+        raise ConversionError(f"{folder / REPORT} is not a report that vllm-mla convert wrote.")
+    if report.get("method") == Method.EXACT:
+        raise ConversionError(f"{folder} is an exact conversion: nothing was lost that could be healed.")
+    return config, report
+
+
+def _recorded_source(model: Path, report: dict[str, Any]) -> tuple[str, str | None]:
+    """What a model says it was converted from, and the revision."""
+    try:
+        local_path(report["source"])
+    except ConversionError as error:
+        raise ConversionError(
+            f"{model} was converted from {report['source']}, which is gone: say where with --source."
+        ) from error
+    return report["source"], report.get("revision")
+
+
+def _check_pair(model: Path, config: dict[str, Any], source: Source) -> None:
+    """Refuse a source that the model was not converted from, as far as sizes tell."""
+    same = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    differ = [name for name in same if config.get(name) != getattr(source.config, name)]
+    if source.family.mla_architecture not in architecture_names(config):
+        differ.append("architecture")
+    if differ:
+        raise ConversionError(
+            f"{model} was not converted from {source.name}: they differ in {', '.join(differ)}. Name its source with "
+            "--source."
+        )
+
+
+def _disk_bytes(checkpoint: Checkpoint) -> int:
+    tensors = {name: checkpoint.meta(name) for name in checkpoint.names()}
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    return weights + SAVES * sum(SAVED_BYTES * tensor.numel() for name, tensor in tensors.items() if ATTENTION in name)
+
+
+def _train(
+    model: Path, source: Source, options: HealOptions, work: Work, progress: Progress
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The trained tensors by name, and what the report says of the training."""
+    length = options.length or LONGEST
+    windows = work.remembered(
+        "text", lambda: training_windows(source, options.text, options.tokens, length, options.seed, progress)
+    )
+    trained_on, held_out = hold_out(windows)
+    dtype = torch.bfloat16 if native_bfloat16(options.device) else torch.float32
+    student = load_model(Model(str(model), str(model), read_config(model, False)), dtype, options.device)
+    teacher = load_model(Model(source.name, str(source.folder), source.config), dtype, options.device)
+    task = progress.add_task("Healing", total=None)
+
+    def advance(step: int, loss: float) -> None:
+        progress.update(task, completed=step, description=f"Healing, KL {loss:.4f}")
+
+    with distillation(student, teacher) as distilled:
+        before = work.remembered("before", lambda: torch.tensor([held_out_kl(distilled, held_out, options.device)]))
+        if before.item() < NOTHING[dtype]:
+            raise ConversionError(
+                f"{model} predicts what its source predicts, to {before.item():.0e} nats per token on text held out: "
+                "nothing was lost that could be healed."
+            )
+        if options.length is None:
+            trained_on = divided(trained_on, suited_length(before.item()))
+        steps = options.steps or -(-suited_passes(before.item()) * len(trained_on) // options.batch_size)
+        progress.update(task, total=steps)
+        rate = options.learning_rate or suited_rate(before.item(), trained_on[: options.batch_size].numel())
+        train(distilled, trained_on, steps, rate, options, work.folder / "trainer", advance)
+        after = held_out_kl(distilled, held_out, options.device)
+    if not after < before.item():
+        raise ConversionError(
+            f"Training made the model worse on text held out ({before.item():.4f} to {after:.4f} nats per token from "
+            "the source): lower --learning-rate, or give more --tokens."
+        )
+    healed = {name: tensor for name, tensor in student.named_parameters() if ATTENTION in name}
+    return healed, {
+        "text": [Path(origin).name for origin in options.text],
+        "tokens": windows.numel(),
+        "window": trained_on.shape[1],
+        "steps": steps,
+        "batch_size": options.batch_size,
+        "learning_rate": rate,
+        "seed": options.seed,
+        "kl_held_out": {"before": round(before.item(), 6), "after": round(after, 6)},
+        "versions": VERSIONS,
+    }
+
+
+def _write_weights(checkpoint: Checkpoint, healed: dict[str, torch.Tensor], folder: Path) -> None:
+    shards = Shards(folder, {name: checkpoint.meta(name) for name in checkpoint.names()})
+    shards.allocate()
+    for name in checkpoint.names():
+        shards.write(name, healed[name] if name in healed else checkpoint.tensor(name))
+    shards.finish()
+
+
+def _copy_others(model: Path, checkpoint: Checkpoint, folder: Path) -> None:
+    """Copy what is neither weights nor about to be written anew."""
+    written = {INDEX, MANIFEST, REPORT, CARD, "config.json", *(path.name for path in checkpoint.files())}
+    for path in sorted(model.iterdir()):
+        if path.is_file() and path.name not in written:
+            shutil.copyfile(path, folder / path.name)
+
+
+def _command_line(model: Path, source: str | None, options: HealOptions) -> str:
+    named = ["--source", source] if source else []
+    return shlex.join(["vllm-mla", "heal", str(model), f"./{model.name}-healed", *named, *given_options(options)])

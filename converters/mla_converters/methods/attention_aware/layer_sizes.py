@@ -1,0 +1,131 @@
+"""Sizes of the cache that differ between layers, under a fixed total."""
+
+import heapq
+from enum import StrEnum
+
+import torch
+from rich.progress import Progress
+
+from mla_converters.checkpoints.source import Source
+from mla_converters.latent.cache_size import CacheBudget
+from mla_converters.latent.maps import mla_weights
+from mla_converters.methods.attention_aware.run import (
+    ERROR_WINDOWS,
+    AttentionAware,
+    first_weighing,
+    layer_map,
+    layer_model,
+    some_windows,
+)
+from mla_converters.methods.base import map_errors
+from mla_converters.resume.layer_pass import Record, Streams
+from mla_converters.streaming.layers import embed, logits
+
+SHARES = (0.5, 0.75, 0.875, 1.125, 1.25, 1.5, 2.0)  # of the size that all would have alike
+SENSITIVITY_TOKENS = 512  # at the end of a window, whose predictions are compared
+GRAIN = 4  # sizes are multiples of it
+
+
+class LayerSizes(StrEnum):
+    """How the cache is spread over layers."""
+
+    SAME = "same"
+    MEASURED = "measured"
+
+
+def scaled_budget(budget: CacheBudget, share: float, width: int) -> CacheBudget | None:
+    """``share`` of a budget, split alike; None if it does not fit ``width = g * d`` keys and as many values."""
+    rope = max(GRAIN, round(budget.qk_rope_head_dim * share / GRAIN) * GRAIN)
+    total = round(budget.width * share / GRAIN) * GRAIN
+    fits = rope <= width and GRAIN <= total - rope <= 2 * width - rope
+    return CacheBudget(total - rope, rope) if fits else None
+
+
+def spread(costs: list[dict[int, float]], total: int) -> list[int]:
+    """Sizes of least summed cost: greedily, each step goes where it saves most per number.
+
+    Args:
+        costs: for each layer, its cost at each size it can have.
+        total: limit on the sum of the sizes.
+
+    Returns:
+        A size for each layer.
+    """
+
+    def best_step(layer: int) -> tuple[float, int, int] | None:
+        now = sizes[layer]
+        steps = [((costs[layer][now] - cost) / (size - now), size) for size, cost in costs[layer].items() if size > now]
+        return max(((-gain, layer, size) for gain, size in steps), key=lambda step: -step[0], default=None)
+
+    sizes = [min(options) for options in costs]
+    left = total - sum(sizes)
+    queue = [step for layer in range(len(costs)) if (step := best_step(layer))]
+    heapq.heapify(queue)
+    while queue:
+        gain, layer, size = heapq.heappop(queue)
+        if gain >= 0 or size - sizes[layer] > left:
+            continue
+        left -= size - sizes[layer]
+        sizes[layer] = size
+        if step := best_step(layer):
+            heapq.heappush(queue, step)
+    return sizes
+
+
+def measured_sizes(
+    source: Source,
+    windows: torch.Tensor,
+    budget: CacheBudget,
+    options: AttentionAware,
+    device: str,
+    progress: Progress,
+    record: Record,
+) -> list[CacheBudget]:
+    """A size for each layer, the sum at most that of ``budget`` in all.
+
+    A layer's cost at a size is the error of its attention there, times what such an error does to the model's
+    predictions: the KL divergence when that layer alone is converted, per error.
+
+    Args:
+        source: the model.
+        windows: ``[windows, tokens]`` token ids, the last window's random.
+        budget: what all layers would have alike.
+        options: of the method.
+        device: where layers run.
+        progress: for the bar.
+        record: where the measuring is kept, should it be interrupted.
+    """
+    count, width = source.config.num_hidden_layers, source.config.num_key_value_heads * source.head_dim
+    scaled = (scaled_budget(budget, share, width) for share in SHARES)
+    candidates = {candidate.width: candidate for candidate in scaled if candidate} | {budget.width: budget}
+    weighing = first_weighing(options.without)
+    sizes = list(candidates)
+
+    def start() -> Streams:
+        hidden = embed(source, some_windows(windows))
+        alone = hidden[:ERROR_WINDOWS].expand(count, -1, -1, -1).clone()  # each with one layer converted
+        return {"hidden": hidden, "alone": alone, "errors": torch.zeros(count, len(sizes), dtype=torch.float64)}
+
+    streams = record.begin(start)
+    hidden, alone = streams["hidden"], streams["alone"]
+    for layer in record.layers(source, device, progress, "Measuring layers"):
+        model = layer_model(layer, hidden[:-1], hidden[-1:], options.without)
+        maps = [layer_map(layer, model, candidates[size], weighing) for size in sizes]
+        errors = map_errors(layer, hidden[:ERROR_WINDOWS], maps)
+        streams["errors"][layer.index] = torch.tensor(errors, dtype=torch.float64)
+        for other in alone[: layer.index]:
+            layer.advance(other, layer.attend)
+        alone[layer.index] = hidden[:ERROR_WINDOWS]
+        here = maps[sizes.index(budget.width)]
+        layer.advance(alone[layer.index], layer.converted(mla_weights(layer.attention_weights, here)))
+        layer.advance(hidden, layer.attend)
+    by_layer = [dict(zip(sizes, row, strict=True)) for row in streams["errors"].tolist()]
+    compared = [states[:, -SENSITIVITY_TOKENS:] for states in (hidden[:ERROR_WINDOWS], *alone)]
+    predictions = (scores.log_softmax(-1) for scores in logits(source, compared, device))
+    expected = next(predictions)
+    costs = []
+    for got, by_size in zip(predictions, by_layer, strict=True):
+        divergence = torch.nn.functional.kl_div(got, expected, log_target=True, reduction="sum").item()
+        base = max(by_size[budget.width], 1e-30)  # zero where the budget loses nothing
+        costs.append({size: divergence * error / base for size, error in by_size.items()})
+    return [candidates[size] for size in spread(costs, budget.width * count)]

@@ -1,0 +1,215 @@
+"""Method ``attention-aware``: what keeps RoPE, and what the latent carries, chosen by what attention loses.
+
+Keys are seen as complex numbers: the pair of dimensions that RoPE turns with one frequency is one
+component. Multiplying it by a complex constant commutes with RoPE, and so does mixing the KV heads'
+components of the same frequency.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import torch
+
+from mla_converters.latent.maps import LatentMap
+from mla_converters.methods.attention_aware.statistics import AttentionStatistics
+
+DAMPING = 1e-4  # of the largest eigenvalue, so that directions without weight do not blow up
+RIDGE = 1e-6  # of the mean variance, so that a latent of full width spans directions never seen
+
+
+@dataclass(frozen=True)
+class Weighing:
+    """How errors are weighed against each other; searched for each layer.
+
+    Attributes:
+        values: weight of errors in values, against errors in scores.
+        energy: weight of a component's energy, which the latent has to carry if it loses RoPE, against
+            what it loses by losing RoPE.
+    """
+
+    values: float = 0.3
+    energy: float = 0.3
+
+
+@dataclass(frozen=True)
+class ScoreModel:
+    """What a map is computed from; float64 and complex128.
+
+    Attributes:
+        key_value: ``[2 * g * d, 2 * g * d]`` second moments of ``[k; v]``.
+        query: ``[H, d, d]`` second moments of the queries, in units of the layer's output.
+        phase: ``[H, d / 2]`` complex, what replaces the rotation of a component that loses RoPE.
+        loss: ``[H, d / 2]``, mean square error of that replacement, per unit of score energy.
+        key_metric: ``[g, d, d]``, in which errors of keys without RoPE matter.
+        value_metric: ``[g, d, d]``, in which errors of values matter.
+    """
+
+    key_value: torch.Tensor
+    query: torch.Tensor
+    phase: torch.Tensor
+    loss: torch.Tensor
+    key_metric: torch.Tensor
+    value_metric: torch.Tensor
+
+    @cached_property
+    def roots(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """``[d, d]`` roots of the ``2 * g`` metrics, first of keys, and their inverses; damped."""
+        return [_square_root(metric) for metric in (*self.key_metric, *self.value_metric)]
+
+
+def score_model(
+    statistics: AttentionStatistics,
+    plain: torch.Tensor,
+    kv_heads: int,
+    *,
+    mean_phase: bool = True,
+    attention_weights: bool = True,
+    metric: bool = True,
+) -> ScoreModel:
+    """Prepare the statistics of a layer; what is switched off is replaced by the usual thing.
+
+    Args:
+        statistics: weighted by attention.
+        plain: ``[2 * g * d, 2 * g * d]`` second moments of ``[k; v]`` over all tokens alike.
+        kv_heads: ``g``.
+        mean_phase: replace a lost rotation by its mean, instead of by none.
+        attention_weights: weigh tokens by how much they are read, half and half with all tokens alike.
+        metric: measure errors in scores and outputs, instead of in keys and values.
+    """
+    query, key_value = statistics.query, (plain + statistics.key_value) / 2
+    if not attention_weights:
+        query = statistics.plain_query * (_trace(statistics.query) / _trace(statistics.plain_query))
+        key_value = plain
+    phase, loss = statistics.phase, 1 - statistics.phase.abs() ** 2
+    if not mean_phase:
+        phase, loss = torch.ones_like(phase), 2 - 2 * phase.real
+    turn = phase_map(phase)
+    key_metric = (turn @ query @ turn.mT).unflatten(0, (kv_heads, -1)).sum(1)
+    value_metric = statistics.output.unflatten(0, (kv_heads, -1)).sum(1)
+    if not metric:
+        key_metric, value_metric = _isotropic(key_metric), _isotropic(value_metric)
+    return ScoreModel(key_value, query, phase, loss, key_metric, value_metric)
+
+
+def _trace(matrices: torch.Tensor) -> torch.Tensor:
+    return matrices.diagonal(dim1=-2, dim2=-1).sum()
+
+
+def _isotropic(metric: torch.Tensor) -> torch.Tensor:
+    """Multiples of the identity with the same trace, ``[g, d, d]``."""
+    eye = torch.eye(metric.shape[-1], dtype=metric.dtype, device=metric.device)
+    return eye.expand_as(metric) * _trace(metric) / _trace(eye.expand_as(metric))
+
+
+def real_map(matrix: torch.Tensor) -> torch.Tensor:
+    """A complex-linear map as a real one, the real and imaginary half of each head apart, as RoPE has them.
+
+    Args:
+        matrix: ``[..., rows, m, columns, n]`` complex, from ``columns`` heads of ``n`` pairs to ``rows`` heads of
+            ``m`` pairs.
+
+    Returns:
+        ``[..., rows * 2 * m, columns * 2 * n]``.
+    """
+    real = torch.stack((matrix.real, -matrix.imag), dim=-2)
+    imaginary = torch.stack((matrix.imag, matrix.real), dim=-2)
+    return torch.stack((real, imaginary), dim=-5).flatten(-6, -4).flatten(-3)
+
+
+def phase_map(phase: torch.Tensor) -> torch.Tensor:
+    """``[H, d, d]`` real maps of the queries that stand for keys turned by ``phase`` ``[H, d / 2]``."""
+    return real_map(phase.conj().diag_embed()[:, None, :, None])
+
+
+@dataclass(frozen=True)
+class RotaryComponents:
+    """The components of a layer that keep RoPE.
+
+    Attributes:
+        frequency: ``[r / 2]``, index into the source's frequencies.
+        read: ``[r / 2, g]`` complex; the component is ``read @ k`` of its frequency's key components.
+        back: ``[r / 2, g]`` complex; its share of the KV heads' keys is ``back`` times it.
+    """
+
+    frequency: torch.Tensor
+    read: torch.Tensor
+    back: torch.Tensor
+
+
+def choose_rotary(model: ScoreModel, rope_dim: int, weighing: Weighing) -> RotaryComponents:
+    """Mix the KV heads of each frequency to principal components, and keep those whose loss would cost most.
+
+    A component with score energy ``e`` that loses RoPE costs ``e`` times its mean loss, and the latent has to
+    carry ``e``.
+    """
+    kv_heads, head_dim, _ = model.key_metric.shape
+    pairs = head_dim // 2
+    keys = model.key_value[: kv_heads * head_dim, : kv_heads * head_dim]
+    keys = keys.view(kv_heads, 2, pairs, kv_heads, 2, pairs).diagonal(dim1=2, dim2=5)  # [g, 2, g, 2, pairs]
+    keys = torch.complex(keys[:, 0, :, 0] + keys[:, 1, :, 1], keys[:, 1, :, 0] - keys[:, 0, :, 1])
+    keys = keys.permute(2, 0, 1)  # [pairs, g, g], E k kᴴ
+    energy = model.query.diagonal(dim1=1, dim2=2).unflatten(1, (2, pairs)).sum(1)  # [H, pairs]
+    by_kv_head = energy.unflatten(0, (kv_heads, -1)).sum(1)  # [g, pairs]
+    by_kv_head = torch.where(by_kv_head.any(), by_kv_head, 1.0)  # all queries may be zero
+    loss = (energy * model.loss).unflatten(0, (kv_heads, -1)).sum(1) / by_kv_head.clamp(min=1e-300)
+    amplitude = by_kv_head.clamp(min=DAMPING**2 * by_kv_head.max()).sqrt().mT  # [pairs, g]
+    found, mixing = torch.linalg.eigh(amplitude[:, :, None] * keys * amplitude[:, None, :])
+    lost = (mixing.abs() ** 2 * loss.mT[:, :, None]).sum(1)  # [pairs, g]
+    cost = found.clamp(min=0) * (lost + weighing.energy)
+    kept = cost.flatten().topk(rope_dim // 2).indices.sort().values
+    frequency, component = kept // kv_heads, kept % kv_heads
+    directions, amplitude = mixing[frequency, :, component], amplitude[frequency]
+    return RotaryComponents(frequency, directions.conj() * amplitude, directions / amplitude)
+
+
+def attention_aware_map(
+    model: ScoreModel, freqs: torch.Tensor, rope_dim: int, kv_lora_rank: int, weighing: Weighing
+) -> LatentMap:
+    """The conversion of a layer, with ``n = d``.
+
+    Args:
+        model: of the layer.
+        freqs: ``[d / 2]`` RoPE frequencies of the source.
+        rope_dim, kv_lora_rank: ``r`` and ``R``.
+        weighing: of the errors.
+    """
+    heads, (kv_heads, head_dim, _) = len(model.query), model.key_metric.shape
+    pairs, width = head_dim // 2, kv_heads * head_dim
+    rotary = choose_rotary(model, rope_dim, weighing)
+    place = torch.nn.functional.one_hot(rotary.frequency, pairs)  # [r / 2, pairs]
+    key_to_rope = real_map((rotary.read[:, :, None] * place[:, None])[None])  # [r, g * d]
+    back = rotary.back.conj().mT.repeat_interleave(heads // kv_heads, dim=0)  # [H, r / 2]
+    query_to_rope = real_map((back[..., None] * place)[:, None, :, None])  # [H, r, d]
+
+    eye = partial(torch.eye, dtype=torch.float64, device=freqs.device)
+    rest = eye(kv_heads).to(torch.complex128).repeat(pairs, 1, 1)
+    rest.index_add_(0, rotary.frequency, rotary.back[:, :, None] * rotary.read[:, None, :], alpha=-1)
+    lifted = rest.new_zeros(kv_heads, pairs, kv_heads, pairs)
+    lifted[:, range(pairs), :, range(pairs)] = rest
+    remaining = torch.block_diag(real_map(lifted), eye(width))  # [2gd, 2gd]
+
+    weights = torch.tensor([1.0, weighing.values], dtype=torch.float64, device=freqs.device)
+    weights = weights.sqrt().repeat_interleave(width)
+    roots, inverses = (torch.block_diag(*blocks) for blocks in zip(*model.roots, strict=True))
+    root, inverse = weights[:, None] * roots, inverses / weights
+    ridge = RIDGE * model.key_value.diagonal().mean() * eye(2 * width)
+    weighed = root @ remaining
+    basis = torch.linalg.eigh(weighed @ (model.key_value + ridge) @ weighed.mT).eigenvectors.flip(-1)
+    basis = basis[:, :kv_lora_rank]
+    up = inverse @ basis  # [2gd, R]
+    return LatentMap(
+        rope_freqs=freqs.float()[rotary.frequency],
+        key_to_rope=key_to_rope,
+        query_to_rope=query_to_rope,
+        query_to_nope=phase_map(model.phase),
+        kv_to_latent=basis.mT @ weighed,
+        latent_to_key=up[:width].unflatten(0, (kv_heads, head_dim)),
+        latent_to_value=up[width:].unflatten(0, (kv_heads, head_dim)),
+    )
+
+
+def _square_root(metric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Damped ``metric ** 0.5`` and its inverse; of zero, where nothing reads a head, the identity's."""
+    values, vectors = torch.linalg.eigh(torch.where(metric.any(), metric, torch.eye(len(metric)).to(metric)))
+    root = values.clamp(min=DAMPING * values.max()).sqrt()
+    return (vectors * root) @ vectors.mT, (vectors / root) @ vectors.mT

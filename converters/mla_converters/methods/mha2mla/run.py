@@ -1,0 +1,88 @@
+"""Method ``mha2mla`` over a whole model: measuring pairs if the choice needs it, and converting layer by layer."""
+
+from dataclasses import dataclass
+
+import torch
+
+from mla_converters.checkpoints.source import Source
+from mla_converters.latent.cache_size import CacheBudget
+from mla_converters.latent.maps import LatentMap, mla_weights
+from mla_converters.methods.base import ConvertedLayer, LayerConversion, measure
+from mla_converters.methods.mha2mla.map import Keep, PairNorms, Svd, kept_pairs, latent_bias, mha2mla_map
+from mla_converters.resume.layer_pass import Streams
+from mla_converters.streaming.layers import SourceLayer, calibration_autocast, embed
+
+
+@dataclass(frozen=True)
+class Mha2mlaOptions:
+    """How the method is run; the defaults are the paper's.
+
+    Attributes:
+        keep: which pairs keep RoPE.
+        svd: one latent for keys and values, or one each.
+    """
+
+    keep: Keep = Keep.TWO_NORM
+    svd: Svd = Svd.JOINT
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether calibration text is needed."""
+        return self.keep == Keep.TWO_NORM
+
+
+@torch.inference_mode()
+def pair_contributions(layer: SourceLayer, hidden: torch.Tensor) -> torch.Tensor:
+    """``[g, d / 2]`` contributions of a layer's pairs on its inputs ``[windows, tokens, D]``."""
+    norms = PairNorms(layer.heads, layer.kv_heads, layer.head_dim)
+    for batch in hidden.split(1):
+        with calibration_autocast(layer.device):
+            x = layer.normed(batch)
+            q, (k, _) = layer.queries(x), layer.keys_values(x)
+        norms.add(q, k)
+    return norms.contributions()
+
+
+def layer_weights(weights: dict[str, torch.Tensor], maps: LatentMap) -> dict[str, torch.Tensor]:
+    """Fold a map into one layer's projections, see :func:`mla_weights`; biases of the values as :func:`latent_bias`."""
+    converted = mla_weights(weights, maps)
+    if "v_proj.bias" in weights:
+        bias = latent_bias(maps, weights["v_proj.bias"])
+        converted["kv_a_proj_with_mqa.bias"][: len(bias)] = bias
+    return converted
+
+
+def mha2mla(
+    source: Source, windows: torch.Tensor | None, budget: CacheBudget, options: Mha2mlaOptions
+) -> LayerConversion:
+    """The method, ready to convert layers.
+
+    Args:
+        source: the model.
+        windows: ``[windows, tokens]`` token ids; None if ``options`` need no calibration.
+        budget: sizes.
+        options: the choices that the paper compares.
+
+    Raises:
+        ConversionError: see :func:`mla_converters.methods.mha2mla.map.check_sizes`.
+        ValueError: ``2-norm`` without windows.
+    """
+    pairs, kv_heads, head_dim = budget.qk_rope_head_dim // 2, source.config.num_key_value_heads, source.head_dim
+
+    def start() -> Streams:
+        return {} if windows is None else {"source": embed(source, windows)}
+
+    def convert(layer: SourceLayer, streams: Streams) -> ConvertedLayer:
+        weights, hidden = layer.attention_weights, streams.get("source")
+        contributions = pair_contributions(layer, hidden) if options.calibrated and hidden is not None else None
+        kept = kept_pairs(options.keep, pairs, kv_heads, head_dim, contributions)
+        k, v = weights["k_proj.weight"], weights["v_proj.weight"]
+        maps = mha2mla_map(k, v, layer.freqs, kept, budget.kv_lora_rank, options.svd)
+        converted = layer_weights(weights, maps)
+        if hidden is None:
+            return ConvertedLayer(converted)
+        measured = measure(layer, hidden, maps, layer.moments(hidden).kv, layer.converted(converted))
+        layer.advance(hidden, layer.attend)
+        return ConvertedLayer(converted, measured)
+
+    return LayerConversion(start, convert)

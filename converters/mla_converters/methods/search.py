@@ -1,0 +1,44 @@
+"""Comparing settings for the whole model by the error of every layer's attention."""
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from rich.progress import Progress
+
+from mla_converters.checkpoints.source import Source
+from mla_converters.resume.layer_pass import Record
+from mla_converters.streaming.layers import SourceLayer, embed
+
+Candidate = TypeVar("Candidate")
+
+
+def search(
+    source: Source,
+    windows: torch.Tensor,
+    candidates: Sequence[Candidate],
+    layer_errors: Callable[[SourceLayer, torch.Tensor], list[float]],
+    device: str,
+    progress: Progress,
+    description: str,
+    record: Record,
+) -> dict[Candidate, float]:
+    """Every candidate's error, the mean over layers.
+
+    Args:
+        source: the model.
+        windows: ``[windows, tokens]`` token ids.
+        candidates: what is compared.
+        layer_errors: from a layer and its inputs ``[windows, tokens, D]`` to each candidate's relative squared error.
+        device: where layers run.
+        progress, description: for the bar.
+        record: where the search is kept, should it be interrupted.
+    """
+    count = source.config.num_hidden_layers
+    streams = record.begin(
+        lambda: {"hidden": embed(source, windows), "errors": torch.zeros(len(candidates), dtype=torch.float64)}
+    )
+    for layer in record.layers(source, device, progress, description):
+        streams["errors"] += torch.tensor(layer_errors(layer, streams["hidden"]), dtype=torch.float64) / count
+        layer.advance(streams["hidden"], layer.attend)
+    return dict(zip(candidates, streams["errors"].tolist(), strict=True))

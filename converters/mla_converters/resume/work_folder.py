@@ -1,0 +1,171 @@
+"""The folder beside OUT in which a model is put together, and from which an interrupted run goes on."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from mla_converters.errors import ConversionError, StoppedError, UnfinishedError
+from mla_converters.resume.interruption import interruptible
+from mla_converters.resume.layer_pass import Record
+from mla_converters.support.json_files import read_json_object, write_json
+
+IDENTITY = "conversion.json"
+LOCK = "lock"
+MODEL = "model"
+
+
+class Work:
+    """An unfinished model on disk.
+
+    Attributes:
+        folder: ``OUT.partial``.
+        model: below it, what becomes OUT.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.model = folder / MODEL
+
+    def record(self, name: str) -> Record:
+        """The record of one pass over the layers."""
+        return Record(self.folder / f"{name}.safetensors")
+
+    def remembered(self, name: str, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What ``compute`` gave in this run or an earlier one."""
+        record = self.record(name)
+        streams = record.begin(lambda: {name: compute()})
+        if not record.done:
+            record.done = 1
+            record.save()
+        return streams[name]
+
+    def begin(self, identity: dict[str, Any]) -> None:
+        """Start, or go on with what an earlier run of the same kind left.
+
+        Raises:
+            ConversionError: the folder holds something else.
+        """
+        path = self.folder / IDENTITY
+        if path.exists():
+            differences = _differences(read_json_object(path), identity)
+            if differences:
+                raise ConversionError(
+                    f"{self.folder} holds unfinished work that differs in {', '.join(differences)}: finish "
+                    "it the way it was begun, or delete the folder to start anew."
+                )
+        if not self.model.is_dir():  # a new start, or finished and moved to its place by a run that then was killed
+            for entry in self.folder.iterdir():
+                if entry.name != LOCK:
+                    _remove(entry)
+            write_json(path.with_suffix(".partial"), identity)
+            os.replace(path.with_suffix(".partial"), path)
+            self.model.mkdir()
+
+    def check_space(self, needed: int) -> None:
+        """Refuse to begin what will not fit.
+
+        Args:
+            needed: bytes on disk, what an earlier run left included.
+
+        Raises:
+            ConversionError: there is less.
+        """
+        used = sum(512 * path.stat().st_blocks for path in self.folder.rglob("*"))
+        available = shutil.disk_usage(self.folder).free + used
+        if available < needed:
+            raise ConversionError(
+                f"This takes {needed / 1e9:,.2f} GB on disk, and {self.folder.parent} has "
+                f"{available / 1e9:,.2f} GB free: choose another OUT, or make room."
+            )
+
+    def finish(self, out: Path) -> None:
+        """Give the model its final name; what was there before goes when the new one is in its place."""
+        if out.exists():
+            out.rename(self.folder / "replaced")
+        self.model.rename(out)
+
+
+@contextmanager
+def work_folder(out: Path, force: bool, identity: dict[str, Any]) -> Iterator[Work]:
+    """A folder beside ``out`` to work in; its model takes the name ``out`` when the block succeeds.
+
+    An interruption leaves the folder for a later run to go on from; a :class:`ConversionError` removes it.
+
+    Args:
+        out: the final name.
+        force: replace ``out`` if it exists.
+        identity: everything that decides what the result is; a later run must have the same.
+
+    Raises:
+        ConversionError: ``out`` exists, its parent cannot be written, another run is writing it, or unfinished work
+            of another kind is there.
+        UnfinishedError: interrupted, or out of space; the same command goes on.
+    """
+    _check_out(out, force)
+    folder = out.with_name(f"{out.name}.partial")
+    if folder.exists() and not _is_ours(folder):
+        raise ConversionError(f"{folder} exists and is no unfinished work: move it away.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / LOCK)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ConversionError(f"Another run is writing {folder}: wait for it, or choose another OUT.") from error
+    except OSError as error:
+        raise ConversionError(f"{out.parent} cannot be written: {error.strerror}.") from error
+    with lock:
+        _check_out(out, force)  # another run may have finished in the meantime
+        work = Work(folder)
+        work.begin(identity)
+        try:
+            with interruptible():
+                yield work
+                work.finish(out)
+        except KeyboardInterrupt as error:
+            raise StoppedError(f"Interrupted. {_go_on(folder)}") from error
+        except UnfinishedError as error:
+            raise UnfinishedError(f"{error} {_go_on(folder)}") from error
+        except ConversionError:
+            _remove(folder)
+            raise
+        except OSError as error:
+            raise UnfinishedError(f"{out} could not be written: {error.strerror or error}. {_go_on(folder)}") from error
+        _remove(folder)
+
+
+def _check_out(out: Path, force: bool) -> None:
+    if out.exists() and not force:
+        raise ConversionError(f"{out} exists: choose another OUT, or replace it with --force.")
+    if out.exists() and not (out.is_dir() and ((out / "config.json").exists() or not any(out.iterdir()))):
+        raise ConversionError(f"{out} exists and is no model folder, so --force will not replace it.")
+
+
+def _is_ours(folder: Path) -> bool:
+    return folder.is_dir() and ((folder / IDENTITY).exists() or not {e.name for e in folder.iterdir()} - {LOCK})
+
+
+def _go_on(folder: Path) -> str:
+    return f"The same command goes on from {folder}; to give up, delete that folder."
+
+
+def _differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs, as ``name (then, now)``."""
+    shown = {name: [_shown(run.get(name)) for run in (then, now)] for name in sorted(then.keys() | now.keys())}
+    return [f"{name} ({before} then, {after} now)" for name, (before, after) in shown.items() if before != after]
+
+
+def _shown(value: object) -> object:
+    return "not given" if value is None else value
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

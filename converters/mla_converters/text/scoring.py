@@ -1,0 +1,93 @@
+"""The tokens to score, cut into windows: the same for every model."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from mla_converters.checkpoints.models import Model
+from mla_converters.checkpoints.tokenizer import load_tokenizer
+from mla_converters.errors import ConversionError
+from mla_converters.text.read import Text, TextProtocol
+
+DEFAULTS: dict[TextProtocol, tuple[int | None, int]] = {
+    TextProtocol.STREAM: (8, 1024),
+    TextProtocol.WIKITEXT2: (None, 2048),
+}
+"""Number of windows (None: all that the text fills) and their length, per protocol."""
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Consecutive windows from the head of a text.
+
+    Attributes:
+        ids: token ids ``[windows, length]``, int64. All but the first of each window are scored.
+        bytes: UTF-8 bytes of the text that the scored tokens stand for; None if the tokenizer cannot tell.
+    """
+
+    ids: torch.Tensor
+    bytes: int | None
+
+
+def shared_windows(text: Text, models: list[Model], count: int | None, length: int) -> Windows:
+    """Tokenise ``text`` with every model's tokenizer, which must agree, and cut it.
+
+    Args:
+        text: what to score.
+        models: all models, the reference included.
+        count: how many windows; None for as many as the text fills.
+        length: tokens in a window.
+
+    Raises:
+        ConversionError: numbers out of range, text too short, tokenizers that disagree, or ids beyond a
+            model's vocabulary.
+    """
+    _check_numbers(models, count, length)
+    first, *others = models
+    windows = _cut(text, load_tokenizer(first.path, first.trust_remote_code), count, length)
+    for model in others:
+        tokenizer = load_tokenizer(model.path, model.trust_remote_code)
+        if not torch.equal(_cut(text, tokenizer, count, length).ids, windows.ids):
+            raise ConversionError(
+                f"{model.name} and {first.name} tokenise the text differently, so that their numbers could not be "
+                "compared: evaluate models with the same tokenizer together."
+            )
+    for model in models:
+        if int(windows.ids.max()) >= model.vocab_size:
+            raise ConversionError(
+                f"The tokenizer gives id {int(windows.ids.max())}, beyond the vocabulary of {model.name} "
+                f"({model.vocab_size} tokens): evaluate models with the same tokenizer together."
+            )
+    return windows
+
+
+def _check_numbers(models: list[Model], count: int | None, length: int) -> None:
+    if count is not None and count < 1:
+        raise ConversionError(f"--windows is {count}, but must be at least 1.")
+    if length < 2:
+        raise ConversionError(f"--length is {length}, but must be at least 2: the first token is not scored.")
+    for model in models:
+        if model.context is not None and length > model.context:
+            raise ConversionError(
+                f"Windows of {length} tokens are longer than the context of {model.name} ({model.context} tokens): "
+                f"give --length {model.context} or less."
+            )
+
+
+def _cut(text: Text, tokenizer: PreTrainedTokenizerBase, count: int | None, length: int) -> Windows:
+    encoded = tokenizer(text.content, return_offsets_mapping=tokenizer.is_fast, verbose=False)
+    ids = torch.tensor(encoded["input_ids"])
+    wanted = count or max(1, len(ids) // length)
+    if len(ids) < wanted * length:
+        raise ConversionError(
+            f"The text {text.name} is too short: it has {len(ids)} tokens, but --windows {wanted} of --length {length} "
+            f"need {wanted * length}."
+        )
+    windows = ids[: wanted * length].view(wanted, length)
+    if not tokenizer.is_fast:
+        return Windows(windows, None)
+    spans = torch.tensor(encoded["offset_mapping"])[: wanted * length].view(wanted, length, 2)[:, 1:]
+    # The maximum, because a special token at the end has the span (0, 0).
+    pieces = zip(spans[:, 0, 0].tolist(), spans[:, :, 1].amax(1).tolist(), strict=True)
+    return Windows(windows, sum(len(text.content[start:end].encode()) for start, end in pieces))

@@ -1,0 +1,125 @@
+"""With nothing truncated, a converted model computes what its source computes."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CALIBRATION, LLAMA3, MIXTRAL_EXPERTS, QWEN3_EXPERTS, YARN, RandomModel, convert, load
+from safetensors import safe_open
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm
+
+from mla_converters.latent.attention import gqa_attention
+from mla_converters.latent.maps import LatentMap, mla_weights
+from mla_converters.latent.module import LatentAttention
+from mla_converters.latent.moments import LayerMoments
+from mla_converters.methods.transmla.map import transmla_map
+
+VARIANTS = {
+    "gqa": RandomModel(),
+    "nine-heads": RandomModel(heads=9, kv_heads=3, head_dim=16, hidden=144),
+    "mha-head-48": RandomModel(heads=2, kv_heads=2, head_dim=48, hidden=64),
+    "mqa-head-80": RandomModel(heads=4, kv_heads=1, head_dim=80, hidden=64, tied=True),
+    "biases": RandomModel(bias=True),
+    "tied": RandomModel(tied=True),
+    "linear": RandomModel(rope={"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}),
+    "llama3": RandomModel(rope=LLAMA3),
+    "yarn": RandomModel(rope=YARN),
+    "mistral": RandomModel("mistral", heads=9, kv_heads=3, hidden=144),
+    "mistral-mqa-head-80": RandomModel("mistral", kv_heads=1, head_dim=80, tied=True),
+    "qwen2": RandomModel("qwen2"),
+    "qwen2-mha-head-48-tied": RandomModel("qwen2", heads=3, kv_heads=3, head_dim=48, hidden=144, tied=True),
+    "qwen2-yarn": RandomModel("qwen2", rope=YARN),
+    "qwen3": RandomModel("qwen3", head_dim=32),
+    "qwen3-nine-heads-bias-tied": RandomModel("qwen3", heads=9, kv_heads=3, head_dim=48, bias=True, tied=True),
+    "qwen3-mha-yarn": RandomModel("qwen3", kv_heads=4, rope=YARN),
+    "qwen3-mqa-head-80": RandomModel("qwen3", kv_heads=1, head_dim=80),
+    "qwen3-moe": RandomModel("qwen3_moe", head_dim=32, layers=3, experts=QWEN3_EXPERTS),
+    "qwen3-moe-mqa-head-48": RandomModel("qwen3_moe", kv_heads=1, head_dim=48, tied=True, experts=QWEN3_EXPERTS),
+    "mixtral": RandomModel("mixtral", experts=MIXTRAL_EXPERTS),
+    "mixtral-nine-heads-80": RandomModel("mixtral", heads=9, kv_heads=3, head_dim=80, experts=MIXTRAL_EXPERTS),
+}
+
+
+def norm_in_own_dtype(self: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """As transformers' norm, which rounds to float32: two sums in another order would differ by that."""
+    return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_exact_equals_source(variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits agree to 1e-9 in float64 (1e-4 in float32), beyond the original context of scaled RoPE too."""
+    monkeypatch.setattr(Qwen3RMSNorm, "forward", norm_in_own_dtype)
+    monkeypatch.setattr(Qwen3MoeRMSNorm, "forward", norm_in_own_dtype)
+    model = VARIANTS[variant]
+    if "qwen3" in variant:
+        # The weight of the queries' norm is multiplied into others, which stored as float32 would be off by 4e-8.
+        model = replace(model, dtype=torch.float64)
+    source = model.save(tmp_path / "source")
+    out = convert(source, tmp_path / "mla", "--method", "exact")
+    ids = torch.randint(0, 199, (2, 150), generator=torch.Generator().manual_seed(1))
+    for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-4)):
+        # transformers' faster loop over experts has no float64.
+        models = [load(folder, dtype, experts_implementation="eager") for folder in (source, out)]
+        with torch.inference_mode():
+            expected, got = (model(ids).logits for model in models)
+        error = (got - expected).norm() / expected.norm()
+        if "yarn" in variant and dtype == torch.float64:
+            tolerance = 1e-6  # transformers rounds cos and sin times the attention factor to float32
+        assert error < tolerance, f"{dtype}: relative error {error:.2e}"
+
+
+def attend(maps: LatentMap, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """Attention under ``maps``, of queries ``[windows, H, tokens, d]``, keys and values with ``g`` heads."""
+    parts = [x.transpose(1, 2).flatten(2) for x in (q, k, v)]
+    widths = [part.shape[-1] for part in parts]
+    eye = torch.eye(sum(widths), dtype=torch.float64)
+    source = {f"{name}_proj.weight": rows for name, rows in zip("qkv", eye.split(widths), strict=True)}
+    source["o_proj.weight"] = torch.eye(widths[0], dtype=torch.float64)
+    module = LatentAttention(mla_weights(source, maps), q.shape[1], scale, dtype=torch.float64)
+    with torch.inference_mode():
+        return module(torch.cat(parts, dim=-1)).unflatten(-1, (q.shape[1], -1)).transpose(1, 2)
+
+
+def test_maps_are_exact_in_float64() -> None:
+    """The mathematics without any model: full-rank TransMLA attention equals GQA attention to 1e-9."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 40, 16, dtype=torch.float64, generator=generator) for heads in (6, 3, 3))
+    freqs = torch.rand(8, generator=generator)
+    moments = LayerMoments(3, 16)
+    moments.add(k.transpose(1, 2).flatten(2), v.transpose(1, 2).flatten(2))
+    maps = transmla_map(moments, freqs, kv_lora_rank=48, rope_dim=48, freqfold=1)
+    expected = gqa_attention(q, k, v, freqs, 0.25)
+    torch.testing.assert_close(attend(maps, q, k, v, 0.25), expected, rtol=0, atol=1e-9)
+
+
+def test_smollm2_exact_logits(smollm2: Path, exact: Path) -> None:
+    """A real model: float32 logits equal the source's to 1e-4 relative."""
+    ids = torch.randint(0, 49152, (2, 200), generator=torch.Generator().manual_seed(2))
+    with torch.inference_mode():
+        expected, got = (load(folder)(ids).logits for folder in (smollm2, exact))
+    assert (got - expected).norm() / expected.norm() < 1e-4
+
+
+def test_transmla_with_nothing_truncated(tmp_path: Path) -> None:
+    """At full rank, RoRoPE (freqfold 1) only rotates: the function stays."""
+    source = RandomModel(heads=6, kv_heads=3, hidden=96, bias=True).save(tmp_path / "source")
+    out = convert(
+        source,
+        tmp_path / "mla",
+        *("--method", "transmla", "--kv-lora-rank", 48, "--qk-rope-head-dim", 48, "--freqfold", 1),
+        *("--calibration", CALIBRATION, "--calibration-tokens", 2048),
+    )
+    ids = torch.randint(0, 199, (2, 100), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected, got = (load(folder)(ids).logits for folder in (source, out))
+    assert (got - expected).norm() / expected.norm() < 1e-4
+
+
+def test_gguf_equals_folder(smollm2_gguf: Path, exact: Path, tmp_path: Path) -> None:
+    """A GGUF file converts to the same weights as the folder made of it."""
+    out = convert(smollm2_gguf, tmp_path / "mla", "--method", "exact")
+    with safe_open(out / "model.safetensors", "pt") as a, safe_open(exact / "model.safetensors", "pt") as b:
+        assert sorted(a.keys()) == sorted(b.keys())
+        assert all(torch.equal(a.get_tensor(name), b.get_tensor(name)) for name in a.keys())  # noqa: SIM118

@@ -1,0 +1,43 @@
+"""Real weights in every family: SmolLM2 as that architecture, its function unchanged."""
+
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CALIBRATION, SPLIT, convert, converted_layers, load, run_engine
+from support.agreement import assert_agrees, text_prompts
+from transformers import AutoTokenizer
+
+from mla_converters.checkpoints.source import open_source
+from mla_converters.latent.cache_size import CacheBudget
+from mla_converters.methods.transmla.run import transmla
+from scripts.as_family import as_family
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "mixtral"])
+def test_real_weights(family: str, smollm2: Path, tmp_path: Path) -> None:
+    """At half the cache, the conversion is the one that Llama gets; vLLM equals transformers."""
+    source = as_family(smollm2, family, tmp_path / "source")
+    # The same tokens for both: transformers gives every Qwen2 folder Qwen2's way of cutting text.
+    ids = AutoTokenizer.from_pretrained(smollm2)(CALIBRATION.read_text(), return_tensors="pt").input_ids
+    windows = ids[:, :2048].view(4, 512)
+    got, expected = (first_layers(folder, windows) for folder in (source, smollm2))
+    for layer, reference in zip(got, expected, strict=True):
+        for name, tensor in reference.items():
+            assert torch.equal(layer[name], tensor), name
+        assert all(not layer[name].any() for name in layer.keys() - reference.keys()), "a bias out of nothing"
+
+    options = ("--calibration", CALIBRATION, "--calibration-tokens", 1024, "--refit-steps", 0, *SPLIT)
+    out = convert(source, tmp_path / "mla", *options)
+    model = load(out)
+    assert model.config.model_type == f"{family}_mla"
+    prompts = text_prompts(out, 6, longest=200)
+    assert_agrees(run_engine(out, prompts, max_tokens=16, prompt_logprobs=True), model, prompts)
+
+
+def first_layers(folder: Path, windows: torch.Tensor, count: int = 4) -> list[dict[str, torch.Tensor]]:
+    """The first layers of a half-cache conversion."""
+    with open_source(str(folder)) as source:
+        conversion = transmla(source, windows, CacheBudget(128, 64), freqfold=2)
+        return list(islice(converted_layers(source, conversion), count))

@@ -1,0 +1,196 @@
+"""The CPU backend against attention in float64, for awkward sizes, lengths and pages."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import TEXT, run_engine
+from support.backend_cpu import Sizes, cached_tokens, make_cache, make_impl, reference
+from transformers import AutoTokenizer
+from vllm.model_executor.layers.attention.mla_attention import (
+    MLACommonBaseImpl,
+    MLACommonPrefillMetadata,
+    build_mla_chunked_context_metadata,
+)
+from vllm.platforms import current_platform
+from vllm.platforms.cpu import CpuPlatform
+from vllm.v1.attention.backends.mla.prefill.base import MLAPrefillBackend
+
+from vllm_mla_plugin.backends import cpu, cpu_kernel
+from vllm_mla_plugin.backends.cpu import AnySizeCPUMLAImpl
+
+current_platform.import_kernels()
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+SIZES = {
+    "smollm2-half": Sizes(),
+    "deepseek": Sizes(heads=4, latent=512, rope=64, nope=128, v=128, block=128),
+    "not-multiples-of-anything": Sizes(heads=13, latent=37, rope=6, nope=80, v=80),
+    "one-head": Sizes(heads=1, latent=100, rope=28, nope=48, v=48, block=32),
+    "all-rope": Sizes(heads=6, latent=48, rope=96, nope=0, v=32),
+    "narrow": Sizes(heads=32, latent=8, rope=4, nope=16, v=16),
+}
+
+
+def assert_close(got: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+    error = (got.double() - expected).abs().max() / expected.abs().max()
+    assert error < TOLERANCE[dtype], f"relative error {error:.1e}"
+
+
+def check_decode(sizes: Sizes, dtype: torch.dtype, kernel: bool) -> None:
+    torch.manual_seed(0)
+    lengths = [1, 31, 32, 33, 1024, 1025, 2100, 5]
+    impl = make_impl(sizes, dtype)
+    assert impl.kernel is not None
+    if not kernel:
+        impl.kernel = None
+    cache, table = make_cache(sizes, lengths, dtype)
+    q = torch.randn(len(lengths), sizes.heads, sizes.latent + sizes.rope, dtype=dtype)
+    decode = SimpleNamespace(block_table=table, seq_lens=torch.tensor(lengths, dtype=torch.int32))
+    parts = q.split([sizes.latent, sizes.rope], dim=-1)
+    got, _ = impl.forward_mqa(parts, cache, SimpleNamespace(decode=decode), None)
+    for i, length in enumerate(lengths):
+        keys = cached_tokens(cache, table[i], length)[:, None].expand(-1, sizes.heads, -1)
+        expected = reference(q[i : i + 1], keys, keys[..., : sizes.latent], impl.scale)
+        assert_close(got[i : i + 1], expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("sizes", SIZES)
+def test_decode(sizes: str, dtype: torch.dtype) -> None:
+    check_decode(SIZES[sizes], dtype, kernel=True)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_decode_without_compiler(dtype: torch.dtype) -> None:
+    check_decode(SIZES["not-multiples-of-anything"], dtype, kernel=False)
+
+
+def test_decode_of_padding() -> None:
+    """Sequences of length 0 pad a batch: zeros, whatever the table says."""
+    sizes, dtype = Sizes(), torch.bfloat16
+    impl = make_impl(sizes, dtype)
+    cache, table = make_cache(sizes, [20, 1], dtype)
+    q = torch.randn(2, sizes.heads, sizes.latent + sizes.rope, dtype=dtype)
+    got = impl.kernel(q, cache, table, torch.tensor([20, 0], dtype=torch.int32))
+    assert got[0].isfinite().all() and not got[1].any()
+
+
+def check_prefill(
+    sizes: Sizes,
+    dtype: torch.dtype,
+    contexts: list[int],
+    lengths: list[int],
+    make: Callable[[Sizes, torch.dtype], MLACommonBaseImpl] = make_impl,
+    make_prefill: Callable[[Sizes, float], MLAPrefillBackend] | None = None,
+) -> None:
+    """``forward_mha`` of an implementation; vLLM's metadata builder and, where it uses one, prefill backend."""
+    torch.manual_seed(0)
+    impl = make(sizes, dtype)
+    cache, table = make_cache(sizes, [c + n for c, n in zip(contexts, lengths, strict=True)], dtype)
+    starts = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    width = sizes.latent + sizes.rope
+    chunked = build_mla_chunked_context_metadata(
+        context_lens_cpu=torch.tensor(contexts, dtype=torch.int32),
+        prefill_query_start_loc_cpu=starts,
+        chunked_prefill_workspace=torch.empty(1024, width, dtype=dtype),
+        chunked_prefill_workspace_size=1024,
+        block_size=sizes.block,
+        align_chunk_to_block=True,
+        device=torch.device("cpu"),
+        dcp_world_size=1,
+        dcp_local_block_size=1,
+        dcp_virtual_block_size=1,
+    )
+    prefill = MLACommonPrefillMetadata(table, starts, max(lengths), chunked)
+    if make_prefill is not None:
+        prefill.prefill_backend = make_prefill(sizes, impl.scale)
+        prefill.prefill_backend.prepare_metadata(prefill)
+    q = torch.randn(sum(lengths), sizes.heads, sizes.nope + sizes.rope, dtype=dtype)
+    everything = [
+        cached_tokens(cache, table[i], context + length)
+        for i, (context, length) in enumerate(zip(contexts, lengths, strict=True))
+    ]
+    new = torch.cat([x[context:] for x, context in zip(everything, contexts, strict=True)]).to(dtype)
+    latent, k_rope = new.split([sizes.latent, sizes.rope], dim=-1)
+    output = torch.empty(len(q), sizes.heads * sizes.v, dtype=dtype)
+    metadata = SimpleNamespace(prefill=prefill)
+    impl.forward_mha(q, latent, k_rope[:, None], cache, metadata, None, output)
+    weight = impl.kv_b_proj.weight.double().view(sizes.heads, sizes.nope + sizes.v, sizes.latent)
+    for i, cached in enumerate(everything):
+        tokens = slice(int(starts[i]), int(starts[i + 1]))
+        kv = torch.einsum("tl,hdl->thd", cached[:, : sizes.latent], weight)
+        rope = cached[:, None, sizes.latent :].expand(-1, sizes.heads, -1)
+        k = torch.cat((kv[..., : sizes.nope], rope), dim=-1)
+        expected = reference(q[tokens], k, kv[..., sizes.nope :], impl.scale).flatten(1)
+        assert_close(output[tokens], expected, dtype)
+
+
+PREFILLS = {
+    "no-context": ([0, 0, 0, 0], [1, 300, 16, 77]),
+    "context": ([32, 0, 520, 1500], [200, 40, 1, 31]),
+    "few-new-tokens": ([900, 16, 400], [3, 1, 2]),
+}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("case", PREFILLS)
+@pytest.mark.parametrize("sizes", ["smollm2-half", "not-multiples-of-anything", "all-rope"])
+def test_prefill(sizes: str, case: str, dtype: torch.dtype) -> None:
+    check_prefill(SIZES[sizes], dtype, *PREFILLS[case])
+
+
+def test_context_that_would_not_fit_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the limit, keys of earlier context are never made: the expansion sees the new tokens only."""
+    if not cpu.has_extend_kernel(torch.bfloat16):
+        pytest.skip("vLLM's kernel does not run on this processor")
+    monkeypatch.setattr(cpu, "MAX_EXPANDED_BYTES", 0)
+    monkeypatch.setattr(AnySizeCPUMLAImpl, "_expand", None)
+    check_prefill(Sizes(), torch.bfloat16, *PREFILLS["context"])
+
+
+def test_compiler_problems(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without a compiler, or with one that fails, there is no kernel, and the reason is told."""
+    assert "'no-such-compiler' is not installed" in cpu_kernel.run_compiler(("no-such-compiler",), tmp_path / "x.so")
+    problem = cpu_kernel.run_compiler(("g++", "--no-such-option"), tmp_path / "x.so")
+    assert problem.startswith("g++ failed: ")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "file"))
+    assert cpu_kernel.compile_kernel(3, 5, 7, torch.float32) is None, "a cache that cannot be written"
+
+
+def test_platform() -> None:
+    """vLLM took this plugin's platform, which is its CPU platform in everything else."""
+    assert type(current_platform).__module__ == "vllm_mla_plugin.platform"
+    assert current_platform.is_cpu() and isinstance(current_platform, CpuPlatform)
+
+
+def text_prompts(folder: Path) -> list[list[int]]:
+    """Long and short ones; the first four share 200 tokens."""
+    ids = AutoTokenizer.from_pretrained(folder)(TEXT).input_ids
+    return [*(ids[:200] + ids[300 + i : 340 + i] for i in range(0, 60, 15)), ids[5:500], ids[7:20]]
+
+
+def test_chunked_prefill_and_prefix_caching(half: Path) -> None:
+    """Prompts in pieces of 64 tokens, and from the cache where they begin alike: the same tokens."""
+    prompts = text_prompts(half)
+    off = {"enable_prefix_caching": False, "enable_chunked_prefill": False}
+    on = {"enable_prefix_caching": True, "enable_chunked_prefill": True, "max_num_batched_tokens": 64}
+    plain = run_engine(half, prompts, max_tokens=12, engine=off)
+    pieces = run_engine(half, [*prompts, *prompts[:2]], max_tokens=12, engine={**on, "max_num_seqs": 2})
+    assert pieces["tokens"] == plain["tokens"] + plain["tokens"][:2]
+    assert plain["cached_tokens"] == [0] * len(prompts)
+    assert pieces["cached_tokens"][3] >= 192 and pieces["cached_tokens"][-1] >= 224
+
+
+def test_speculative_decoding(half: Path) -> None:
+    """Several tokens of a request at once, guessed from its prompt: the same tokens."""
+    prompts = text_prompts(half)
+    speculation = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
+    plain = run_engine(half, prompts, max_tokens=12)
+    guessed = run_engine(half, prompts, max_tokens=12, engine={"speculative_config": speculation})
+    assert guessed["tokens"] == plain["tokens"]

@@ -1,0 +1,120 @@
+"""``vllm-mla bench``: real engines side by side, figures of known runs, what it refuses."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+from conftest import CommandLine, RandomModel, Refused, convert
+
+from mla_converters.bench.run import medians
+from mla_converters.engines.worker import Step, decode_rate, peak_concurrency, spread
+
+ENGINE = json.dumps({"enforce_eager": True})
+
+
+@pytest.fixture(scope="module")
+def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Context of 256; heads of 32, which vLLM's CPU attention takes."""
+    return RandomModel(head_dim=32).save(tmp_path_factory.mktemp("random") / "source")
+
+
+@pytest.fixture
+def refused(refusal: Refused) -> Refused:
+    """Runs a benchmark that must be refused; returns its one sentence."""
+    return partial(refusal, "bench")
+
+
+def test_two_models(command_line: CommandLine, random_model: Path, tmp_path: Path) -> None:
+    """Every figure of every model and workload, in the JSON and in the table; the picture is drawn."""
+    pytest.importorskip("matplotlib", reason="--plot needs matplotlib")
+    half = convert(random_model, tmp_path / "half", "--method", "transmla", "--cache-ratio", 0.5)
+    report, picture = tmp_path / "report.json", tmp_path / "speed.png"
+    options = ("--lengths", "16,32:1", "--requests", "1,3", "--rounds", 2, "--cache", "64MiB", "--engine", ENGINE)
+    code, table, complaint = command_line("bench", random_model, half, *options, "--json", report, "--plot", picture)
+    assert (code, complaint) == (0, ""), "noise beside the table"
+    result = json.loads(report.read_text())
+    rows = result["models"]
+    workloads = [(row["requests"], row["input_len"], row["output_len"]) for row in rows]
+    assert workloads == [w for w in [(1, 16, 16), (1, 32, 1), (3, 16, 16), (3, 32, 1)] for _ in range(2)]
+    for row in rows:
+        assert len(row["runs"]) == 2
+        # A request of one token can be done before the next arrives.
+        assert row["output_len"] == 1 or row["peak_concurrency"] == row["requests"]
+        assert row["preemptions"] == 0
+        tokens = row["requests"] * row["output_len"]
+        assert [run["output_tokens_per_second"] * run["seconds"] for run in row["runs"]] == pytest.approx([tokens] * 2)
+        assert 0 < row["time_to_first_token"]["median"] <= row["seconds"]
+        if row["output_len"] == 1:
+            assert row["decode_tokens_per_second"] is None and row["time_per_output_token"] is None
+        else:
+            assert row["decode_tokens_per_second"] > 0 and row["ratios"]["decode_tokens_per_second"] > 0
+    source, converted = rows[:2]
+    assert source["ratios"]["output_tokens_per_second"] == source["ratios"]["time_to_first_token"] == 1
+    assert (source["cached_per_token_and_layer"], converted["cached_per_token_and_layer"]) == (128, 64)
+    assert converted["ratios"]["kv_capacity"] == pytest.approx(2, rel=0.02)
+    assert f"{converted['kv_capacity_tokens']:,}" in table
+    assert result["command"].startswith("vllm-mla bench ") and result["hardware"]["cores"] >= 1
+    assert {"vllm", "torch", "vllm-mla-plugin", "python"} == result["versions"].keys()
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_dummy_weights_need_no_weights(command_line: CommandLine, random_model: Path, tmp_path: Path) -> None:
+    shape = tmp_path / "shape"
+    shape.mkdir()
+    (shape / "config.json").write_text((random_model / "config.json").read_text())
+    options = ("--lengths", 16, "--requests", "2,most", "--rounds", 1, "--cache", "2MiB", "--engine", ENGINE)
+    report = tmp_path / "report.json"
+    code, table, complaint = command_line("bench", shape, "--load-format", "dummy", *options, "--json", report)
+    assert (code, complaint) == (0, "")
+    assert "2 x 16 in, 16 out" in table and "most x 16 in, 16 out" in table
+    result = json.loads(report.read_text())
+    (engine,) = result["engines"].values()
+    # Each request takes a block; vLLM keeps one empty.
+    assert engine["kv_block_size"] >= 32
+    most = engine["kv_capacity_tokens"] // engine["kv_block_size"] - 1
+    two, full = result["models"]
+    assert two["peak_concurrency"] == 2 < full["peak_concurrency"] == most
+    assert full["preemptions"] == 0
+
+
+def test_engine_that_fails(refused: Refused, random_model: Path) -> None:
+    """vLLM's own words arrive in one sentence."""
+    line = refused(random_model, "--lengths", 16, "--engine", '{"tensor_parallel_size": 3, "enforce_eager": true}')
+    assert "vLLM cannot serve" in line
+
+
+def test_figures_of_known_runs() -> None:
+    assert peak_concurrency([(0, 2), (1, 3), (2, 4), (5, 6)]) == 2
+    assert peak_concurrency([(0, 9), (1, 3), (2, 4)]) == 3
+    assert spread([3.0]) == {"mean": 3, "median": 3, "p99": 3}
+    assert spread([1.0, 2.0, 6.0]) == {"mean": 3, "median": 2, "p99": pytest.approx(5.92)}
+    steps = [Step(1, ["a"]), Step(2, ["a", "b"]), Step(2.5, ["a", "b"]), Step(2.9, ["b"])]
+    assert decode_rate(steps, 2) == 4
+    assert decode_rate(steps[:2], 2) is None, "the only step with both begins one of them"
+    runs = [{"a": 1.0, "b": {"c": 2.0}, "d": None}, {"a": 3.0, "b": {"c": 2.0}, "d": 5.0}]
+    assert medians(runs) == {"a": 2, "b": {"c": 2}, "d": 5}
+
+
+OPTIONS = {
+    "missing-model": (("/nowhere",), "/nowhere does not exist"),
+    "lengths": (("--lengths", "16:x"), "--lengths has '16:x'"),
+    "zero-length": (("--lengths", "0:5"), "--lengths must be at least 1"),
+    "context": (("--lengths", "200:100"), "longer than the context"),
+    "default-lengths": ((), "give --lengths that fit"),
+    "requests": (("--requests", "many"), "must be numbers or most"),
+    "no-requests": (("--requests", "0"), "at least 1"),
+    "dtype": (("--dtype", "int8"), "choose one of auto"),
+    "load-format": (("--load-format", "gguf"), "choose one of auto, dummy"),
+    "cache": (("--cache", "much"), "--cache is 'much'"),
+    "engine": (("--engine", "{"), "not valid JSON"),
+    "engine-list": (("--engine", "[]"), "must be a JSON object"),
+    "plot": (("--plot", "picture.jpg"), "must end in .png"),
+    "json": (("--json", "/nowhere/report.json"), "not a file in an existing folder"),
+}
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_refused_options(refused: Refused, case: str, random_model: Path) -> None:
+    options, reason = OPTIONS[case]
+    assert reason in refused(random_model, *options)

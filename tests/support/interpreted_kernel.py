@@ -1,0 +1,63 @@
+"""This plugin's Triton decode kernel in Triton's interpreter: cases as JSON in the argument, their errors on stdout.
+
+A process of its own, because TRITON_INTERPRET must be set before Triton is imported.
+"""
+
+import json
+import sys
+
+import torch
+import triton
+import triton.language
+import vllm.triton_utils
+
+# Without a GPU, vLLM has put an empty module in Triton's place.
+vllm.triton_utils.triton, vllm.triton_utils.tl = triton, triton.language
+
+from support.backend_cpu import Sizes, cached_tokens, make_cache, reference
+
+from vllm_mla_plugin.backends.gpu_decode import decode, suited_tiles
+
+LENGTHS = [5, 170, 97]
+PARTS = 3
+GPU = 232448  # bytes of shared memory
+FILLING = 1  # rows at the end without tokens, as there are in CUDA graphs
+
+
+def error(heads: int, latent: int, rope: int, queries: int, causal: bool) -> float:
+    """Largest error of outputs and log-sum-exps, for requests that ask with so many of their newest tokens each."""
+    torch.manual_seed(0)
+    row = latent + rope
+    scale = row**-0.5
+    cache, table = make_cache(Sizes(latent=latent, rope=rope), [*LENGTHS, FILLING], torch.float32)
+    rows = (len(LENGTHS) + FILLING) * queries
+    # As vLLM hands them over: the rotary part is a slice of the projection's result.
+    q_latent, q_rope = torch.randn(rows, heads, latent), torch.randn(rows, heads, 3 + rope)[..., 3:]
+    output, lse = decode(
+        q_latent,
+        q_rope,
+        cache,
+        table,
+        torch.tensor([*LENGTHS, 0], dtype=torch.int32),
+        torch.full((rows, heads, PARTS, latent + 1), float("nan")),
+        torch.tensor(1.0),
+        scale=scale,
+        causal=causal,
+        tiles=suited_tiles(latent, rope, heads, False, GPU),
+        parts=PARTS,
+    )
+    worst = output[-queries:].abs().max().item()
+    q = torch.cat((q_latent, q_rope), dim=-1)
+    for i in range(len(LENGTHS) * queries):
+        request, token = divmod(i, queries)
+        length = LENGTHS[request] - (queries - 1 - token if causal else 0)
+        keys = cached_tokens(cache, table[request], length)[:, None].expand(-1, heads, -1)
+        expected = reference(q[i : i + 1], keys, keys[..., :latent], scale)
+        scores = torch.einsum("hd,khd->hk", q[i].double(), keys) * scale
+        worst = max(worst, (output[i : i + 1] - expected).abs().max().item())
+        worst = max(worst, (lse[i] - scores.logsumexp(-1)).abs().max().item())
+    return worst
+
+
+if __name__ == "__main__":
+    print(json.dumps({str(tuple(case)): error(*case) for case in json.loads(sys.argv[1])}))

@@ -1,0 +1,290 @@
+"""Healing: the attentions of a converted model are trained on what its source predicts, and nothing else is."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest import (
+    CALIBRATION,
+    MIXTRAL_EXPERTS,
+    QWEN3_EXPERTS,
+    ROOT,
+    CommandLine,
+    RandomModel,
+    Refused,
+    contents,
+    convert,
+    fill,
+    heal,
+    load,
+    running,
+    wait_for,
+)
+from safetensors.torch import load_file
+
+from mla_converters import heal as healing
+from mla_converters.checkpoints.models import Model
+from mla_converters.evaluation.hf_engine import kl_per_token
+from mla_converters.streaming import layers
+from mla_converters.text.healing import divided
+from mla_converters.training import distillation
+
+OTHER_TEXT = ROOT / "scripts" / "demo_text.txt"
+CALIBRATED = ("--calibration", CALIBRATION, "--calibration-tokens", 1024, "--refit-steps", 0)
+MAP_ALONE = (*CALIBRATED, "--without", "least-squares")  # leaves more to heal
+OPTIONS = ("--text", CALIBRATION, "--text", OTHER_TEXT, "--steps", 60)
+LOST = {0.0: 1024, 0.39: 1024, 0.4: 512, 0.78: 512, 0.79: 256, 9.0: 256}  # nats per token, and windows for it
+SHAPES = {
+    "llama": RandomModel(bias=True, tied=True),
+    "qwen3": RandomModel("qwen3", heads=4, kv_heads=1),
+    "qwen3_moe": RandomModel("qwen3_moe", experts=QWEN3_EXPERTS),
+    "mixtral": RandomModel("mixtral", experts=MIXTRAL_EXPERTS, dtype=torch.bfloat16),
+}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return RandomModel().save(tmp_path_factory.mktemp("source") / "model")
+
+
+@pytest.fixture(scope="module")
+def mla(source: Path) -> Path:
+    return convert(source, source.with_name("mla"), *CALIBRATED)
+
+
+@pytest.fixture(scope="module")
+def expected(mla: Path) -> dict[str, bytes]:
+    """What a run that nothing disturbs writes."""
+    return contents(heal(mla, mla.with_name("healed"), *OPTIONS))
+
+
+def reported(folder: Path) -> dict[str, Any]:
+    """What the report says of the healing."""
+    return json.loads((folder / "conversion_report.json").read_text())["healing"]
+
+
+def held_out(folder: Path) -> dict[str, float]:
+    """KL divergence from the source before and after, on text that was not trained on."""
+    return reported(folder)["kl_held_out"]
+
+
+def change_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_only_attentions_change_and_predict_better(shape: str, tmp_path: Path) -> None:
+    source = SHAPES[shape].save(tmp_path / "source")
+    mla = convert(source, tmp_path / "mla", *MAP_ALONE)
+    healed = heal(mla, tmp_path / "healed", "--text", CALIBRATION, "--steps", 48)
+    kl = held_out(healed)
+    assert 0 < kl["after"] < 0.9 * kl["before"]
+    assert reported(healed)["learning_rate"] == pytest.approx(
+        distillation.suited_rate(kl["before"], reported(healed)["window"]), rel=1e-3
+    )
+    old, new = (load_file(folder / "model.safetensors") for folder in (mla, healed))
+    assert old.keys() == new.keys()
+    for name, tensor in old.items():
+        assert new[name].dtype == tensor.dtype
+        trained = ".self_attn." in name and not name.endswith("rope_freqs")
+        assert torch.equal(new[name], tensor) != trained, name
+
+
+def test_windows_by_how_much_was_lost() -> None:
+    """The more, the shorter; windows are cut in equal pieces, and no token is lost but what does not divide."""
+    assert [distillation.suited_length(lost) for lost in LOST] == list(LOST.values())
+    windows = torch.arange(2002).view(2, 1001)
+    assert torch.equal(divided(windows, 256), torch.cat([row[:999].view(3, 333) for row in windows]))
+    assert torch.equal(divided(windows, 2048), windows)
+
+
+def test_windows_are_seen_twice_if_much_was_lost(tmp_path: Path) -> None:
+    assert [distillation.suited_passes(lost) for lost in (0.0, 0.2, 0.21, 9.0)] == [1, 1, 2, 2]
+    mla = convert(SHAPES["llama"].save(tmp_path / "source"), tmp_path / "mla", *CALIBRATED)
+    healed = heal(mla, tmp_path / "healed", "--text", CALIBRATION, "--tokens", 1408, "--length", 128, "--batch-size", 4)
+    # Of the 11 windows one is held out.
+    assert reported(healed)["steps"] == math.ceil(distillation.suited_passes(held_out(healed)["before"]) * 10 / 4)
+
+
+def test_real_model(command_line: CommandLine, healed: Path, smollm2: Path) -> None:
+    """Three windows of text bring SmolLM2 nearer to its source."""
+    kl = held_out(healed)
+    assert 0 < kl["after"] < kl["before"]
+    assert reported(healed)["learning_rate"] == 1e-4
+    code, _, _ = command_line("verify", healed, "--source", smollm2)
+    assert code == 0
+
+
+@torch.no_grad()
+def test_loss_is_the_divergence_of_evaluations(source: Path, mla: Path) -> None:
+    """In one chunk, and in two of different lengths."""
+    student, teacher = load(mla), load(source)
+    for shape in ((1, 100), (5, 120)):
+        ids = torch.randint(0, 128, shape, generator=torch.Generator().manual_seed(0))
+        with distillation.distillation(student, teacher) as distilled:
+            loss = distilled(ids)["loss"].item()
+        pairs = zip(teacher(ids).logits, student(ids).logits, strict=True)
+        assert loss == pytest.approx(torch.cat([kl_per_token(*pair) for pair in pairs]).mean().item(), rel=1e-4)
+
+
+def test_gradient_is_that_of_all_logits_at_once(source: Path, mla: Path) -> None:
+    teacher, student = load(source), load(mla)
+    ids = torch.randint(0, teacher.config.vocab_size, (3, 256), generator=torch.Generator().manual_seed(0))
+    assert ids.numel() > distillation.CHUNK and ids.numel() % distillation.CHUNK
+    with distillation.distillation(student, teacher) as distilled:
+        distilled(ids)["loss"].backward()
+        gradients = [weight.grad.clone() for weight in distilled.trained]
+        student.zero_grad()
+        expected, predicted = (model(ids).logits.log_softmax(-1).flatten(0, 1) for model in (teacher, student))
+        torch.nn.functional.kl_div(predicted, expected, reduction="batchmean", log_target=True).backward()
+        for gradient, weight in zip(gradients, distilled.trained, strict=True):
+            assert gradient.abs().max() > 0
+            torch.testing.assert_close(gradient, weight.grad, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_with_and_without_bfloat16(native: bool, mla: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the machine has it, all but the trained weights is in bfloat16; here as if it had, and as if it had not."""
+    dtypes: set[torch.dtype] = set()
+    load_model = healing.load_model
+
+    def spy(model: Model, dtype: torch.dtype, device: str) -> torch.nn.Module:
+        dtypes.add(dtype)
+        return load_model(model, dtype, device)
+
+    monkeypatch.setattr(healing, "load_model", spy)
+    for module in (healing, distillation, layers):
+        monkeypatch.setattr(module, "native_bfloat16", lambda device: native)
+    healed = heal(mla, tmp_path / "healed", "--text", CALIBRATION, "--steps", 40)
+    assert dtypes == {torch.bfloat16 if native else torch.float32}
+    kl = held_out(healed)
+    assert kl["after"] < 0.9 * kl["before"]
+    weights = load_file(healed / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    trained = weights["model.layers.0.self_attn.o_proj.weight"]
+    assert not torch.equal(trained, trained.bfloat16().float())
+
+
+def test_report_and_card(command_line: CommandLine, source: Path, mla: Path, tmp_path: Path) -> None:
+    out, file = tmp_path / "out", tmp_path / "report.json"
+    options = ("--text", CALIBRATION, "--tokens", 4096, "--steps", 8, "--batch-size", 2)
+    code, table, complaint = command_line("heal", mla, out, *options, "--json", file)
+    assert (code, complaint) == (0, "")
+    assert f"vllm serve {out}" in table.replace("\n", "")
+    report, written = json.loads(file.read_text()), json.loads((out / "conversion_report.json").read_text())
+    assert written == json.loads((out / "config.json").read_text())["mla_conversion"]
+    assert report["healing"] == written["healing"]
+    healing = written.pop("healing")
+    assert written == json.loads((mla / "conversion_report.json").read_text())
+    assert (healing["tokens"], healing["window"], healing["steps"]) == (4096, 256, 8)
+    assert healing["command"] == f"vllm-mla heal {mla} ./mla-healed {' '.join(map(str, options))}"
+    card = (out / "README.md").read_text()
+    assert f"8 steps of 2 x 256 tokens; text: 4,096 tokens of `{CALIBRATION.name}`" in card
+    assert healing["command"] in card and "Nothing was trained" not in card
+
+
+def test_killed(mla: Path, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after some steps, the same command goes on from them, and ends with the same bytes."""
+    out, folder = tmp_path / "out", tmp_path / "out.partial"
+    with running("heal", mla, out, *OPTIONS) as process:
+        wait_for(process, lambda: list(folder.glob(f"trainer/*/{distillation.COMPLETE}")))
+        process.kill()
+    started_from: list[str] = []
+    train = transformers.Trainer.train
+
+    def spy(self: transformers.Trainer, resume_from_checkpoint: str) -> Any:
+        started_from.append(resume_from_checkpoint)
+        return train(self, resume_from_checkpoint=resume_from_checkpoint)
+
+    monkeypatch.setattr(transformers.Trainer, "train", spy)
+    assert contents(heal(mla, out, *OPTIONS)) == expected
+    assert Path(started_from[0]).parent == folder / "trainer"
+    assert not folder.exists()
+
+
+def test_a_checkpoint_that_was_not_finished_is_passed_over(tmp_path: Path) -> None:
+    for step, whole in ((9, True), (12, True), (15, False)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if whole:
+            (tmp_path / f"checkpoint-{step}" / distillation.COMPLETE).touch()
+    assert distillation._last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-12")
+
+
+def test_other_options_do_not_go_on(mla: Path, refusal: Refused, tmp_path: Path) -> None:
+    out, folder = tmp_path / "out", tmp_path / "out.partial"
+    with running("heal", mla, out, *OPTIONS) as process:
+        wait_for(process, lambda: (folder / "text.safetensors").exists())
+    complaint = refusal("heal", mla, out, *OPTIONS, "--learning-rate", 0.001)
+    assert "--learning-rate (not given then, 0.001 now)" in complaint
+    assert folder.exists()
+
+
+def test_disk_that_fills_up(mla: Path, expected: dict[str, bytes], small_disk: Path) -> None:
+    """Space that somebody else takes in the middle ends the run in one sentence; with room again, it goes on."""
+    out, folder = small_disk / "out", small_disk / "out.partial"
+    with running("heal", mla, out, *OPTIONS) as process:
+        wait_for(process, lambda: list(folder.glob(f"trainer/*/{distillation.COMPLETE}")))
+        fill(small_disk, process)
+        _, complaint = process.communicate(timeout=60)
+    assert process.returncode == 2, complaint
+    (line,) = complaint.strip().splitlines()
+    assert "No space left on device" in line and "goes on from" in line
+    (small_disk / "filler").unlink()
+    assert contents(heal(mla, out, *OPTIONS)) == expected
+
+
+def test_what_both_models_have_is_in_memory_once(smollm2: Path, half: Path) -> None:
+    student, teacher = load(half), load(smollm2)
+    with distillation.distillation(student, teacher):
+        own = {tensor.data_ptr() for tensor in student.parameters()}
+        apart = {name for name, tensor in teacher.named_parameters() if tensor.data_ptr() not in own}
+    assert apart == {name for name, _ in teacher.named_parameters() if ".self_attn." in name}
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--steps", 0), "--steps is 0, but must be 1 or more"),
+        (("--length", 0), "--length is 0, but must be 1 or more"),
+        (("--batch-size", -1), "--batch-size is -1, but must be 1 or more"),
+        (("--learning-rate", "nan"), "--learning-rate is nan, but must be above 0"),
+        (("--learning-rate", 0), "--learning-rate is 0.0, but must be above 0"),
+        (("--learning-rate", 1e30, "--steps", 5), "Training made the model worse"),
+        (("--tokens", 256), "--tokens is 256, but must be at least 512"),
+        (("--text", "nowhere.txt"), "nowhere.txt cannot be read"),
+        (("--text", "chat"), "needs a chat template"),
+        (("--source", "nowhere/at/all"), "nowhere/at/all does not exist"),
+        (("--device", "tpu9"), "which is not a device"),
+        (("--seed", 2**70), "must fit 64 bits"),
+    ],
+)
+def test_refused_options(refusal: Refused, mla: Path, tmp_path: Path, options: tuple, reason: str) -> None:
+    text = () if "--text" in options else ("--text", CALIBRATION)
+    assert reason in refusal("heal", mla, tmp_path / "out", *text, *options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_refused_models(refusal: Refused, source: Path, mla: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert "is not a checkpoint that vllm-mla convert wrote" in refusal("heal", source, out)
+    exact = convert(source, tmp_path / "exact", "--method", "exact")
+    assert "is an exact conversion" in refusal("heal", exact, out)
+    whole = convert(source, tmp_path / "whole", "--cache-ratio", 1, *CALIBRATED)
+    assert "nothing was lost that could be healed" in refusal("heal", whole, out, "--text", CALIBRATION)
+    other = RandomModel(hidden=32, heads=2).save(tmp_path / "other")
+    assert "differ in hidden_size, num_attention_heads" in refusal("heal", mla, out, "--source", other)
+    assert "which is MODEL" in refusal("heal", mla, mla, "--force")
+    assert "exists: choose another OUT" in refusal("heal", mla, exact, "--text", CALIBRATION)
+    moved = Path(shutil.copytree(mla, tmp_path / "moved"))
+    change_json(moved / "config.json", kv_lora_rank=6)
+    assert "shapes differ from what its config.json asks for" in refusal("heal", moved, out, "--text", CALIBRATION)
+    change_json(moved / "conversion_report.json", source="../gone")
+    assert "was converted from ../gone, which is gone: say where with --source" in refusal("heal", moved, out)
+    (moved / "conversion_report.json").unlink()
+    assert "conversion_report.json" in refusal("heal", moved, out)
+    assert not out.exists()

@@ -1,0 +1,341 @@
+"""``vllm-mla plan``: sizes checked by hand for real shapes, what it recommends, and what it refuses."""
+
+import json
+import shlex
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import (
+    CALIBRATION,
+    MIXTRAL_EXPERTS,
+    QWEN3_EXPERTS,
+    CommandLine,
+    RandomModel,
+    Refused,
+    convert,
+)
+
+from mla_converters.checkpoints.shape import read_source
+from mla_converters.latent.cache_size import CacheBudget
+from mla_converters.options import Options
+from mla_converters.planning.cost import written_bytes
+from mla_converters.planning.serving import BLACKWELL, GPUS, HOPPER, OTHER_GPU
+
+GIB = 2**30
+LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16"}
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-3-8b": {
+        "num_hidden_layers": 32,
+        "hidden_size": 4096,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 14336,
+        "vocab_size": 128256,
+        "rope_theta": 500000.0,
+        "max_position_embeddings": 8192,
+    },
+    "llama-3-70b": {
+        "num_hidden_layers": 80,
+        "hidden_size": 8192,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "intermediate_size": 28672,
+        "vocab_size": 128256,
+        "rope_theta": 500000.0,
+        "max_position_embeddings": 8192,
+    },
+    "llama-2-7b": {
+        "num_hidden_layers": 32,
+        "hidden_size": 4096,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "intermediate_size": 11008,
+        "vocab_size": 32000,
+        "max_position_embeddings": 4096,
+    },
+}
+
+Planner = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def planned(command_line: CommandLine, tmp_path: Path) -> Planner:
+    """Runs ``vllm-mla plan --json`` in this process; returns the plan."""
+
+    def run(source: object, *options: object) -> dict[str, Any]:
+        out = tmp_path / "plan.json"
+        code, _, complaint = command_line("plan", source, *options, "--json", out)
+        assert code == 0, complaint
+        return json.loads(out.read_text())
+
+    return run
+
+
+@pytest.fixture
+def refused(refusal: Refused) -> Refused:
+    """Runs a plan that must be refused; returns its one sentence."""
+    return partial(refusal, "plan")
+
+
+def write_config(folder: Path, shape: str = "llama-3-8b", **changes: Any) -> Path:
+    """A folder that holds nothing but ``config.json``."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(LLAMA | SHAPES[shape] | changes))
+    return folder
+
+
+def layout(plan: dict[str, Any], latent: int, rope: int) -> dict[str, Any]:
+    (found,) = [x for x in plan["layouts"] if (x["kv_lora_rank"], x["qk_rope_head_dim"]) == (latent, rope)]
+    return found
+
+
+def test_llama_3_8b(planned: Planner, tmp_path: Path) -> None:
+    plan = planned(write_config(tmp_path / "Llama-3-8B"), "--memory", "16GiB")
+    source = plan["source"]
+    assert source["parameters"] == 8_030_261_248
+    assert source["weights_bytes"] == 16_060_522_496
+    assert source["cached_per_token_and_layer"] == 2 * 8 * 128
+    assert source["kv_bytes_per_token"] == 131_072  # 2,048 numbers * 32 layers * 2 bytes
+    assert source["tokens_in_memory"] == 131_072  # 2**34 / 2**17
+    deepseek = layout(plan, 512, 64)
+    assert deepseek["kv_bytes_per_token"] == 36_864  # 576 * 32 * 2
+    assert deepseek["cache_ratio"] == 0.28125  # 576 / 2,048
+    assert deepseek["tokens_in_memory"] == 466_033  # 2**34 // 36,864
+    # q_proj 32 * 192 * 4096, kv_a_proj 576 * 4096 and kv_b_proj 32 * 256 * 512 for q, k and v of 6144 * 4096: 6,553,600
+    # parameters more in each layer; and 32 float32 frequencies.
+    assert plan["conversion"]["weights_bytes"] == 2 * (8_030_261_248 + 32 * 6_553_600) + 32 * 32 * 4
+    assert (plan["recommended"]["kv_lora_rank"], plan["recommended"]["qk_rope_head_dim"]) == (512, 64)
+    assert "28.1% of the cache" in plan["recommended"]["reason"]
+    assert plan["warnings"] == []
+
+
+def test_llama_3_70b(planned: Planner, tmp_path: Path) -> None:
+    plan = planned(write_config(tmp_path / "Llama-3-70B", "llama-3-70b"), "--memory", "80GB")
+    assert plan["source"]["parameters"] == 70_553_706_496
+    assert plan["source"]["kv_bytes_per_token"] == 327_680  # 2,048 * 80 * 2
+    assert plan["source"]["tokens_in_memory"] == 244_140  # 80e9 // 327,680
+    assert layout(plan, 512, 64)["kv_bytes_per_token"] == 92_160
+    assert plan["recommended"]["kv_lora_rank"] == 512
+    # The model cannot write its own calibration text without being in memory as a whole.
+    assert plan["conversion"]["peak_memory_bytes"]["self"] > 2 * 70_553_706_496
+    assert plan["conversion"]["peak_memory_bytes"]["file"] < 16e9
+
+
+def test_llama_2_7b(planned: Planner, tmp_path: Path) -> None:
+    """Where 512 + 64 is TransMLA's 93% compression: too little without training, so half is recommended."""
+    plan = planned(write_config(tmp_path / "Llama-2-7B", "llama-2-7b"))
+    assert plan["source"]["parameters"] == 6_738_415_616
+    assert plan["source"]["kv_bytes_per_token"] == 524_288
+    assert layout(plan, 512, 64)["cache_ratio"] == 0.070312  # 576 / 8,192, and six digits
+    recommended = plan["recommended"]
+    assert recommended["kv_lora_rank"] + recommended["qk_rope_head_dim"] == 4096
+    assert "7.0% of the cache, too little without training" in recommended["reason"]
+    assert plan["command"].endswith("Llama-2-7B ./Llama-2-7B-mla --cache-ratio 0.5")
+
+
+def test_smollm2(planned: Planner, smollm2: Path) -> None:
+    plan = planned(smollm2, "--memory", "1GiB")
+    source = plan["source"]
+    assert (source["parameters"], source["weights_bytes"]) == (134_515_008, 4 * 134_515_008)
+    assert (source["dtype"], source["cache_dtype"]) == ("float32", "bfloat16")  # as vLLM serves it by default
+    assert source["kv_bytes_per_token"] == 23_040  # 384 * 30 * 2
+    assert source["tokens_in_memory"] == 46_603
+    assert [x["cached_per_token_and_layer"] for x in plan["layouts"]] == [320, 288, 192, 127, 96, 48]
+    recommended = plan["recommended"]
+    assert recommended["kv_lora_rank"] + recommended["qk_rope_head_dim"] == 192
+    assert "caches only 384 numbers" in recommended["reason"]
+
+
+def test_weights_are_those_of_a_conversion(planned: Planner, smollm2: Path) -> None:
+    """What ``convert`` wrote for SmolLM2 at 128 + 64, to the byte."""
+    assert written_bytes(read_source(str(smollm2)), CacheBudget(128, 64)) == 582_300_672
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        RandomModel("qwen3", heads=6, kv_heads=3, hidden=96),
+        RandomModel("qwen3_moe", layers=3, experts=QWEN3_EXPERTS),
+        RandomModel("mixtral", tied=True, experts=MIXTRAL_EXPERTS),
+    ],
+    ids=lambda model: model.family,
+)
+def test_weights_of_every_kind_of_family(model: RandomModel, tmp_path: Path) -> None:
+    """With QK-norm, and with experts, the plan's bytes are those that ``convert`` writes."""
+    source = model.save(tmp_path / "source")
+    out, report = tmp_path / "mla", tmp_path / "report.json"
+    options = ("--kv-lora-rank", 20, "--qk-rope-head-dim", 10, "--refit-steps", 0)
+    convert(source, out, *options, "--calibration", CALIBRATION, "--calibration-tokens", 2048, "--json", report)
+    planned_bytes = written_bytes(read_source(str(source)), CacheBudget(20, 10))
+    assert planned_bytes == json.loads(report.read_text())["weights_bytes"]
+
+
+def test_backends(planned: Planner, tmp_path: Path) -> None:
+    folder = write_config(tmp_path / "model")
+    plan = planned(folder)
+    assert layout(plan, 512, 64)["backends"] == {
+        "CPU": ["any-size backend of this plugin"],
+        HOPPER: ["FLASH_ATTN_MLA", "FLASHMLA", "TRITON_MLA"],
+        BLACKWELL: ["FLASHINFER_MLA", "CUTLASS_MLA", "TRITON_MLA"],
+        OTHER_GPU: ["TRITON_MLA"],
+    }
+    assert layout(plan, 256, 64)["backends"][HOPPER] == ["FLASH_ATTN_MLA", "TRITON_MLA"]
+    others = [x for x in plan["layouts"] if x["qk_rope_head_dim"] + x["kv_lora_rank"] not in (320, 576)]
+    assert len(others) == 5
+    assert all(list(x["backends"]) == ["CPU"] for x in others)
+    # vLLM's GPU backends take 16-bit numbers only.
+    in_float32 = planned(folder, "--dtype", "float32")
+    assert not any(set(x["backends"]) & set(GPUS) for x in in_float32["layouts"])
+    assert in_float32["recommended"]["reason"].startswith("In float32 only the CPU")
+    assert in_float32["source"]["kv_bytes_per_token"] == 2 * 131_072
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "recommended"),
+    [(8, 576), (4, 576), (3, 320), (2, 256)],  # caches 2,048, 1,024, 768 and 512 numbers
+)
+def test_recommendation(planned: Planner, tmp_path: Path, kv_heads: int, recommended: int) -> None:
+    """512 + 64 if it saves enough, else 256 + 64, else half."""
+    heads = 24  # a multiple of all
+    changes = {"num_key_value_heads": kv_heads, "num_attention_heads": heads, "hidden_size": heads * 128}
+    plan = planned(write_config(tmp_path / "model", **changes))
+    sizes = plan["recommended"]
+    assert sizes["kv_lora_rank"] + sizes["qk_rope_head_dim"] == recommended
+
+
+def test_table(command_line: CommandLine, tmp_path: Path) -> None:
+    """For people: the numbers, and last the command, on a line of its own."""
+    folder = write_config(tmp_path / "my model")
+    _, output, _ = command_line("plan", folder, "--calibration-tokens", 4096)
+    for text in ("131,072 bytes (bfloat16)", "8.03 billion parameters", "512 + 64", "36,864", "FLASHMLA"):
+        assert text in output
+    assert shlex.split(output.splitlines()[-1]) == [
+        *("vllm-mla", "convert", str(folder), "./my model-mla"),
+        *("--kv-lora-rank", "512", "--qk-rope-head-dim", "64", "--calibration-tokens", "4096"),
+    ]
+
+
+def test_bare_config_file(planned: Planner, tmp_path: Path) -> None:
+    """``convert`` takes the folder, so that is what the command names."""
+    folder = write_config(tmp_path / "model")
+    assert planned(folder / "config.json") == planned(folder)
+
+
+def test_hub_id(planned: Planner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only config.json is fetched."""
+    folder = write_config(tmp_path / "cache")
+    fetched = []
+
+    def download(repo: str, file: str, revision: str | None) -> str:
+        fetched.append((repo, file, revision))
+        return str(folder / file)
+
+    monkeypatch.setattr("mla_converters.checkpoints.shape.hf_hub_download", download)
+    plan = planned("meta-llama/Llama-3-8B", "--revision", "v1")
+    assert fetched == [("meta-llama/Llama-3-8B", "config.json", "v1")]
+    assert plan["command"].startswith("vllm-mla convert meta-llama/Llama-3-8B ./Llama-3-8B-mla ")
+    assert plan["command"].endswith(" --revision v1")
+
+
+def test_sliding_window(planned: Planner, tmp_path: Path) -> None:
+    mistral = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 4096}
+    plan = planned(write_config(tmp_path / "mistral", **mistral))
+    (warning,) = plan["warnings"]
+    assert "sliding window of 4096 tokens" in warning and "--max-context 4096" in warning
+    assert "--max-context 4096" in plan["command"]
+
+
+def test_cost_grows_with_what_it_should(planned: Planner, tmp_path: Path) -> None:
+    folder = write_config(tmp_path / "model")
+    few, many = (planned(folder, "--calibration-tokens", n)["conversion"] for n in (16384, 32768))
+    assert Options.method in many["core_seconds"]
+    for method, seconds in many["core_seconds"].items():
+        assert seconds > few["core_seconds"][method]
+    assert many["sampling_core_seconds"] == pytest.approx(2 * few["sampling_core_seconds"], abs=1)
+    # Two streams of hidden states of 4,096 float32 numbers a token; as many random tokens with both.
+    assert many["peak_memory_bytes"]["file"] - few["peak_memory_bytes"]["file"] == 2 * 16384 * 4096 * 4
+    assert many["weights_bytes"] == few["weights_bytes"]
+
+
+def test_refused_sources(refused: Refused, tmp_path: Path) -> None:
+    assert "does not exist" in refused(tmp_path / "nowhere")
+    assert "neither a folder here nor a model" in refused("someone/some-model")
+    assert "is a GGUF file" in refused(tmp_path / "model.gguf")
+    (tmp_path / "empty").mkdir()
+    assert "no config.json" in refused(tmp_path / "empty")
+    (tmp_path / "config.json").write_text("{")
+    assert "cannot be read as JSON" in refused(tmp_path / "config.json")
+    (tmp_path / "config.json").write_text("[]")
+    assert "does not hold a JSON object" in refused(tmp_path / "config.json")
+
+
+CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown": ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, "is not supported; supported are"),
+    "mla": ({"kv_lora_rank": 512}, "uses MLA already"),
+    "quantised": ({"quantization_config": {"quant_method": "gptq"}}, "quantised (gptq)"),
+    "dynamic": ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "RoPE type 'dynamic'"),
+    "uneven": ({"num_key_value_heads": 5}, "config.json is wrong"),
+    "type": ({"hidden_size": "big"}, "not a valid configuration"),
+    "no-heads": ({"num_key_value_heads": 0}, "num_key_value_heads 0, where a number from 1"),
+    "no-layers": ({"num_hidden_layers": 0}, "num_hidden_layers 0, where a number from 1"),
+    "dtype": ({"torch_dtype": "int8"}, "says dtype 'int8'"),
+    "activation": ({"hidden_act": "nonsense"}, "not a valid configuration"),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_refused_configs(refused: Refused, case: str, tmp_path: Path) -> None:
+    changes, reason = CONFIGS[case]
+    assert reason in refused(write_config(tmp_path / "model", **changes))
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--memory", "lots"), "--memory is 'lots'"),
+        (("--memory", "16"), "16GiB or 80GB"),
+        (("--memory", "0GiB"), "--memory is '0GiB'"),
+        (("--dtype", "int4"), "--dtype is 'int4'; choose one of float32, bfloat16, float16"),
+        (("--calibration-tokens", "0"), "--calibration-tokens is 0"),
+        (("--json", "/nowhere/plan.json"), "--json is /nowhere/plan.json, which is not a file in an existing folder"),
+    ],
+)
+def test_refused_options(refused: Refused, tmp_path: Path, options: tuple[str, ...], reason: str) -> None:
+    assert reason in refused(write_config(tmp_path / "model"), *options)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("16GiB", 16 * GIB), ("80GB", 80 * 10**9), ("1.5 gib", 3 * GIB // 2), ("512MiB", GIB // 2)]
+)
+def test_memory(text: str, expected: int) -> None:
+    from mla_converters.cli.plan import parse_memory
+
+    assert parse_memory(text) == expected
+
+
+def test_refit_costs_time_and_memory(planned: Planner, tmp_path: Path) -> None:
+    folder = write_config(tmp_path / "model")
+    closed_form, refitted = (planned(folder, "--refit-steps", n) for n in (0, 96))
+    assert "--refit-steps 0" in closed_form["command"] and "--refit-steps" not in refitted["command"]
+    few, many = closed_form["conversion"], refitted["conversion"]
+    assert few["core_seconds"][Options.method] < many["core_seconds"][Options.method]
+    assert few["core_seconds"]["transmla"] == many["core_seconds"]["transmla"]
+    assert few["peak_memory_bytes"]["file"] < many["peak_memory_bytes"]["file"]
+    # The converted model's hidden states too: 4,096 float32 numbers a token, twice while a new copy is written.
+    assert many["peak_disk_bytes"] - few["peak_disk_bytes"] == 2 * 16384 * 4096 * 4
+
+
+def test_least_squares_cost_where_they_are_fitted(planned: Planner, tmp_path: Path) -> None:
+    """From eight tokens for each of 4,096 numbers that heads read, 2,048 of them random: the converted model's hidden
+    states pass through the layers too."""
+    folder = write_config(tmp_path / "model")
+    plans = [planned(folder, "--refit-steps", 0, "--calibration-tokens", tokens) for tokens in (30_719, 30_720)]
+    assert "--calibration-tokens 30720 " in plans[0]["warnings"][0]
+    assert plans[1]["warnings"] == []
+    few, many = (plan["conversion"] for plan in plans)
+    assert many["peak_disk_bytes"] - few["peak_disk_bytes"] == pytest.approx(2 * 30_720 * 4096 * 4, rel=1e-3)
+    assert many["core_seconds"][Options.method] > 1.2 * few["core_seconds"][Options.method]
+    assert many["core_seconds"]["transmla"] == pytest.approx(few["core_seconds"]["transmla"], rel=1e-3)
