@@ -23,6 +23,7 @@ from transformers import (
 from mla_converters.checkpoints.families import Family, check_config, find_family, source_head_dim
 from mla_converters.checkpoints.locate import local_path, not_a_model_file, not_on_the_hub
 from mla_converters.checkpoints.reader import INDEX, Checkpoint
+from mla_converters.checkpoints.shape import Shape, shape_of
 from mla_converters.checkpoints.tokenizer import load_tokenizer
 from mla_converters.errors import ConversionError
 from mla_converters.support.json_files import read_json_object
@@ -121,10 +122,10 @@ class Source:
         """Factor on the scores, the RoPE attention factor included."""
         return self.head_dim**-0.5 * self.rope[1] ** 2
 
-    @property
-    def has_qk_norm(self) -> bool:
-        """Whether queries and keys are normalised before RoPE."""
-        return "model.layers.0.self_attn.k_norm.weight" in self._checkpoint
+    @cached_property
+    def shape(self) -> Shape:
+        """Its sizes."""
+        return shape_of(self.config, self.skeleton(), self.dtype().itemsize)
 
     def skeleton(self) -> PreTrainedModel:
         """The source's transformers model without weights (meta device)."""
