@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from mla_converters.checkpoints.families import FAMILIES
+from vllm_mla_plugin.checkpoint.families import FAMILIES
 
 
 def as_family(source: Path, model_type: str, folder: Path, experts: int = 2, gate_scale: float = 0.0) -> Path:

@@ -9,13 +9,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 import vllm_mla_plugin.hf  # noqa: F401 - registers the MLA models with transformers
-from mla_converters.checkpoints.families import FAMILIES, architecture_names
+from mla_converters.checkpoints.families import architecture_names
 from mla_converters.checkpoints.manifest import manifest_problems
 from mla_converters.checkpoints.reader import Checkpoint
 from mla_converters.checkpoints.tokenizer import load_tokenizer
 from mla_converters.errors import ConversionError
 from mla_converters.evaluation.run import EvalOptions, evaluate
 from mla_converters.support.json_files import read_json_object
+from vllm_mla_plugin.checkpoint.families import FAMILIES
 
 EXACT_KL = 0.01  # nats per token; a lossless conversion differs by rounding alone
 LEAST_AGREEMENT = 0.1  # of likeliest tokens; below, the predictions have nothing to do with the source's

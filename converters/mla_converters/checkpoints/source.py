@@ -20,12 +20,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from mla_converters.checkpoints.families import Family, check_config, find_family, source_head_dim
+from mla_converters.checkpoints.families import check_config, find_family, source_head_dim
 from mla_converters.checkpoints.locate import local_path, not_a_model_file, not_on_the_hub
 from mla_converters.checkpoints.reader import INDEX, Checkpoint
 from mla_converters.checkpoints.tokenizer import load_tokenizer
 from mla_converters.errors import ConversionError
 from mla_converters.support.json_files import read_json_object
+from vllm_mla_plugin.checkpoint.families import Family
 
 # Everything that travels with a model besides its configuration and weights.
 SIDE_FILES = (
