@@ -1,4 +1,4 @@
-"""Whether a converted checkpoint is whole: files, configuration, tensors, tokenizer, and what it predicts."""
+"""Checks that a converted checkpoint is whole: files, configuration, tensors, tokenizer, and predictions."""
 
 import tempfile
 from dataclasses import asdict, dataclass
@@ -19,8 +19,8 @@ from mla_converters.support.json_files import read_json_object
 from vllm_mla_plugin.checkpoint.families import FAMILIES
 
 EXACT_KL = 0.01  # nats per token; a lossless conversion differs by rounding alone
-LEAST_AGREEMENT = 0.1  # of likeliest tokens; below, the predictions have nothing to do with the source's
-SHOWN = 5  # problems of a check that are named
+LEAST_AGREEMENT = 0.1  # share of equal likeliest tokens; below, the predictions have nothing to do with the source's
+SHOWN = 5  # number of a check's problems that are named
 SAMPLE = """\
 The lighthouse stood at the end of a narrow path, and for most of the year nobody walked there. In winter the waves
 reached the lower windows; in summer the grass grew as high as the door. The keeper wrote down the weather every
@@ -34,12 +34,12 @@ in fog. The other two, as far as anybody knows, had never existed.
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
-        name: what.
-        problems: what is wrong; empty if nothing is.
-        detail: what was seen.
+        name: the name of the check.
+        problems: a sentence for each problem; empty if there is none.
+        detail: the facts that the check saw.
     """
 
     name: str
@@ -52,11 +52,11 @@ def verify(folder: Path, source: str | None = None, trust_remote_code: bool = Fa
 
     Args:
         folder: the checkpoint.
-        source: what it was converted from, to compare predictions on a short text; None leaves that out.
+        source: the model that it was converted from, to compare predictions on a short text; None leaves that out.
         trust_remote_code: whether code that comes with the tokenizer may run.
 
     Returns:
-        ``ok``, and each check with its problems; later checks are left out where an earlier one makes them pointless.
+        ``ok``, and each check with its problems. Later checks are left out if an earlier one makes them pointless.
 
     Raises:
         ConversionError: the folder is no converted checkpoint, or the source is no model.
@@ -81,7 +81,7 @@ def converted_config(folder: Path) -> dict[str, Any]:
     """``config.json`` of a folder that ``vllm-mla convert`` wrote.
 
     Raises:
-        ConversionError: it is none.
+        ConversionError: the folder is no such checkpoint.
     """
     description = read_json_object(folder / "config.json")
     architectures = {family.mla_architecture for family in FAMILIES.values()}

@@ -207,6 +207,7 @@ def test_backends(planned: Planner, tmp_path: Path) -> None:
     in_float32 = planned(folder, "--dtype", "float32")
     assert not any(set(x["backends"]) & set(GPUS) for x in in_float32["layouts"])
     assert in_float32["recommended"]["reason"].startswith("In float32 only the CPU")
+    assert " --cache-ratio 0.5" in in_float32["command"]
     assert in_float32["source"]["kv_bytes_per_token"] == 2 * 131_072
 
 

@@ -35,8 +35,8 @@ def resolve_budget(
 ) -> CacheBudget:
     """Choose the sizes that the user did not give.
 
-    Without sizes, the cache is ``cache_ratio`` of the source's, a third of it or less rotary: the
-    largest power-of-two fraction of the head size that fits, as TransMLA's code splits it.
+    Without sizes, the cache is ``cache_ratio`` of the source's. At most a third of it is rotary: the
+    largest power-of-two fraction of the head size that fits, as in TransMLA's code.
 
     Args:
         kv_heads, head_dim: ``g`` and ``d`` of the source, which caches ``2 * g * d`` numbers.
