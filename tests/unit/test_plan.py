@@ -211,37 +211,6 @@ def test_backends(planned: Planner, tmp_path: Path) -> None:
     assert in_float32["source"]["kv_bytes_per_token"] == 2 * 131_072
 
 
-def test_options_keep_what_gpus_serve(planned: Planner, tmp_path: Path) -> None:
-    """``convert --cache-ratio`` may find a wider rotary part than prefill takes on GPUs, so the sizes are given."""
-    wide = planned(write_config(tmp_path / "wide"))
-    assert layout(wide, 896, 128)["options"] == ["--kv-lora-rank", "896", "--qk-rope-head-dim", "128"]
-    # Two KV heads of 64 numbers: whatever the split, a head's 64 numbers and the rotary part are at most 256.
-    narrow = planned(write_config(tmp_path / "narrow", num_key_value_heads=2, hidden_size=2048))
-    assert layout(narrow, 96, 32)["options"] == ["--cache-ratio", "0.5"]
-
-
-def test_heads_too_large_for_gpus(planned: Planner, tmp_path: Path) -> None:
-    """Prefill on GPUs takes heads of 256 numbers, so that heads of 256 have no room for a rotary part."""
-    plan = planned(write_config(tmp_path / "model", head_dim=256))
-    assert all(list(x["backends"]) == ["CPU"] for x in plan["layouts"])
-    assert "no GPU serves it: prefill on GPUs takes heads of at most 256 numbers" in plan["recommended"]["reason"]
-
-
-@pytest.mark.parametrize(
-    ("kv_heads", "recommended"),
-    [(8, 576), (4, 576), (3, 320), (2, 256)],  # caches 2,048, 1,024, 768 and 512 numbers
-)
-def test_recommendation(planned: Planner, tmp_path: Path, kv_heads: int, recommended: int) -> None:
-    """512 + 64 if it saves enough, else 256 + 64, else half, which this plugin serves."""
-    heads = 24  # a multiple of all
-    changes = {"num_key_value_heads": kv_heads, "num_attention_heads": heads, "hidden_size": heads * 128}
-    plan = planned(write_config(tmp_path / "model", **changes))
-    sizes = plan["recommended"]
-    assert sizes["kv_lora_rank"] + sizes["qk_rope_head_dim"] == recommended
-    backends = layout(plan, sizes["kv_lora_rank"], sizes["qk_rope_head_dim"])["backends"]
-    assert (PLUGIN_BACKEND in backends[HOPPER]) == (recommended == 256)
-
-
 def test_table(command_line: CommandLine, tmp_path: Path) -> None:
     """For people: the numbers, and last the command, on a line of its own."""
     folder = write_config(tmp_path / "my model")

@@ -65,10 +65,9 @@ def recommend(kv_heads: int, head_dim: int, dtype: str) -> tuple[Candidate, str]
     """
     cached = 2 * kv_heads * head_dim
     half = _share(kv_heads, head_dim, 0.5)
-    if dtype == "float32":  # no GPU sets limits, so the split is left to convert's search
-        return Candidate(
-            half.layout, ("--cache-ratio", "0.5")
-        ), "In float32 only the CPU serves MLA, at any size; half the cache is where to start."
+    if dtype == "float32":
+        searched = Candidate(half.layout, ("--cache-ratio", "0.5"))  # there are no limits of GPUs to keep to
+        return searched, "In float32 only the CPU serves MLA, at any size; half the cache is where to start."
     on_gpus = [
         candidate
         for candidate in candidates(kv_heads, head_dim)
