@@ -1,4 +1,4 @@
-"""Whether a converted checkpoint is whole: files, configuration, tensors, tokenizer, and what it predicts."""
+"""Checks that a converted checkpoint is whole: files, configuration, tensors, tokenizer, and predictions."""
 
 import tempfile
 from pathlib import Path
@@ -19,8 +19,8 @@ from mla_converters.reports.conversion import WRITER, ConversionReport
 from mla_converters.reports.verification import Check, Verification
 
 EXACT_KL = 0.01  # nats per token; a lossless conversion differs by rounding alone
-LEAST_AGREEMENT = 0.1  # of likeliest tokens; below, the predictions have nothing to do with the source's
-SHOWN = 5  # problems of a check that are named
+LEAST_AGREEMENT = 0.1  # share of equal likeliest tokens; below, the predictions have nothing to do with the source's
+SHOWN = 5  # number of a check's problems that are named
 SAMPLE = """\
 The lighthouse stood at the end of a narrow path, and for most of the year nobody walked there. In winter the waves
 reached the lower windows; in summer the grass grew as high as the door. The keeper wrote down the weather every

@@ -9,11 +9,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 import vllm_mla_plugin.hf  # noqa: F401 - registers the MLA models with transformers
-from mla_converters.checkpoints.families import FAMILIES, architecture_names, source_head_dim
+from mla_converters.checkpoints.families import architecture_names, source_head_dim
 from mla_converters.checkpoints.locate import local_path, not_on_the_hub
 from mla_converters.checkpoints.source import unpacked_gguf
 from mla_converters.errors import ConversionError
 from mla_converters.support.json_files import read_json_object
+from vllm_mla_plugin.checkpoint.families import FAMILIES
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from mla_converters.cli.common import ReportFile, check_output, print_warnings, 
 from mla_converters.cli.flags import with_flags
 from mla_converters.options import PlanOptions
 from mla_converters.reports.plan import Layout, Plan, PlannedConversion, PlannedModel, Recommendation
+from vllm_mla_plugin.checkpoint.layouts import GPUS
 
 EPILOG = """
 **Examples**
@@ -93,21 +94,30 @@ def _layout_table(result: Plan, memory: str) -> Table:
             f"{layout.cache_ratio:.1%}",
             f"{layout.kv_bytes_per_token:,}",
             f"{layout.tokens_in_memory:,}",
-            "CPU, GPU" if len(layout.backends) > 1 else "CPU",
+            _served_on(layout.backends),
             style="bold" if sizes == chosen else None,
         )
     return table
 
 
+def _served_on(backends: dict[str, list[str]]) -> str:
+    gpus = backends.keys() & set(GPUS)
+    return "CPU" if not gpus else "CPU, GPU" if len(gpus) == len(GPUS) else "CPU, some GPUs"
+
+
 def _gpu_table(layouts: list[Layout]) -> Table:
-    table = Table(title="GPU backends, as vLLM 0.32.0's code has them; its choice first")
+    """Backends of each layout; GPUs that have the same backends share a row."""
+    table = Table(title="GPU backends; vLLM's own are read from its version 0.32.0, its choice first")
     for column in ("Latent + rope", "GPU", "Backends"):
         table.add_column(column)
     for layout in layouts:
-        for hardware, backends in layout.backends.items():
-            if hardware != "CPU":
-                sizes = f"{layout.kv_lora_rank} + {layout.qk_rope_head_dim}"
-                table.add_row(sizes, hardware, ", ".join(backends))
+        gpus: dict[str, list[str]] = {}
+        for gpu in GPUS:
+            if gpu in layout.backends:
+                gpus.setdefault(", ".join(layout.backends[gpu]), []).append(gpu)
+        for backends, served in gpus.items():
+            where = "NVIDIA Ampere or later" if len(served) == len(GPUS) else ", ".join(served)
+            table.add_row(f"{layout.kv_lora_rank} + {layout.qk_rope_head_dim}", where, backends)
     return table
 
 
