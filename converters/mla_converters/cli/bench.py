@@ -31,7 +31,7 @@ A shape, without its weights (config.json is enough):
 `vllm-mla bench ./Llama-3.1-8B ./llama-mla --load-format dummy`
 
 Every request has the same length and is sent at once. Ratios are to the first model; above 1 is better than it.
-See docs/bench.md for what each number means.
+See docs/benchmarking.md for what each number means.
 """
 
 

@@ -29,7 +29,7 @@ The number that papers report, for several cache sizes, with a picture:
 **Memory**: the weights of one model, and with --reference those of both, at 4 bytes each in float32; and for each
 of them 4 bytes x length x vocabulary for the logits of one window.
 
-**Task scores** (HellaSwag, MMLU …) come from lm-eval: see docs/eval.md.
+**Task scores** (HellaSwag, MMLU …) come from lm-eval: see docs/evaluating.md.
 """
 
 
