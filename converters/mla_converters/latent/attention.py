@@ -1,16 +1,19 @@
-"""Causal attention of the source, and of a converted layer, on what their projections give."""
+"""Causal attention on projected queries, keys and values: the source's, and that of a converted layer."""
 
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-BLOCK = 64  # queries at a time: they read no key after the last of them
+# Queries are processed this many at a time, and a block is not compared with the keys after its last query.
+BLOCK = 64
 
 
 def rotate(x: torch.Tensor, freqs: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
-    """RoPE on ``x`` ``[..., tokens, 2 * len(freqs)]`` at ``positions`` ``[tokens]`` (None: 0, 1, ...); pairs in
-    halves."""
+    """Apply RoPE to ``x`` ``[..., tokens, 2 * len(freqs)]`` at ``positions`` ``[tokens]`` (None: 0, 1, ...).
+
+    A pair is component ``i`` of the first half with component ``i`` of the second.
+    """
     if positions is None:
         positions = torch.arange(x.shape[-2], device=freqs.device)
     angles = torch.outer(positions.to(freqs), freqs)
@@ -33,7 +36,7 @@ def gqa_attention(
         q: ``[windows, H, queries, d]``, before RoPE; k, v: ``[windows, g, tokens, d]``.
         freqs: ``[d / 2]`` radians per position.
         scale: factor on the scores.
-        positions: ``[queries]`` of the queries among the tokens, ascending, on CPU; None: every token's.
+        positions: ``[queries]``, the tokens that are queries, ascending, on CPU; None for all tokens.
 
     Returns:
         ``[windows, H, queries, d]``.
@@ -44,9 +47,10 @@ def gqa_attention(
 def _causal(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, positions: torch.Tensor | None
 ) -> torch.Tensor:
-    """Attention of queries at ``positions`` (None: all) to what is not after them; KV heads are shared."""
+    """Let each query at ``positions`` (None: all) attend to its own and earlier tokens; KV heads are shared."""
     value_dim = v.shape[-1]
-    # Values are a product, so their type says whether autocast is on; normalised queries stay float32 under it.
+    # The dtype of the values tells whether autocast is on, because they are a matrix product. The dtype of the
+    # queries does not, because normalised queries stay float32 under autocast.
     if q.shape[-1] == value_dim or v.dtype.itemsize < 4:
         width = max(q.shape[-1], value_dim)
         q, k, v = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
@@ -55,8 +59,11 @@ def _causal(
 
 
 def _unfused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, positions: torch.Tensor) -> torch.Tensor:
-    """Plain products, which have no need of one head size and so have less to do, and are exact enough in float32."""
-    q = (q * scale).unflatten(1, (k.shape[1], -1))  # [windows, heads of k, their queries' heads, queries, width]
+    """Attention by plain matrix products, which are exact enough in float32.
+
+    Keys and values may differ in head size, so nothing is padded and there is less to compute.
+    """
+    q = (q * scale).unflatten(1, (k.shape[1], -1))  # [windows, heads of k, query heads of each, queries, width]
     outputs = []
     for block, some in zip(positions.split(BLOCK), q.split(BLOCK, dim=3), strict=True):
         first, last = int(block[0]), int(block[-1])
@@ -70,7 +77,7 @@ def _unfused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, po
 def _fused(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, positions: torch.Tensor | None
 ) -> torch.Tensor:
-    """torch's own kernels, which want one head size and keep scores in float32."""
+    """Attention by torch's own kernels, which need one head size for keys and values and keep scores in float32."""
     attend = partial(F.scaled_dot_product_attention, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     if positions is None:
         return attend(q, k, v, is_causal=True)
@@ -94,12 +101,12 @@ def latent_attention(
     """MLA's attention, with keys and values already expanded from the latent.
 
     Args:
-        q: ``[windows, H, queries, n + r]``, the part to rotate last, before RoPE.
-        k_nope, v: ``[windows, g or H, tokens, n]`` and ``[windows, g or H, tokens, d]``, of each KV or query head.
+        q: ``[windows, H, queries, n + r]`` before RoPE; the last ``r`` components get rotated.
+        k_nope, v: ``[windows, g or H, tokens, n]`` and ``[windows, g or H, tokens, d]``, one per KV or query head.
         k_rope: ``[windows, tokens, r]``, before RoPE, shared by all heads.
         freqs: ``[r / 2]`` radians per position.
         scale: factor on the scores.
-        positions: ``[queries]`` of the queries among the tokens, ascending, on CPU; None: every token's.
+        positions: ``[queries]``, the tokens that are queries, ascending, on CPU; None for all tokens.
 
     Returns:
         ``[windows, H, queries, d]``.

@@ -1,4 +1,4 @@
-"""The size of the cache: from the user's options to ``kv_lora_rank`` and ``qk_rope_head_dim``."""
+"""Turn the user's options into the sizes of the cache, ``kv_lora_rank`` and ``qk_rope_head_dim``."""
 
 from dataclasses import dataclass
 
@@ -6,12 +6,12 @@ from mla_converters.errors import ConversionError
 from vllm_mla_plugin.checkpoint.layouts import VLLM_LAYOUTS
 
 DEFAULT_CACHE_RATIO = 0.5
-SPLITS = (1 / 4, 1 / 3, 5 / 12, 1 / 2, 7 / 12)  # shares of the cache that may keep RoPE
+SPLITS = (1 / 4, 1 / 3, 5 / 12, 1 / 2, 7 / 12)  # shares of the cache that a search gives to the rotary key
 
 
 @dataclass(frozen=True)
 class CacheBudget:
-    """Numbers cached per token and layer: ``kv_lora_rank + qk_rope_head_dim``."""
+    """The sizes of one layer's cache: it holds ``kv_lora_rank + qk_rope_head_dim`` numbers per token."""
 
     kv_lora_rank: int
     qk_rope_head_dim: int
@@ -35,13 +35,14 @@ def resolve_budget(
 ) -> CacheBudget:
     """Choose the sizes that the user did not give.
 
-    Without sizes, the cache is ``cache_ratio`` of the source's. At most a third of it is rotary: the
-    largest power-of-two fraction of the head size that fits, as in TransMLA's code.
+    Without ``kv_lora_rank``, the cache has ``cache_ratio`` times the source's size. Without ``qk_rope_head_dim``, at
+    most a third of the cache is rotary: it gets the largest power-of-two fraction of the head size that fits, as in
+    TransMLA's code.
 
     Args:
         kv_heads, head_dim: ``g`` and ``d`` of the source, which caches ``2 * g * d`` numbers.
         kv_lora_rank, qk_rope_head_dim: sizes that the user gave.
-        cache_ratio: share of the source's cache, instead of ``kv_lora_rank``.
+        cache_ratio: size of the cache as a share of the source's; given instead of ``kv_lora_rank``.
 
     Raises:
         ConversionError: the sizes contradict each other or do not fit the source.
@@ -74,14 +75,14 @@ def resolve_budget(
 
 
 def candidate_budgets(kv_heads: int, head_dim: int, budget: CacheBudget) -> list[CacheBudget]:
-    """Splits of a cache between latent and rotary key, for a search.
+    """The splits of a cache between latent and rotary key that a search compares.
 
     Args:
         kv_heads, head_dim: ``g`` and ``d`` of the source.
-        budget: its width is split.
+        budget: the cache whose width is split.
 
     Returns:
-        One split alone, if the width is one that vLLM's fast GPU kernels take, or if nothing but ``budget`` fits.
+        The splits. There is only one if vLLM's fast GPU kernels take this width, or if only ``budget`` fits.
     """
     for latent, rope in VLLM_LAYOUTS:
         if budget.width == latent + rope:

@@ -1,7 +1,7 @@
-"""What every method produces for a layer: linear maps from the source's keys and values to MLA's.
+"""The result of every method for one layer: linear maps from the source's keys and values to MLA's.
 
-The maps act on keys, values and queries as the source computes them before RoPE, so they know
-nothing of weights; :func:`mla_weights` folds them into a layer's projections.
+The maps act on the keys, values and queries that the source computes before RoPE, so they do not depend on the form of
+its projections. :func:`mla_weights` folds them into the projections of a layer.
 """
 
 from dataclasses import dataclass, replace
@@ -11,18 +11,18 @@ import torch
 
 @dataclass(frozen=True)
 class LatentMap:
-    """One layer's conversion, for ``g`` KV heads of size ``d``. All float64 unless said otherwise.
+    """The conversion of one layer with ``g`` KV heads of size ``d``. Tensors are float64 unless said otherwise.
 
-    RoPE pairs lie in halves: row ``i`` and row ``i + r / 2`` of the rope maps turn together.
+    RoPE turns row ``i`` and row ``i + r / 2`` of the rope maps as one pair.
 
     Attributes:
         rope_freqs: ``[r / 2]`` float32, radians per position of the kept components.
         key_to_rope: ``[r, g * d]``; the shared rotary key is ``key_to_rope @ k``.
-        query_to_rope: ``[g or H, r, d]``, one map per KV head or per query head, of the query.
-        query_to_nope: ``[g or H, n, d]``, likewise for the part without RoPE.
+        query_to_rope: ``[g or H, r, d]``, one map per KV head or per query head; it makes the query's rotary part.
+        query_to_nope: ``[g or H, n, d]``, the same for the query's part without RoPE.
         kv_to_latent: ``[R, 2 * g * d]``; the latent is ``kv_to_latent @ [k; v]``.
-        latent_to_key: ``[g, n, R]``, the keys without RoPE that KV head ``h`` shows its queries.
-        latent_to_value: ``[g, d, R]``.
+        latent_to_key: ``[g, n, R]``; makes the keys without RoPE that the queries of a KV head read.
+        latent_to_value: ``[g, d, R]``; makes the values of each KV head.
     """
 
     rope_freqs: torch.Tensor
@@ -40,12 +40,12 @@ def mla_weights(source: dict[str, torch.Tensor], maps: LatentMap) -> dict[str, t
     Args:
         source: ``q_proj.weight`` ``[H * d, D]``, ``k_proj.weight`` and ``v_proj.weight``
             ``[g * d, D]``, ``o_proj.weight`` and possibly biases; ``q_norm.weight`` and ``k_norm.weight`` ``[d]``
-            where queries and keys are normalised; any float dtype.
+            if queries and keys are normalised; any float dtype.
         maps: the layer's conversion.
 
     Returns:
-        DeepSeek's names: ``q_proj``, ``kv_a_proj_with_mqa`` (with biases if the source has them)
-        and ``kv_b_proj`` in float64, ``rope_freqs`` in float32, and ``o_proj`` as it was. With norms, see
+        Tensors under DeepSeek's names: ``q_proj``, ``kv_a_proj_with_mqa`` (with biases if the source has them)
+        and ``kv_b_proj`` in float64, ``rope_freqs`` in float32, and ``o_proj`` unchanged. For a layer with norms, see
         :func:`_qk_norm_weights`.
     """
     if "k_norm.weight" in source:
@@ -78,16 +78,19 @@ def mla_weights(source: dict[str, torch.Tensor], maps: LatentMap) -> dict[str, t
 def _qk_norm_weights(source: dict[str, torch.Tensor], maps: LatentMap) -> dict[str, torch.Tensor]:
     """Fold ``maps`` into a layer that normalises each head's query and key (QK-norm).
 
-    The norm is not linear, but it comes before anything is cached: the source's projection to keys stays, with its
-    norm, and what is cached is a linear map of the keys and the layer's input. Nothing is approximated. A rotary query
-    is a map of the normalised query, so it is a map of the layer's input over the query's root mean square: below the
-    source's queries, ``q_proj`` has that map. Queries without RoPE need none of their own, for ``kv_b_proj`` takes it
-    up, and the weight of their norm.
+    The norm is not linear, but folding approximates nothing, because the norm comes before the cache:
+
+    - Keys: the source's projection to keys and its norm stay. The cached numbers are a linear map of the normalised
+      keys and the layer's input.
+    - Rotary queries: a rotary query is a linear map of the normalised query. It is therefore a linear map of the
+      layer's input, divided by the query's root mean square. In ``q_proj``, its rows follow the source's in each head.
+    - Queries without RoPE: ``q_proj`` needs no rows for them, because ``kv_b_proj`` absorbs their map and the weight
+      of their norm.
 
     Returns:
-        The source's ``k_proj``, ``k_norm`` and ``o_proj``, and in float64 ``q_proj`` ``[H * (d + r), D]``,
-        ``kv_a_proj_with_mqa`` ``[R + r, g * d + D]`` of ``[k; x]`` (with biases as the source has them) and
-        ``kv_b_proj.weight``; ``rope_freqs`` in float32.
+        The source's ``k_proj``, ``k_norm`` and ``o_proj``; in float64 ``q_proj`` ``[H * (d + r), D]``,
+        ``kv_a_proj_with_mqa`` ``[R + r, g * d + D]``, which acts on ``[k; x]``, and ``kv_b_proj.weight``; biases if the
+        source has them; ``rope_freqs`` in float32.
     """
     kv_heads, head_dim, _ = maps.latent_to_value.shape
     heads = source["q_proj.weight"].shape[0] // head_dim
@@ -109,7 +112,7 @@ def _qk_norm_weights(source: dict[str, torch.Tensor], maps: LatentMap) -> dict[s
             weights[f"q_proj.{kind}"] = torch.cat((queries, rotary), dim=1).flatten(0, 1)
         if f"v_proj.{kind}" in source:
             values = value_map @ source[f"v_proj.{kind}"].to(value_map)
-            none = values.new_zeros(len(maps.key_to_rope), *values.shape[1:])  # the rotary key's share of them
+            none = values.new_zeros(len(maps.key_to_rope), *values.shape[1:])  # the rotary key reads no values
             weights[f"kv_a_proj_with_mqa.{kind}"] = torch.cat((values, none))
     name = "kv_a_proj_with_mqa.weight"
     weights[name] = torch.cat((torch.cat((key_map, maps.key_to_rope)), weights[name]), dim=1)
@@ -117,15 +120,16 @@ def _qk_norm_weights(source: dict[str, torch.Tensor], maps: LatentMap) -> dict[s
 
 
 def _by_head(maps: torch.Tensor, heads: int) -> torch.Tensor:
-    """Maps of KV heads or query heads ``[g or H, ...]`` as maps of query heads ``[H, ...]``."""
+    """Repeat maps of KV heads ``[g, ...]`` to maps of query heads ``[H, ...]``; leave maps of query heads alone."""
     return maps.repeat_interleave(heads // len(maps), dim=0)
 
 
 def balanced(maps: LatentMap, key_value: torch.Tensor) -> LatentMap:
-    """The same function with every cached component scaled to a mean square of one.
+    """The same function, with every cached component scaled to a mean square of one.
 
-    The latent is free up to an invertible map. At this scale a cache of 8-bit floats (e4m3, scale 1) neither
-    overflows nor underflows, and one step size fits all components when the layer is refitted.
+    An invertible map of the latent does not change the function, so its scale is free. At this scale a cache of 8-bit
+    floats (e4m3, scale 1) neither overflows nor underflows, and one step size fits all components when the layer is
+    refitted.
 
     Args:
         maps: a layer's conversion.
@@ -135,7 +139,7 @@ def balanced(maps: LatentMap, key_value: torch.Tensor) -> LatentMap:
     pairs = len(maps.rope_freqs)
     latent = _rms(maps.kv_to_latent, key_value)
     rope = _rms(maps.key_to_rope, key_value[:width, :width])
-    rope = rope.view(2, pairs).square().mean(0).sqrt().repeat(2)  # both halves of a pair alike
+    rope = rope.view(2, pairs).square().mean(0).sqrt().repeat(2)  # one scale for both halves of a pair
     return replace(
         maps,
         key_to_rope=maps.key_to_rope / rope[:, None],
@@ -147,7 +151,7 @@ def balanced(maps: LatentMap, key_value: torch.Tensor) -> LatentMap:
 
 
 def _rms(rows: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
-    """Root mean square of ``rows @ x``, for ``E x xᵀ = moments``; never so small that dividing by it blows up."""
+    """Root mean square of ``rows @ x`` where ``E x xᵀ = moments``; clamped, so that dividing by it cannot blow up."""
     squares = ((rows @ moments) * rows).sum(-1).clamp(min=0)
     squares = squares.clamp(min=1e-12 * squares.max())
     return torch.where(squares.any(), squares, 1.0).sqrt()  # all inputs may be zero

@@ -1,4 +1,4 @@
-"""One layer's MLA attention as a torch module: to run calibration text through it, and to refit it."""
+"""One layer's MLA attention as a torch module, through which calibration text runs and which a refit trains."""
 
 import torch
 from torch import nn
@@ -13,11 +13,11 @@ class LatentAttention(nn.Module):
     """MLA (DeepSeek-V2, section 2.1) from a layer's converted projections.
 
     Args:
-        weights: of :func:`mla_converters.latent.maps.mla_weights`, named as below ``self_attn.``; copied.
+        weights: from :func:`mla_converters.latent.maps.mla_weights`, under their names below ``self_attn.``; copied.
         heads: query heads ``H``.
         scale: factor on the scores.
-        device, dtype: where and in what to compute.
-        qk_norm_eps: ``eps`` of the norm of queries and keys, where there is one.
+        device, dtype: the device and the dtype of the computation.
+        qk_norm_eps: ``eps`` of the norm of queries and keys; None for a model without QK-norm.
     """
 
     rope_freqs: torch.Tensor
@@ -58,8 +58,15 @@ class LatentAttention(nn.Module):
         self.register_buffer("rope_freqs", weights["rope_freqs"].to(device, torch.float32, copy=True))
 
     def forward(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
-        """From normed inputs ``[windows, tokens, D]`` to the attention's output at ``positions`` ``[queries]`` of them
-        (None: all), ``[windows, queries, D]``."""
+        """Compute the attention's output from normed inputs ``[windows, tokens, D]``.
+
+        Args:
+            x: the inputs.
+            positions: ``[queries]``, the tokens whose output is wanted; None for all.
+
+        Returns:
+            ``[windows, queries, D]``.
+        """
         q = self.q_proj(x if positions is None else x[:, positions]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         if self.qk_norm_eps is not None:
             # In float32, as transformers computes norms.

@@ -1,6 +1,6 @@
 """Second moments of a layer's queries, keys and values over calibration tokens.
 
-Moments, never activations: their size does not depend on how much text calibrates.
+Moments are kept instead of activations, because their size does not depend on the amount of calibration text.
 """
 
 from copy import copy
@@ -12,7 +12,7 @@ class LayerMoments:
     """Running uncentred second moments of one layer, before RoPE.
 
     Attributes:
-        tokens: how many tokens went in.
+        tokens: how many tokens were added.
     """
 
     def __init__(self, kv_heads: int, head_dim: int, device: str = "cpu") -> None:
@@ -23,7 +23,7 @@ class LayerMoments:
         self._kv = torch.zeros(width, width, dtype=torch.float64, device=device)
 
     def add(self, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Take in some tokens.
+        """Add some tokens.
 
         Args:
             k, v: ``[..., g * d]``, any float dtype.
@@ -33,11 +33,11 @@ class LayerMoments:
         self.tokens += kv.shape[0]
 
     def corrected(self, biased: "LayerMoments", true: "LayerMoments") -> "LayerMoments":
-        """These moments less the bias that shows on a part of the tokens (a control variate).
+        """These moments, corrected by a bias that was measured on some of the tokens (a control variate).
 
         Args:
-            biased: of the part, computed as these were.
-            true: of the part, computed as they should be.
+            biased: moments of those tokens, computed in the same biased way as these moments.
+            true: moments of the same tokens, computed in the exact way.
         """
         moments = copy(self)
         moments._kv = self._kv + self.tokens * (true.kv - biased.kv)

@@ -1,4 +1,4 @@
-"""What a conversion method is to everything else: one object with a name, sizes, a cost and a way to prepare itself."""
+"""The interface of a conversion method: its options, its cache sizes, its cost, and how it prepares a conversion."""
 
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -22,12 +22,12 @@ class Job:
     Attributes:
         source: the model.
         sizes: the cache size that was asked for.
-        budget: what :meth:`Method.budget` made of it.
-        calibration: text to calibrate on; None for a method without a window.
-        seed: of everything that the method draws at random.
-        device: where layers run.
-        work: the folder in which searches are kept, should they be interrupted.
-        progress: for bars.
+        budget: the sizes that :meth:`Method.budget` returned for it.
+        calibration: text to calibrate on; None for a method whose ``window`` is None.
+        seed: the seed of everything that the method draws at random.
+        device: the device on which layers run.
+        work: the folder that keeps the state of a search, so that an interrupted run can go on.
+        progress: shows the progress of long work.
     """
 
     source: Source
@@ -47,9 +47,9 @@ class Prepared:
     Attributes:
         budgets: the cache's sizes in each layer.
         conversion: converts the layers.
-        settings: the method's settings as they were used, for the report.
+        settings: the settings that the method used, for the report.
         searches: settings that were searched, with the error of each candidate.
-        warnings: what the user should know, a sentence each.
+        warnings: sentences for the user.
     """
 
     budgets: list[CacheBudget]
@@ -68,14 +68,14 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a conversion takes.
+    """The time, memory and disk space that a conversion needs.
 
     Attributes:
-        core_seconds: on one core, without sampling of text.
-        memory_bytes: at its peak, without sampling of text.
-        disk_bytes: at its peak: the written checkpoint, and the records from which an interrupted run goes on.
-        weights_bytes: of the written checkpoint alone.
-        warnings: what the user should know, a sentence each.
+        core_seconds: seconds on one core, without the sampling of text.
+        memory_bytes: peak memory, without the sampling of text.
+        disk_bytes: peak disk space: the written checkpoint, and the records from which an interrupted run goes on.
+        weights_bytes: size of the written checkpoint alone.
+        warnings: sentences for the user.
     """
 
     core_seconds: float
@@ -89,8 +89,8 @@ class Method(Protocol):
     """A conversion method.
 
     Attributes:
-        options: its options, which name and describe it.
-        window: tokens of a calibration window; None if it needs no text.
+        options: its options, which also hold its name and its summary.
+        window: tokens in a calibration window; None if the method needs no text.
         lossless: whether the converted model computes the source's function.
     """
 
@@ -99,10 +99,10 @@ class Method(Protocol):
     lossless: bool
 
     def budget(self, shape: Shape, sizes: CacheSizes) -> CacheBudget:
-        """The cache's sizes for what was asked, before any search.
+        """Choose the cache's sizes from those that the user gave, before any search.
 
         Raises:
-            ConversionError: they do not fit the source or the method.
+            ConversionError: the sizes do not fit the source or the method.
         """
         ...
 
@@ -111,18 +111,18 @@ class Method(Protocol):
         ...
 
     def cost(self, shape: Shape, budget: CacheBudget, tokens: int) -> Cost:
-        """What the conversion takes with ``tokens`` of calibration text. `plan` and `convert` both ask this."""
+        """Estimate the cost of a conversion with ``tokens`` of calibration text, for both `plan` and `convert`."""
         ...
 
     def prepare(self, job: Job) -> Prepared:
-        """Search what is to be searched, or take up what an earlier run found.
+        """Search the settings that were left open, or go on with the search of an earlier run.
 
         Raises:
-            ConversionError: the source or the text does not allow it.
+            ConversionError: the method cannot convert this source, or not with this text.
         """
         ...
 
 
 def asked_budget(shape: Shape, sizes: CacheSizes) -> CacheBudget:
-    """The cache's sizes for what was asked, with what was left open filled in; see :func:`resolve_budget`."""
+    """The cache's sizes, where :func:`resolve_budget` chooses those that the user did not give."""
     return resolve_budget(shape.kv_heads, shape.head_dim, sizes.kv_lora_rank, sizes.qk_rope_head_dim, sizes.cache_ratio)

@@ -1,4 +1,4 @@
-"""What a conversion takes: the parts that all methods share.
+"""The cost of a conversion: the parts that all methods share.
 
 Every constant was measured on one core of an AMD EPYC with AVX512-BF16 (torch 2.13.0 for CPU, one thread).
 """
@@ -10,24 +10,24 @@ from mla_converters.latent.cache_size import CacheBudget
 from mla_converters.methods.base import Cost
 from mla_converters.resume.layer_pass import record_bytes
 
-CALIBRATION = 1.6e-11  # core-seconds per token that passes through a layer and parameter of the layer
-DECOMPOSITION = 2.5e-10  # core-seconds per cubed width of the matrix, the products around it included
+CALIBRATION = 1.6e-11  # core-seconds per token and parameter, for each layer that the token passes through
+DECOMPOSITION = 2.5e-10  # core-seconds per cubed width of the matrix; includes the products around it
 READ_AND_WRITE = 3e-9  # core-seconds per byte of weights
 RUNTIME_BYTES = 700 * 10**6  # Python with torch, transformers and a tokenizer, and free memory that the allocator keeps
-MOMENT_MATRICES = 8  # float64 matrices as large as a layer's second moments that are alive at the peak
-CONVERTED_BYTES = 16  # of each number in a converted attention: float64, or float32 with gradient, momentum and more
+MOMENT_MATRICES = 8  # float64 matrices of the size of a layer's second moments that exist at the peak
+CONVERTED_BYTES = 16  # bytes per number of a converted attention: float64, or float32 with gradient, momentum and more
 
 
 @dataclass(frozen=True)
 class Passes:
-    """What a method does in each layer.
+    """The work of a method in each layer.
 
     Attributes:
         tokens: tokens whose hidden states pass through the layers, over all streams.
-        search: core-seconds for statistics and searches on a few windows, however many calibrate.
+        search: core-seconds for statistics and searches, which use a few windows whatever the amount of text.
         decompositions: eigendecompositions of matrices as wide as the keys and values.
-        seconds: core-seconds for everything else.
-        bytes: memory for everything else.
+        seconds: core-seconds for all other work.
+        bytes: bytes of memory for all other work.
     """
 
     tokens: int = 0
@@ -42,20 +42,26 @@ def conversion_cost(
 ) -> Cost:
     """The cost of a conversion.
 
-    Time: in each layer ``CALIBRATION * tokens * parameters``, where its second moments of ``2 * g * d`` keys and values
-    count as ``2 * (2 * g * d) ** 2`` parameters; the search; ``DECOMPOSITION * decompositions * (2 * g * d) ** 3``; and
-    the time to read and write the weights.
+    Time is the sum of the seconds to read and write the weights, and of these in each layer:
 
-    Memory: Python and its packages, and the larger of the embedding and one layer. A layer has its weights as stored,
-    its attention's in float32 besides, the hidden states ``[tokens, D]`` in float32, second moments in float64, and the
-    converted attention.
+    - ``CALIBRATION * tokens * parameters``, where the second moments of ``2 * g * d`` keys and values count as
+      ``2 * (2 * g * d) ** 2`` parameters;
+    - the seconds of the search, and those of other work;
+    - ``DECOMPOSITION * decompositions * (2 * g * d) ** 3``.
+
+    Memory is the sum of Python with its packages, and the larger of the embedding and one layer. A layer takes:
+
+    - its weights as stored, and a float32 copy of its attention's weights;
+    - the hidden states ``[tokens, D]`` in float32;
+    - second moments in float64;
+    - the converted attention, and the bytes of other work.
 
     Args:
-        shape: of the source.
-        budget: of the cache.
+        shape: the source's shape.
+        budget: the cache's sizes.
         nope_dim: ``qk_nope_head_dim`` of the converted model.
-        passes: what the method does in each layer.
-        warnings: for the user.
+        passes: the work of the method in each layer.
+        warnings: sentences for the user.
     """
     weights = written_bytes(shape, budget, nope_dim)
     moments = 2 * shape.cached**2 if passes.tokens else 0
@@ -83,7 +89,7 @@ def conversion_cost(
 
 
 def converted_numbers(shape: Shape, budget: CacheBudget) -> int:
-    """Numbers in a converted layer's projections: queries, outputs, what is cached, and ``kv_b_proj``."""
+    """Numbers in a converted layer's projections: to queries, outputs and cached numbers, and ``kv_b_proj``."""
     rope, latent, heads, head_dim = budget.qk_rope_head_dim, budget.kv_lora_rank, shape.query_heads, shape.head_dim
     return (heads * (2 * head_dim + rope) + latent + rope) * shape.hidden + heads * 2 * head_dim * latent
 
@@ -91,9 +97,9 @@ def converted_numbers(shape: Shape, budget: CacheBudget) -> int:
 def written_bytes(shape: Shape, budget: CacheBudget, nope_dim: int) -> int:
     """Bytes of the converted checkpoint's tensors.
 
-    ``q_proj``, ``kv_a_proj_with_mqa`` and ``kv_b_proj`` replace the projections to queries, keys and values; each layer
-    gets its ``rope_freqs``; everything else stays. With QK-norm the projection to keys stays too,
-    ``kv_a_proj_with_mqa`` reads keys and the layer's input, and the norm of queries goes.
+    ``q_proj``, ``kv_a_proj_with_mqa`` and ``kv_b_proj`` replace the projections to queries, keys and values. Each layer
+    gets ``rope_freqs``. All other tensors stay. With QK-norm the projection to keys stays too, ``kv_a_proj_with_mqa``
+    reads the keys and the layer's input, and the norm of queries disappears.
     """
     latent, rope, heads, head_dim = budget.kv_lora_rank, budget.qk_rope_head_dim, shape.query_heads, shape.head_dim
     added = heads * (nope_dim + head_dim) * latent

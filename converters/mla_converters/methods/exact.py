@@ -1,7 +1,7 @@
-"""Method ``exact``: GQA written as MLA, nothing lost, nothing saved (TransMLA, section 4.1).
+"""Method ``exact``: GQA written as MLA. It loses nothing and saves no memory (TransMLA, section 4.1).
 
-The rotary key shared by all heads is every KV head's rotary key side by side; a query is zero
-outside its own KV head's block; the latent is the values.
+The rotary key that all heads share holds the rotary keys of all KV heads side by side. A query is zero outside the
+block of its own KV head. The latent holds the values.
 """
 
 import torch
@@ -27,7 +27,7 @@ def exact_map(kv_heads: int, head_dim: int, freqs: torch.Tensor) -> LatentMap:
         A map with ``r = R = g * d`` and no part without RoPE (``n = 0``).
     """
     width, half = kv_heads * head_dim, head_dim // 2
-    # Source order is (head, half, frequency); ours keeps the two halves of all pairs apart.
+    # The source's order is (head, half, frequency); ours has the first halves of all pairs before the second halves.
     order = torch.arange(width).view(kv_heads, 2, half).transpose(0, 1).flatten()
     eye = torch.eye(width, dtype=torch.float64)
     rope = eye[order]  # [r, g * d]
@@ -63,7 +63,7 @@ class Exact:
         return 0
 
     def cost(self, shape: Shape, budget: CacheBudget, tokens: int) -> Cost:
-        # Whatever layout a plan compares methods for, this one keeps the source's cache.
+        # A plan compares methods at some smaller layout, but this method always keeps the source's cache.
         whole = exact_budget(shape.kv_heads, shape.head_dim)
         return conversion_cost(shape, whole, self.nope_dim(shape), Passes())
 

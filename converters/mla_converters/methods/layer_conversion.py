@@ -1,4 +1,4 @@
-"""What a conversion method is to the loop over layers, and what that loop reports of each layer."""
+"""The functions with which a method converts one layer after another, and the measurements of each layer."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -9,16 +9,17 @@ from mla_converters.latent.maps import LatentMap, mla_weights
 from mla_converters.resume.layer_pass import Streams
 from mla_converters.streaming.layers import Attention, SourceLayer
 
-ERROR_WINDOWS = 1  # on how many a converted layer's error is measured
+ERROR_WINDOWS = 1  # windows on which a converted layer's error is measured
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a converted layer keeps.
+    """Measurements of a converted layer.
 
     Attributes:
-        energy_kept: share of the mean square of keys and values that a linear map could recover from what is cached.
-        output_error: squared error of the attention's output on calibration text, relative to the source's.
+        energy_kept: share of the mean square of keys and values that a linear map could recover from the cache.
+        output_error: squared error of the attention's output on calibration text, divided by the squared output of the
+            source.
     """
 
     energy_kept: float
@@ -30,8 +31,8 @@ class ConvertedLayer:
     """A layer's result.
 
     Attributes:
-        weights: its projections, named as below ``self_attn.``.
-        measured: None for a method without calibration.
+        weights: its projections, under their names below ``self_attn.``.
+        measured: its measurements; None for a method without calibration.
     """
 
     weights: dict[str, torch.Tensor]
@@ -43,8 +44,8 @@ class LayerConversion:
     """A method, ready to convert one layer after another.
 
     Attributes:
-        start: makes what passes through the layers, as it enters the first.
-        convert: converts a layer and lets the streams pass through it, in place.
+        start: makes the streams that pass through the layers: the input of the first layer.
+        convert: converts a layer, and replaces the streams by the layer's output in place.
     """
 
     start: Callable[[], Streams]
@@ -52,7 +53,7 @@ class LayerConversion:
 
 
 def map_error(error_of: Callable[[Attention], float], layer: SourceLayer, maps: LatentMap) -> float:
-    """What ``error_of`` (:meth:`SourceLayer.comparison`) says of the layer's attention with ``maps``."""
+    """The error of the layer's attention with ``maps``, computed by ``error_of`` (:meth:`SourceLayer.comparison`)."""
     return error_of(layer.converted(mla_weights(layer.attention_weights, maps)))
 
 
@@ -68,19 +69,21 @@ def measure(
     """Measure a converted layer.
 
     Args:
-        layer: of the source.
+        layer: the source's layer.
         hidden: ``[windows, tokens, D]``, its inputs.
         maps: the layer's map.
-        moments: ``[2 * g * d, 2 * g * d]``, second moments of ``[k; v]`` on these.
-        attention: the converted one.
+        moments: ``[2 * g * d, 2 * g * d]``, second moments of ``[k; v]`` on these inputs.
+        attention: the converted attention.
     """
     error = layer.comparison(hidden[:ERROR_WINDOWS])(attention)
     return Measured(energy_kept(maps, moments), error)
 
 
 def energy_kept(maps: LatentMap, moments: torch.Tensor) -> float:
-    """``tr(C Aᵀ (A C Aᵀ)⁺ A C) / tr C`` for second moments ``C`` and the map ``A`` to what is cached: the share that
-    least squares recover."""
+    """The share of the energy of keys and values that least squares recover from the cached numbers.
+
+    With second moments ``C`` and the map ``A`` to the cached numbers it is ``tr(C Aᵀ (A C Aᵀ)⁺ A C) / tr C``.
+    """
     rope = torch.nn.functional.pad(maps.key_to_rope, (0, maps.kv_to_latent.shape[1] - maps.key_to_rope.shape[1]))
     cached = torch.cat((maps.kv_to_latent, rope)).to(moments)
     seen = cached @ moments

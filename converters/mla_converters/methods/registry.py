@@ -1,6 +1,6 @@
-"""Every conversion method: its options, and where the method itself is. Nothing here imports torch.
+"""Every conversion method: its options, and the location of its class. This module does not import torch.
 
-To add a method, register its options and the place of its class, which is imported when the method is used.
+To add a method, register its options and the location of its class. The class is imported when the method is used.
 """
 
 import importlib
@@ -24,8 +24,8 @@ class Entry:
     """A registered method.
 
     Attributes:
-        options: the model of its options.
-        location: ``module:Class`` of the method, which is made with its options.
+        options: the class of its options.
+        location: ``module:Class`` of the method; the class is called with the options.
     """
 
     options: type[MethodOptions]
@@ -36,7 +36,7 @@ METHODS: dict[str, Entry] = {}
 
 
 def register(options: type[MethodOptions], location: str) -> None:
-    """Add a method under the name that its options have."""
+    """Add a method under the name in its options."""
     METHODS[options.name] = Entry(options, location)
 
 

@@ -1,4 +1,4 @@
-"""Comparing settings for the whole model by the error of every layer's attention."""
+"""Comparison of settings that hold for the whole model, by the errors of its layers' attention."""
 
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -23,16 +23,17 @@ def search(
     description: str,
     record: Record,
 ) -> dict[Candidate, float]:
-    """Every candidate's error, the mean over layers.
+    """The error of each candidate, as the mean over all layers.
 
     Args:
         source: the model.
         windows: ``[windows, tokens]`` token ids.
-        candidates: what is compared.
-        layer_errors: from a layer and its inputs ``[windows, tokens, D]`` to each candidate's relative squared error.
-        device: where layers run.
-        progress, description: for the bar.
-        record: where the search is kept, should it be interrupted.
+        candidates: the settings to compare.
+        layer_errors: computes the relative squared error of each candidate from a layer and its inputs
+            ``[windows, tokens, D]``.
+        device: the device on which layers run.
+        progress, description: the progress display, and the name of this task in it.
+        record: keeps the state of the search, so that an interrupted run can go on.
     """
     count = source.config.num_hidden_layers
     streams = record.begin(

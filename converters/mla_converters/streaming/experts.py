@@ -1,4 +1,4 @@
-"""A mixture of experts whose weights are read when they are needed, one expert at a time."""
+"""A mixture of experts that reads the weights of one expert at a time, when they are needed."""
 
 from collections.abc import Callable
 
@@ -8,13 +8,13 @@ from transformers.activations import ACT2FN
 
 
 class StreamedExperts(nn.Module):
-    """Stands where transformers keeps the stacked weights of all experts, and is called alike.
+    """Replaces transformers' module that holds the stacked weights of all experts; it is called in the same way.
 
     Args:
-        read: from an expert's number to its gate, up and down weights.
-        count: of experts.
+        read: returns the gate, up and down weights of an expert, by its number.
+        count: number of experts.
         activation: transformers' name of the activation.
-        device: where to compute.
+        device: the device that computes.
     """
 
     def __init__(
@@ -31,8 +31,8 @@ class StreamedExperts(nn.Module):
 
         Args:
             hidden: ``[tokens, D]``.
-            chosen: ``[tokens, experts per token]``, their numbers.
-            weights: ``[tokens, experts per token]``, their shares.
+            chosen: ``[tokens, experts per token]``, the numbers of the chosen experts.
+            weights: ``[tokens, experts per token]``, the weights of their outputs.
         """
         output = torch.zeros_like(hidden)
         for expert in range(self.count):

@@ -1,4 +1,4 @@
-"""Running calibration text through a model layer by layer, one layer's weights in memory at a time."""
+"""Running calibration text through a model layer by layer, with the weights of one layer in memory at a time."""
 
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -15,23 +15,25 @@ from mla_converters.latent.moments import LayerMoments
 from mla_converters.streaming.experts import StreamedExperts
 from mla_converters.support.devices import calibration_autocast, native_bfloat16
 
-ERROR_QUERIES = 256  # of each window, on which attentions are compared
+ERROR_QUERIES = 256  # queries of each window at which attentions are compared
 
 
 class Attention(Protocol):
-    """From normed inputs ``[windows, tokens, D]`` to the attention's output at ``positions`` ``[queries]``, ascending,
-    on CPU (None: at all), ``[windows, queries, D]``."""
+    """An attention: it computes outputs ``[windows, queries, D]`` from normed inputs ``[windows, tokens, D]``.
+
+    The outputs are at ``positions`` ``[queries]``, ascending, on CPU (None: at all tokens).
+    """
 
     def __call__(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor: ...
 
 
 def sampled_positions(tokens: int, count: int) -> torch.Tensor:
-    """At most ``count`` positions evenly spread over a window, ascending, the last one always; on CPU."""
+    """At most ``count`` positions, evenly spread over a window and ascending; always with the last one; on CPU."""
     return torch.arange(tokens - 1, -1, -tokens // count).flip(0)
 
 
 def embed(source: Source, windows: torch.Tensor) -> torch.Tensor:
-    """Token ids ``[windows, tokens]`` to the first layer's input ``[windows, tokens, D]``, float32."""
+    """The first layer's input ``[windows, tokens, D]``, float32, for token ids ``[windows, tokens]``."""
     return nn.functional.embedding(windows, source.tensor("model.embed_tokens.weight")).float()
 
 
@@ -40,7 +42,7 @@ class SourceLayer:
 
     Attributes:
         index: its number.
-        attention_weights: the tensors of its attention, named as below ``self_attn.``, as stored.
+        attention_weights: the tensors of its attention as stored, under their names below ``self_attn.``.
         freqs: ``[d / 2]`` RoPE frequencies, float32 on ``device``.
         scale: factor on the scores.
         heads, kv_heads, head_dim: ``H``, ``g`` and ``d``.
@@ -59,10 +61,11 @@ class SourceLayer:
         self._unloaded = module
 
     @cached_property
-    @torch.inference_mode(False)  # whoever asks first: a refit's gradient passes through the MLP
+    # Never in inference mode, even if the first caller is, because a refit's gradient passes through the MLP.
+    @torch.inference_mode(False)
     def _module(self) -> nn.Module:
-        """transformers' layer with its weights, loaded when calibration text is to run through it."""
-        module = self._unloaded.requires_grad_(False)  # first: the attention's tensors may be inference tensors
+        """transformers' layer with its weights, which are loaded when calibration text first runs through it."""
+        module = self._unloaded.requires_grad_(False)  # before loading, because weights may be inference tensors
         weights = {f"self_attn.{name}": tensor for name, tensor in self.attention_weights.items()}
         weights |= _other_weights(self._source, self.index, module, self.device)
         module.load_state_dict(
@@ -77,24 +80,24 @@ class SourceLayer:
         return has_experts(self._module)
 
     def normed(self, hidden: torch.Tensor) -> torch.Tensor:
-        """What the attention reads of the layer's input ``[windows, tokens, D]``."""
+        """The attention's input: the layer's input ``[windows, tokens, D]`` after its norm."""
         return self._module.input_layernorm(hidden.to(self.device))
 
     def queries(self, x: torch.Tensor) -> torch.Tensor:
-        """``[windows, H, tokens, d]`` before RoPE, of normed inputs; QK-norm included."""
+        """Queries ``[windows, H, tokens, d]`` of normed inputs, after QK-norm and before RoPE."""
         attention = self._module.self_attn
         q = attention.q_proj(x).unflatten(-1, (-1, self.head_dim))
         return (q if self.qk_norm_eps is None else attention.q_norm(q)).transpose(1, 2)
 
     def keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Each ``[windows, g, tokens, d]`` before RoPE, of normed inputs; QK-norm included."""
+        """Keys and values, each ``[windows, g, tokens, d]``, of normed inputs; keys after QK-norm and before RoPE."""
         attention = self._module.self_attn
         k, v = (projection(x).unflatten(-1, (-1, self.head_dim)) for projection in (attention.k_proj, attention.v_proj))
         return (k if self.qk_norm_eps is None else attention.k_norm(k)).transpose(1, 2), v.transpose(1, 2)
 
     @property
     def qk_norm_eps(self) -> float | None:
-        """``eps`` of the norm of queries and keys; None without."""
+        """``eps`` of the norm of queries and keys; None for a model without QK-norm."""
         norm = getattr(self._module.self_attn, "k_norm", None)
         return None if norm is None else norm.variance_epsilon
 
@@ -104,22 +107,22 @@ class SourceLayer:
         return self.output(gqa_attention(q, *self.keys_values(x), self.freqs, self.scale, positions))
 
     def mlp(self, hidden: torch.Tensor) -> torch.Tensor:
-        """What the MLP adds to the residual stream ``[windows, tokens, D]`` after the attention."""
+        """The MLP's output for the residual stream ``[windows, tokens, D]`` after the attention."""
         x = self._module.post_attention_layernorm(hidden.to(self.device))
         with calibration_autocast(self.device):
             return self._module.mlp(x)
 
     def output(self, values: torch.Tensor) -> torch.Tensor:
-        """From what all heads read ``[windows, H, queries, d]`` to the attention's output ``[windows, queries, D]``."""
+        """The attention's output ``[windows, queries, D]`` from the heads' outputs ``[windows, H, queries, d]``."""
         return self._module.self_attn.o_proj(values.transpose(1, 2).flatten(2))
 
     def converted(self, weights: dict[str, torch.Tensor]) -> LatentAttention:
-        """The attention that converted projections give, an :class:`Attention`."""
+        """The attention with converted projections, an :class:`Attention`."""
         return LatentAttention(weights, self.heads, self.scale, self.device, qk_norm_eps=self.qk_norm_eps)
 
     @torch.inference_mode()
     def moments(self, hidden: torch.Tensor) -> LayerMoments:
-        """Second moments over all windows ``[windows, tokens, D]``."""
+        """Second moments of keys and values over all inputs ``[windows, tokens, D]``."""
         moments = LayerMoments(self.kv_heads, self.head_dim, self.device)
         for batch in hidden.split(1):
             with calibration_autocast(self.device):
@@ -129,8 +132,10 @@ class SourceLayer:
 
     @torch.inference_mode()
     def comparison(self, hidden: torch.Tensor) -> Callable[[Attention], float]:
-        """From an attention to the relative squared error of its output against the source's, at some of ``[windows,
-        tokens, D]``."""
+        """A function that gives the error of an attention on some tokens of the inputs ``[windows, tokens, D]``.
+
+        The error is the squared difference from the source's output, divided by the square of the source's output.
+        """
         x = self.normed(hidden)
         positions = sampled_positions(x.shape[1], ERROR_QUERIES)
 
@@ -154,7 +159,7 @@ class SourceLayer:
     @torch.inference_mode()
     def add_mlp(self, hidden: torch.Tensor) -> None:
         """Second half of the layer: add the MLP's output to ``hidden`` ``[windows, tokens, D]``, in place."""
-        # Experts, which are read as often as they are called, see all at once.
+        # Experts get all windows at once, because each call reads them from disk.
         for batch in hidden.split(len(hidden) if self.has_experts else 1):
             batch += self.mlp(batch).to(batch)
 
@@ -165,14 +170,19 @@ class SourceLayer:
 
 
 def _kept_dtype(name: str, tensor: torch.Tensor, device: str) -> torch.dtype:
-    """float32; but an MLP's matrices stay bfloat16 if they are, where autocast would make them so at each use."""
+    """The dtype of a weight in memory: float32, except that bfloat16 matrices of an MLP may stay bfloat16.
+
+    They stay so if autocast is on, because autocast would convert them to bfloat16 at each use.
+    """
     stays = name.startswith("mlp.") and tensor.dim() == 2 and native_bfloat16(device)
     return torch.bfloat16 if stays and tensor.dtype == torch.bfloat16 else torch.float32
 
 
 def _other_weights(source: Source, index: int, module: nn.Module, device: str) -> dict[str, torch.Tensor]:
-    """All but the attention's tensors of a layer, under the names of transformers' ``module``; experts left out,
-    and made to stream."""
+    """The tensors of a layer except those of its attention, under their names in transformers' ``module``.
+
+    Experts are left out: ``module`` gets a :class:`StreamedExperts` in their place.
+    """
     names = source.other_names(index)
     experts = source.family.experts
     if experts is None or not has_experts(module):
@@ -191,7 +201,7 @@ def _other_weights(source: Source, index: int, module: nn.Module, device: str) -
 
 @torch.inference_mode()
 def logits(source: Source, hidden: list[torch.Tensor], device: str) -> Iterator[torch.Tensor]:
-    """From last layers' outputs ``[..., D]`` to the source's logits ``[..., vocabulary]``, float32, one by one."""
+    """The source's logits ``[..., vocabulary]``, float32, for each output ``[..., D]`` of the last layer."""
     norm = source.skeleton().model.norm
     norm.load_state_dict({"weight": source.tensor("model.norm.weight").to(device, torch.float32)}, assign=True)
     tied = source.config.tie_word_embeddings
@@ -202,7 +212,7 @@ def logits(source: Source, hidden: list[torch.Tensor], device: str) -> Iterator[
 
 
 def source_layers(source: Source, device: str, first: int = 0) -> Iterator[SourceLayer]:
-    """The layers of the source in order, from the ``first`` on; each is dropped when the next is asked for."""
+    """The layers of the source in order, from number ``first`` on. Asking for the next layer drops the last one."""
     for index, module in list(enumerate(source.skeleton().model.layers))[first:]:
         yield SourceLayer(source, index, module, device)
         module.to("meta")

@@ -1,4 +1,4 @@
-"""The tensors of a converted checkpoint, known from shapes alone."""
+"""The tensors of a converted checkpoint, computed from shapes alone."""
 
 import torch
 
@@ -16,9 +16,9 @@ def planned_tensors(
 
     Args:
         source: the model.
-        budgets: sizes of each layer.
+        budgets: cache sizes of each layer.
         nope_dim: ``qk_nope_head_dim``.
-        dtype: of the written weights.
+        dtype: dtype of the written weights.
     """
     tensors = {name: source.meta(name).to(dtype) for name in source.names() if not name.startswith(LAYERS)}
     for index, budget in enumerate(budgets):
@@ -47,5 +47,5 @@ def _meta_map(kv_heads: int, head_dim: int, nope_dim: int, budget: CacheBudget) 
 
 
 def _written_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    # Rounded to 16 bits, a frequency is off by whole turns after a few hundred tokens.
+    # Frequencies stay float32, because one that is rounded to 16 bits is off by whole turns after a few hundred tokens.
     return torch.float32 if name == "rope_freqs" else dtype

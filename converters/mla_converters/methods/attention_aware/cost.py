@@ -1,4 +1,4 @@
-"""What method ``attention-aware`` takes; constants as in :mod:`mla_converters.methods.cost`."""
+"""The cost of method ``attention-aware``. Constants were measured as in :mod:`mla_converters.methods.cost`."""
 
 from mla_converters.checkpoints.shape import Shape
 from mla_converters.latent.cache_size import CacheBudget
@@ -8,22 +8,24 @@ from mla_converters.methods.base import Cost
 from mla_converters.methods.cost import CALIBRATION, CONVERTED_BYTES, Passes, conversion_cost, converted_numbers
 from mla_converters.options import AttentionAwareOptions, Ingredient
 
-SEARCH = 1e-3  # core-seconds per layer and number of a token's queries, for statistics and searches
-REFIT = 4.5e-10  # core-seconds per token that refits a layer and parameter of its attention, the keys it reads included
-STEP_TOKENS = BATCH * QUERIES  # whose outputs a step of the refit compares
-BATCH_TOKENS = BATCH * WINDOW  # that a step of the refit may read
-OUTPUT_FIT = 3.5e-11  # core-seconds per token and product of the heads' outputs with themselves and the missing part
+SEARCH = 1e-3  # core-seconds per layer and number in a token's queries (``H * d``), for statistics and searches
+REFIT = 4.5e-10  # core-seconds per compared token and attention parameter; includes the keys that the token reads
+STEP_TOKENS = BATCH * QUERIES  # tokens whose outputs one step of the refit compares
+BATCH_TOKENS = BATCH * WINDOW  # tokens that one step of the refit may read
+OUTPUT_FIT = 3.5e-11  # core-seconds per token and product of two heads' outputs, or of a head's output and an error
 OUTPUT_FIT_SOLVED = 1.5e-10  # core-seconds per cubed width of the heads' outputs
-OUTPUT_FIT_BYTES = 52  # of each product of the heads' outputs: at most five matrices in float32, four in float64
+OUTPUT_FIT_BYTES = 52  # bytes per product of two heads' outputs: at most five float32 and four float64 matrices
 
 
 def attention_aware_cost(options: AttentionAwareOptions, shape: Shape, budget: CacheBudget, tokens: int) -> Cost:
     """The cost with ``tokens`` of calibration text.
 
-    To the hidden states of the source, a refit or least squares add those of the converted model. A refit takes
-    ``REFIT * steps * STEP_TOKENS * attention parameters``, and the MLP with the gradient of its input, ``2 *
-    CALIBRATION * steps * STEP_TOKENS * 3 * D * width``. Least squares of the output take
-    ``OUTPUT_FIT * tokens * H * d * (H * d + D) + OUTPUT_FIT_SOLVED * (H * d) ** 3``.
+    The hidden states of the source pass through the layers. With a refit or least squares, those of the converted
+    model pass through too. In core-seconds per layer:
+
+    - A refit takes ``REFIT * steps * STEP_TOKENS * attention parameters``. Its MLP, with the gradient of the MLP's
+      input, takes ``2 * CALIBRATION * steps * STEP_TOKENS * 3 * D * width``.
+    - Least squares of the output take ``OUTPUT_FIT * tokens * H * d * (H * d + D) + OUTPUT_FIT_SOLVED * (H * d) ** 3``.
     """
     read, random, steps = shape.query_heads * shape.head_dim, random_count(tokens), options.refit_steps
     wants_fit = not steps and Ingredient.LEAST_SQUARES not in options.without

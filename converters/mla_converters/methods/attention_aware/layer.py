@@ -1,4 +1,4 @@
-"""One layer by method ``attention-aware``: its statistics, and the map whose attention output errs least."""
+"""Method ``attention-aware`` for one layer: its statistics, and the map with the smallest error of its output."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -15,20 +15,20 @@ from mla_converters.methods.layer_conversion import map_error
 from mla_converters.options import Ingredient
 from mla_converters.streaming.layers import SourceLayer
 
-ATTENTION_WINDOWS = 4  # of text, whose attention is measured
-ERROR_WINDOWS = 1  # of text, on which the candidates of a search are compared
+ATTENTION_WINDOWS = 4  # windows of text whose attention is measured
+ERROR_WINDOWS = 1  # windows of text on which the candidates of a search are compared
 VALUE_WEIGHTS = (0.1, 0.3, 1.0)
 ENERGY_WEIGHTS = (0.1, 0.3, 1.0)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How the method is run.
+    """Settings of the method.
 
     Attributes:
         refit: steps and rate of the refit of each layer.
-        without: ingredients left out.
-        seed: of the refit.
+        without: the ingredients to leave out.
+        seed: the seed of the refit.
     """
 
     refit: Refit
@@ -37,8 +37,11 @@ class Settings:
 
     @property
     def fits_outputs(self) -> bool:
-        """Whether outputs are fitted by least squares. With a refit they are not, because the refit starts worse from
-        fitted outputs than from the map itself."""
+        """Whether outputs are fitted by least squares.
+
+        With a refit they are not, because a refit that starts from fitted outputs ends worse than one that starts from
+        the map itself.
+        """
         return not self.refit.steps and Ingredient.LEAST_SQUARES not in self.without
 
 
@@ -66,15 +69,17 @@ def layer_map(layer: SourceLayer, model: ScoreModel, budget: CacheBudget, weighi
 
 
 def first_weighing(without: frozenset[Ingredient]) -> Weighing:
-    """Where the search begins."""
+    """The weighing with which the search begins."""
     return replace(Weighing(), energy=0.0) if Ingredient.JOINT_CHOICE in without else Weighing()
 
 
 def best_map(
     layer: SourceLayer, text: torch.Tensor, model: ScoreModel, budget: CacheBudget, without: frozenset[Ingredient]
 ) -> tuple[float, LatentMap]:
-    """The layer's map with the weighing whose attention output errs least, and that error; values' weight is searched
-    first, then energy's."""
+    """The map whose weighing gives the smallest error of the layer's attention output, and that error.
+
+    The search tries the weights of values first, then the weights of energy.
+    """
     error_of = layer.comparison(text[:ERROR_WINDOWS])
     tried: dict[Weighing, tuple[float, LatentMap]] = {}
 

@@ -21,13 +21,13 @@ from mla_converters.resume.layer_pass import Record, Streams
 from mla_converters.streaming.layers import embed, logits
 from mla_converters.text.calibration import Calibration
 
-SHARES = (0.5, 0.75, 0.875, 1.125, 1.25, 1.5, 2.0)  # of the size that all would have alike
-SENSITIVITY_TOKENS = 512  # at the end of a window, whose predictions are compared
-GRAIN = 4  # sizes are multiples of it
+SHARES = (0.5, 0.75, 0.875, 1.125, 1.25, 1.5, 2.0)  # a layer's size, relative to the size if all layers had the same
+SENSITIVITY_TOKENS = 512  # tokens at the end of a window whose predictions are compared
+GRAIN = 4  # sizes are multiples of this number
 
 
 def scaled_budget(budget: CacheBudget, share: float, width: int) -> CacheBudget | None:
-    """``share`` of a budget, split alike; None if it does not fit ``width = g * d`` keys and as many values."""
+    """``share`` times a budget, split in the same proportion; None if it exceeds ``width = g * d`` keys and values."""
     rope = max(GRAIN, round(budget.qk_rope_head_dim * share / GRAIN) * GRAIN)
     total = round(budget.width * share / GRAIN) * GRAIN
     fits = rope <= width and GRAIN <= total - rope <= 2 * width - rope
@@ -35,10 +35,10 @@ def scaled_budget(budget: CacheBudget, share: float, width: int) -> CacheBudget 
 
 
 def spread(costs: list[dict[int, float]], total: int) -> list[int]:
-    """Sizes of least summed cost: greedily, each step goes where it saves most per number.
+    """Choose sizes whose summed cost is small: each step enlarges the layer that saves most per number (greedy).
 
     Args:
-        costs: for each layer, its cost at each size it can have.
+        costs: for each layer, its cost at each size that it can have.
         total: limit on the sum of the sizes.
 
     Returns:
@@ -74,19 +74,19 @@ def measured_sizes(
     progress: Progress,
     record: Record,
 ) -> list[CacheBudget]:
-    """A size for each layer, the sum at most that of ``budget`` in all.
+    """Choose a size for each layer. In total the layers cache at most as much as with ``budget`` in every layer.
 
-    A layer's cost at a size is the error of its attention there, times what such an error does to the model's
-    predictions: the KL divergence when that layer alone is converted, per error.
+    The cost of a layer at some size is the error of its attention at that size, times its sensitivity. The sensitivity
+    is the KL divergence of the model's predictions if only that layer is converted, divided by the error of that layer.
 
     Args:
         source: the model.
         calibration: text and random tokens.
-        budget: what all layers would have alike.
-        settings: of the method.
-        device: where layers run.
-        progress: for the bar.
-        record: where the measuring is kept, should it be interrupted.
+        budget: the sizes that every layer would have if all had the same.
+        settings: the method's settings.
+        device: the device on which layers run.
+        progress: shows the progress.
+        record: keeps the state of the measurement, so that an interrupted run can go on.
     """
     count, width = source.config.num_hidden_layers, source.config.num_key_value_heads * source.head_dim
     scaled = (scaled_budget(budget, share, width) for share in SHARES)
@@ -96,7 +96,7 @@ def measured_sizes(
 
     def start() -> Streams:
         hidden = embed(source, calibration.some(ATTENTION_WINDOWS).windows)
-        alone = hidden[:ERROR_WINDOWS].expand(count, -1, -1, -1).clone()  # each with one layer converted
+        alone = hidden[:ERROR_WINDOWS].expand(count, -1, -1, -1).clone()  # row i: only layer i is converted
         return {"hidden": hidden, "alone": alone, "errors": torch.zeros(count, len(sizes), dtype=torch.float64)}
 
     streams = record.begin(start)
@@ -119,6 +119,6 @@ def measured_sizes(
     costs = []
     for got, by_size in zip(predictions, by_layer, strict=True):
         divergence = torch.nn.functional.kl_div(got, expected, log_target=True, reduction="sum").item()
-        base = max(by_size[budget.width], 1e-30)  # zero where the budget loses nothing
+        base = max(by_size[budget.width], 1e-30)  # the error is zero if the budget loses nothing
         costs.append({size: divergence * error / base for size, error in by_size.items()})
     return [candidates[size] for size in spread(costs, budget.width * count)]

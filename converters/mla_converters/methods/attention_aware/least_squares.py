@@ -1,8 +1,9 @@
-"""The output projection by least squares: from what the heads read of the cache, as close as a linear map comes.
+"""Fitting the output projection of a converted layer by least squares.
 
-The source's projection expects what the source's heads read. On what converted ones read, another does better, and the
-best follows from second moments alone, as in layer-wise reconstruction of pruned and quantised layers (arXiv
-2208.11580, section 3). On the inputs that the converted layer will get, it makes up for what earlier layers lost, too.
+The source's projection was trained for the outputs of the source's heads. The heads of a converted layer give other
+outputs, and another projection suits these better. The best one follows from second moments alone, as in layer-wise
+reconstruction of pruned and quantised layers (arXiv 2208.11580, section 3). It is fitted on the inputs that the
+converted layer will get, so it also repairs losses of earlier layers.
 """
 
 from collections.abc import Sequence
@@ -15,17 +16,18 @@ from mla_converters.methods.attention_aware.refit import relative_weights
 from mla_converters.streaming.layers import SourceLayer
 from mla_converters.support.devices import calibration_autocast
 
-RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # of the mean square of what is read: how strongly the projection is held in place
-HELD_OUT = 4  # the last one of so many tokens tells which
+# Penalties on a change of the projection, relative to the mean square of the heads' outputs.
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
+HELD_OUT = 4  # the last 1/4 of the tokens is held out, to choose among the ridges
 SKETCH = 256  # random directions of the output on which ridges are compared
 
 
 class _Moments:
-    """Sums over tokens that least squares of maps from ``[n]`` to ``[k]`` need, float32.
+    """The sums over tokens that a least-squares fit of a map from ``[n]`` to ``[k]`` needs, float32.
 
     Attributes:
-        gram: ``[n, n]``, of what is read.
-        cross: ``[n, k]``, of what is read and what is missing.
+        gram: ``[n, n]``, products of the inputs of the map with each other.
+        cross: ``[n, k]``, products of the inputs with the errors that the map should correct.
     """
 
     def __init__(self, n: int, k: int, device: str) -> None:
@@ -33,7 +35,7 @@ class _Moments:
         self.cross = torch.zeros(n, k, device=device)
 
     def add(self, read: torch.Tensor, missing: torch.Tensor, weights: torch.Tensor) -> None:
-        """Take in tokens: ``[tokens, n]``, ``[tokens, k]`` and what each counts, ``[tokens]``."""
+        """Add tokens: inputs ``[tokens, n]``, errors ``[tokens, k]``, and a weight for each token ``[tokens]``."""
         weighted = (read * weights[:, None]).mT
         self.gram += weighted @ read
         self.cross += weighted @ missing
@@ -41,12 +43,12 @@ class _Moments:
 
 @dataclass(frozen=True)
 class Examples:
-    """What a layer's attention is given, and what it should make of it.
+    """Inputs of a layer's attention, with the results that it should give.
 
     Attributes:
         hidden: ``[windows, tokens, D]``, the layer's input.
         expected: ``[windows, tokens, D]``, the residual stream after the attention.
-        share: what they count of all examples.
+        share: the weight of these examples, as a share of the weight of all examples.
     """
 
     hidden: torch.Tensor
@@ -56,21 +58,21 @@ class Examples:
 
 @torch.inference_mode()
 def fit_output(attention: LatentAttention, layer: SourceLayer, examples: Sequence[Examples], seed: int) -> None:
-    """Change ``o_proj`` so that the attention adds to its input what comes closest to what is expected.
+    """Change ``o_proj`` so that the residual stream after the attention comes as close as possible to the expected one.
 
-    Errors are relative to each token's target, as in a refit. How strongly the projection is held in place, or whether
-    it stays as it is, is what is best for tokens that were held out.
+    Errors are relative to the size of each token's target, as in a refit. Tokens that are held out decide how strongly
+    the ridge holds the projection in place, and whether the projection changes at all.
 
     Args:
         attention: the converted attention, changed in place.
-        layer: of the source.
-        examples: text in the converted model, and what else counts.
-        seed: of the directions on which ridges are compared.
+        layer: the source's layer.
+        examples: text as it passes through the converted model, and possibly random tokens.
+        seed: the seed of the directions on which ridges are compared.
     """
     d, n = attention.o_proj.weight.shape
     sketch = torch.randn(d, SKETCH, generator=torch.Generator().manual_seed(seed)).to(layer.device)
     fitted, held_out = (_Moments(n, SKETCH, layer.device) for _ in range(2))
-    cross = torch.zeros(n, d, device=layer.device)  # of all tokens, and all of the output
+    cross = torch.zeros(n, d, device=layer.device)  # over all tokens, and for the whole output
     reads: list[torch.Tensor] = []
     hook = attention.o_proj.register_forward_pre_hook(lambda _, inputs: reads.append(inputs[0]))
     for some in examples:
@@ -95,7 +97,7 @@ def fit_output(attention: LatentAttention, layer: SourceLayer, examples: Sequenc
 
 
 def _best_ridge(fitted: _Moments, held_out: _Moments) -> float | None:
-    """The ridge whose change repairs most on tokens held out; None if none repairs anything."""
+    """The ridge whose change repairs most on the held-out tokens; None if no change repairs anything."""
     lost: dict[float | None, float] = {None: 0.0}
     for ridge in RIDGES if fitted.gram.any() else ():
         change = _solved(fitted.gram, fitted.cross, ridge)
@@ -104,8 +106,10 @@ def _best_ridge(fitted: _Moments, held_out: _Moments) -> float | None:
 
 
 def _solved(gram: torch.Tensor, cross: torch.Tensor, ridge: float) -> torch.Tensor:
-    """The change ``[n, k]`` that least squares ask for, held to nothing by a ridge relative to the mean square;
-    float32, computed in float64."""
+    """The change ``[n, k]`` of the map by least squares, kept small by a ridge relative to the mean square of inputs.
+
+    It is computed in float64 and returned in float32.
+    """
     held = gram.double()
     held.diagonal().add_(ridge * held.diagonal().mean())
     return torch.cholesky_solve(cross.double(), torch.linalg.cholesky(held)).float()

@@ -1,8 +1,8 @@
-"""Method ``attention-aware``: what keeps RoPE, and what the latent carries, chosen by what attention loses.
+"""The map of method ``attention-aware``: it chooses rotary components and latent by the loss of the attention.
 
-Keys are seen as complex numbers: the pair of dimensions that RoPE turns with one frequency is one
-component. Multiplying it by a complex constant commutes with RoPE, and so does mixing the KV heads'
-components of the same frequency.
+Keys are seen as complex numbers: the two dimensions that RoPE turns with one frequency are one complex component.
+Multiplying a component by a complex constant commutes with RoPE. Mixing the components that the KV heads have at the
+same frequency commutes with RoPE too.
 """
 
 from dataclasses import dataclass
@@ -13,18 +13,20 @@ import torch
 from mla_converters.latent.maps import LatentMap
 from mla_converters.methods.attention_aware.statistics import AttentionStatistics
 
-DAMPING = 1e-4  # of the largest eigenvalue, so that directions without weight do not blow up
-RIDGE = 1e-6  # of the mean variance, so that a latent of full width spans directions never seen
+# Least eigenvalue of a metric, relative to the largest, so that directions without weight do not blow up.
+DAMPING = 1e-4
+# Added variance, relative to the mean variance, so that a latent of full width also spans directions that no token has.
+RIDGE = 1e-6
 
 
 @dataclass(frozen=True)
 class Weighing:
-    """How errors are weighed against each other; searched for each layer.
+    """Weights of the kinds of error against each other. A search chooses them for each layer.
 
     Attributes:
-        values: weight of errors in values, against errors in scores.
-        energy: weight of a component's energy, which the latent has to carry if it loses RoPE, against
-            what it loses by losing RoPE.
+        values: weight of errors in values; errors in scores have weight 1.
+        energy: weight of a component's energy, because the latent has to carry the component if it loses RoPE; the
+            error from its lost rotation has weight 1.
     """
 
     values: float = 0.3
@@ -33,15 +35,15 @@ class Weighing:
 
 @dataclass(frozen=True)
 class ScoreModel:
-    """What a map is computed from; float64 and complex128.
+    """The statistics from which a map is computed; float64 and complex128.
 
     Attributes:
         key_value: ``[2 * g * d, 2 * g * d]`` second moments of ``[k; v]``.
         query: ``[H, d, d]`` second moments of the queries, in units of the layer's output.
-        phase: ``[H, d / 2]`` complex, what replaces the rotation of a component that loses RoPE.
+        phase: ``[H, d / 2]`` complex, the constant that replaces the rotation of a component that loses RoPE.
         loss: ``[H, d / 2]``, mean square error of that replacement, per unit of score energy.
-        key_metric: ``[g, d, d]``, in which errors of keys without RoPE matter.
-        value_metric: ``[g, d, d]``, in which errors of values matter.
+        key_metric: ``[g, d, d]``, the quadratic form that measures errors of keys without RoPE.
+        value_metric: ``[g, d, d]``, the quadratic form that measures errors of values.
     """
 
     key_value: torch.Tensor
@@ -53,7 +55,7 @@ class ScoreModel:
 
     @cached_property
     def roots(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """``[d, d]`` roots of the ``2 * g`` metrics, first of keys, and their inverses; damped."""
+        """Damped ``[d, d]`` square roots of the ``2 * g`` metrics, keys first, each with its inverse."""
         return [_square_root(metric) for metric in (*self.key_metric, *self.value_metric)]
 
 
@@ -66,15 +68,16 @@ def score_model(
     attention_weights: bool = True,
     metric: bool = True,
 ) -> ScoreModel:
-    """Prepare the statistics of a layer; what is switched off is replaced by the usual thing.
+    """Prepare the statistics of a layer. Each switch that is off selects the usual alternative.
 
     Args:
-        statistics: weighted by attention.
-        plain: ``[2 * g * d, 2 * g * d]`` second moments of ``[k; v]`` over all tokens alike.
+        statistics: statistics weighted by attention.
+        plain: ``[2 * g * d, 2 * g * d]`` second moments of ``[k; v]`` in which all tokens count the same.
         kv_heads: ``g``.
-        mean_phase: replace a lost rotation by its mean, instead of by none.
-        attention_weights: weigh tokens by how much they are read, half and half with all tokens alike.
-        metric: measure errors in scores and outputs, instead of in keys and values.
+        mean_phase: replace a lost rotation by its mean; if off, leave it out.
+        attention_weights: average ``plain`` with moments that weigh each token by how much it is read; if off, use
+            ``plain`` alone, and let all queries count the same.
+        metric: measure errors in scores and outputs; if off, measure them in keys and values.
     """
     query, key_value = statistics.query, (plain + statistics.key_value) / 2
     if not attention_weights:
@@ -102,7 +105,7 @@ def _isotropic(metric: torch.Tensor) -> torch.Tensor:
 
 
 def real_map(matrix: torch.Tensor) -> torch.Tensor:
-    """A complex-linear map as a real one, the real and imaginary half of each head apart, as RoPE has them.
+    """Write a complex-linear map as a real one, in RoPE's order: each head's real parts before its imaginary parts.
 
     Args:
         matrix: ``[..., rows, m, columns, n]`` complex, from ``columns`` heads of ``n`` pairs to ``rows`` heads of
@@ -117,7 +120,7 @@ def real_map(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def phase_map(phase: torch.Tensor) -> torch.Tensor:
-    """``[H, d, d]`` real maps of the queries that stand for keys turned by ``phase`` ``[H, d / 2]``."""
+    """``[H, d, d]`` real maps of queries; they have the effect of turning the keys by ``phase`` ``[H, d / 2]``."""
     return real_map(phase.conj().diag_embed()[:, None, :, None])
 
 
@@ -127,8 +130,9 @@ class RotaryComponents:
 
     Attributes:
         frequency: ``[r / 2]``, index into the source's frequencies.
-        read: ``[r / 2, g]`` complex; the component is ``read @ k`` of its frequency's key components.
-        back: ``[r / 2, g]`` complex; its share of the KV heads' keys is ``back`` times it.
+        read: ``[r / 2, g]`` complex; a component is ``read @ k``, where ``k`` has the KV heads' key components of its
+            frequency.
+        back: ``[r / 2, g]`` complex; ``back`` times a component is the part that it contributes to the KV heads' keys.
     """
 
     frequency: torch.Tensor
@@ -139,8 +143,8 @@ class RotaryComponents:
 def choose_rotary(model: ScoreModel, rope_dim: int, weighing: Weighing) -> RotaryComponents:
     """Mix the KV heads of each frequency to principal components, and keep those whose loss would cost most.
 
-    A component with score energy ``e`` that loses RoPE costs ``e`` times its mean loss, and the latent has to
-    carry ``e``.
+    If a component with score energy ``e`` loses RoPE, there are two costs: ``e`` times its mean loss, and ``e`` itself,
+    because the latent has to carry it.
     """
     kv_heads, head_dim, _ = model.key_metric.shape
     pairs = head_dim // 2
@@ -168,10 +172,10 @@ def attention_aware_map(
     """The conversion of a layer, with ``n = d``.
 
     Args:
-        model: of the layer.
+        model: the layer's statistics.
         freqs: ``[d / 2]`` RoPE frequencies of the source.
         rope_dim, kv_lora_rank: ``r`` and ``R``.
-        weighing: of the errors.
+        weighing: the weights of the errors.
     """
     heads, (kv_heads, head_dim, _) = len(model.query), model.key_metric.shape
     pairs, width = head_dim // 2, kv_heads * head_dim
@@ -209,7 +213,7 @@ def attention_aware_map(
 
 
 def _square_root(metric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Damped ``metric ** 0.5`` and its inverse; of zero, where nothing reads a head, the identity's."""
+    """Damped ``metric ** 0.5`` and its inverse. A metric of zero, of a head that nothing reads, counts as identity."""
     values, vectors = torch.linalg.eigh(torch.where(metric.any(), metric, torch.eye(len(metric)).to(metric)))
     root = values.clamp(min=DAMPING * values.max()).sqrt()
     return (vectors * root) @ vectors.mT, (vectors / root) @ vectors.mT

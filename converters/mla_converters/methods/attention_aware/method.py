@@ -1,4 +1,4 @@
-"""Method ``attention-aware``: keep RoPE, and fill the latent, where attention would lose most."""
+"""Method ``attention-aware``: it keeps the rotary components and latent directions that attention would miss most."""
 
 from mla_converters.checkpoints.shape import Shape
 from mla_converters.latent.cache_size import CacheBudget, candidate_budgets, exact_budget

@@ -1,4 +1,4 @@
-"""Refitting one converted layer: a few steps of Muon towards what the source's layer gives."""
+"""The refit of one converted layer: a few steps of Muon towards the output of the source's layer."""
 
 import math
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from mla_converters.training.muon import Muon
 from mla_converters.training.parametrization import parts_apart
 from mla_converters.training.relative import relative_rates, relative_weights
 
-BATCH = 4  # windows to a step
+BATCH = 4  # windows in a step
 QUERIES = 128  # consecutive tokens of each window whose outputs are compared in a step
 WARMUP = 5  # steps
 
@@ -43,20 +43,20 @@ def refit_layer(
     generator: torch.Generator,
     through_mlp: bool,
 ) -> None:
-    """Change all projections of ``attention`` so that the layer turns ``hidden`` into what is close to ``expected``.
+    """Train all projections of ``attention`` so that the layer's output for ``hidden`` comes close to ``expected``.
 
-    Errors are compared after the MLP, which magnifies some of them more than others, so that each counts for what it
-    costs. The error of a token is relative to what the layer should add to that token.
+    Errors are measured after the MLP, because the MLP magnifies some of them more than others. The error of a token is
+    relative to the size of the change that the layer should make to that token.
 
     Args:
         attention: the converted attention, changed in place.
-        layer: of the source.
+        layer: the source's layer.
         hidden: ``[windows, tokens, D]``, the layer's input in the converted model.
         expected: ``[windows, tokens, D]``, the source's residual stream after the layer, or after its attention.
-        error: of the attention's output on the source's inputs, squared and relative to it.
+        error: relative squared error of the attention's output on the source's inputs, before the refit.
         refit: steps and rate.
-        generator: for the order of the windows.
-        through_mlp: whether ``expected`` is what comes out of the layer.
+        generator: draws the order of the windows.
+        through_mlp: whether ``expected`` is the stream after the whole layer, not after its attention.
     """
     with parts_apart([attention]):
         rate = refit.rate * math.sqrt(min(error, 1))
@@ -72,11 +72,12 @@ def refit_layer(
             if len(order) < min(BATCH, len(hidden)):
                 order = torch.randperm(len(hidden), generator=generator)
             batch, order = order[:BATCH], order[BATCH:]
-            # In whole blocks: tensors of ever new sizes fragment the heap to three times what is needed.
+            # The end is a multiple of `queries`, because tensors of ever new sizes fragment the heap, which then takes
+            # three times the memory.
             end = queries * int(torch.randint(1, hidden.shape[1] // queries + 1, (), generator=generator))
             inputs = hidden[batch, :end].to(layer.device)
             last, target = inputs[:, -queries:], expected[batch, end - queries : end].to(layer.device)
-            if torch.equal(target, last):  # the layer adds nothing: there is nothing to fit
+            if torch.equal(target, last):  # the layer adds nothing, so there is nothing to fit
                 continue
             with calibration_autocast(layer.device):
                 output = last + attention(layer.normed(inputs), torch.arange(end - queries, end))

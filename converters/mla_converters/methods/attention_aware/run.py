@@ -1,4 +1,4 @@
-"""Method ``attention-aware`` over a whole model, layer by layer."""
+"""Method ``attention-aware`` for a whole model, layer by layer."""
 
 import torch
 
@@ -19,17 +19,19 @@ from mla_converters.text.calibration import Calibration
 def attention_aware(
     source: Source, calibration: Calibration, budgets: list[CacheBudget], settings: Settings
 ) -> LayerConversion:
-    """The method, ready to convert layers.
+    """Prepare the method to convert layers.
 
-    The source's hidden states pass through each layer, whose map is computed on them; and the converted model's, for
-    the layer is then fitted on the inputs it will really get, so that what comes out is what the source has there: it
-    repairs what earlier layers lost. A map by itself cannot repair, and would adapt to errors of earlier layers if it
-    were computed on their results.
+    Two kinds of hidden states pass through each layer:
+
+    - Those of the source. The layer's map is computed on them. A map cannot repair losses of earlier layers; computed
+      on the converted model's hidden states, it would adapt to the errors in them.
+    - Those of the converted model. The layer is then fitted on them, because they are the inputs that it will really
+      get. The target is the source's hidden state, so the fit repairs losses of earlier layers.
 
     Args:
         source: the model.
         calibration: text and random tokens.
-        budgets: sizes of each layer.
+        budgets: cache sizes of each layer.
         settings: refit, ingredients and seed.
     """
 
@@ -68,7 +70,7 @@ def attention_aware(
                 examples.append(Examples(random_inputs, random, RANDOM_SHARE))
             fit_output(attention, layer, examples, settings.seed)
         layer.add_mlp(random)
-        # Experts would be read from disk in each step, and held in memory for their gradient.
+        # A refit through experts would read them from disk in each step, and hold them in memory for the gradient.
         through_mlp = bool(settings.refit.steps) and Ingredient.MLP not in settings.without and not layer.has_experts
         if through_mlp:
             layer.add_mlp(text)

@@ -1,4 +1,4 @@
-"""The split of the cache between rotary key and latent, searched by the error of the attention outputs."""
+"""The search for the split of the cache between rotary key and latent, by the errors of the attention outputs."""
 
 import torch
 from rich.progress import Progress
@@ -19,7 +19,8 @@ from mla_converters.resume.layer_pass import Record
 from mla_converters.streaming.layers import SourceLayer
 from mla_converters.text.calibration import Calibration
 
-# Candidates whose loss is at most this many times the best's. Healed, 1.26 was better than 1, and 1.42 worse than 1.19.
+# A candidate may lose this many times as much as the best. After healing, a candidate at 1.26 times the best loss was
+# better than the best itself, and one at 1.42 times was worse than one at 1.19 times.
 MARGIN = 1.3
 
 
@@ -32,7 +33,7 @@ def search_split(
     progress: Progress,
     record: Record,
 ) -> tuple[CacheBudget, dict[CacheBudget, float]]:
-    """The split between rotary key and latent, by the errors of the attention outputs; see :func:`search`."""
+    """The chosen split between rotary key and latent, and the error of every candidate; see :func:`search`."""
     weighing = first_weighing(settings.without)
 
     def errors(layer: SourceLayer, hidden: torch.Tensor) -> list[float]:
@@ -46,9 +47,10 @@ def search_split(
 
 
 def widest_latent(errors: dict[CacheBudget, float]) -> CacheBudget:
-    """The split with the widest latent among those that lose little more than the best.
+    """The split with the widest latent among those that lose at most :data:`MARGIN` times as much as the best.
 
-    Training makes up for what lost RoPE, but not for what a latent has no room for.
+    A wide latent is better because training can repair the loss of RoPE, but cannot restore directions that did not fit
+    into the latent.
 
     Args:
         errors: relative squared errors of the attention outputs, in [0, 1): ``1 - error`` of the output survives.

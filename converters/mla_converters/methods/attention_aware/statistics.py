@@ -1,7 +1,7 @@
-"""What a layer's attention reads: second moments weighted by attention, and how far back it looks.
+"""Statistics of a layer's attention: second moments weighted by attention, and the distances at which it reads.
 
-Only moments are kept. Scores of a block of queries of one window and KV head at a time are materialised, ``[G, block,
-tokens]``, and only of tokens that the block sees.
+Only moments are kept. Scores exist only for one block of queries of one window and KV head at a time, ``[G, block,
+tokens]``, and only for the tokens that the block sees.
 """
 
 from dataclasses import dataclass
@@ -12,26 +12,26 @@ import torch
 from mla_converters.latent.attention import rotate
 from mla_converters.streaming.layers import SourceLayer, sampled_positions
 
-QUERIES = 512  # evenly spread over a window
-BLOCK = 64  # of these at a time: their scores fit the cache of the processor
+QUERIES = 512  # queries that are evaluated, evenly spread over a window
+BLOCK = 64  # queries in a block, because the scores of this many fit into the processor's cache
 
 
 @dataclass(frozen=True)
 class AttentionStatistics:
-    """Of one layer over some windows; float64 and complex128 on its device.
+    """Statistics of one layer over some windows; float64 and complex128 on the layer's device.
 
-    A query ``t`` of head ``i`` reads key ``j`` with attention ``a``. To first order an error ``e`` of
-    that score moves the layer's output by ``a e W_o (v_j - o_t)``, and an error of ``v_j`` by ``a`` times
-    itself; independent errors add up in squares. So scores weigh ``(a scale |W_o (v_j - o_t)|)²`` and
-    values ``a²``.
+    A query ``t`` of head ``i`` reads key ``j`` with attention ``a``. To first order, an error ``e`` of that score moves
+    the layer's output by ``a e W_o (v_j - o_t)``. An error of ``v_j`` moves it by ``W_o`` times ``a`` times that error.
+    Independent errors add up in squares. Scores therefore have the weight ``(a scale |W_o (v_j - o_t)|)²``, and values
+    have the weight ``a²``.
 
     Attributes:
-        key_value: ``[2 * g * d, 2 * g * d]``, ``E [k; v][k; v]ᵀ`` over tokens weighted by how much they are read.
-        query: ``[H, d, d]``, ``E q qᵀ`` over queries weighted by how much their scores matter.
-        phase: ``[H, d / 2]`` complex, mean of ``exp(-i freq * distance)`` over the pairs that matter:
-            the best constant in place of a rotation.
-        plain_query: ``[H, d, d]``, ``E q qᵀ`` over all queries alike.
-        output: ``[H, d, d]``, ``W_oᵀ W_o`` of each head, weighted like the values it reads.
+        key_value: ``[2 * g * d, 2 * g * d]``, ``E [k; v][k; v]ᵀ`` over tokens, weighted by how much they are read.
+        query: ``[H, d, d]``, ``E q qᵀ`` over queries, weighted by how much their scores matter.
+        phase: ``[H, d / 2]`` complex, mean of ``exp(-i freq * distance)`` over pairs of tokens, weighted by how much
+            they matter. It is the best constant to replace a rotation.
+        plain_query: ``[H, d, d]``, ``E q qᵀ`` where all queries count the same.
+        output: ``[H, d, d]``, ``W_oᵀ W_o`` of each head, with the weight of the values that the head reads.
     """
 
     key_value: torch.Tensor
@@ -50,7 +50,7 @@ def head_output(layer: SourceLayer) -> torch.Tensor:
 
 @torch.inference_mode()
 def attention_statistics(layer: SourceLayer, hidden: torch.Tensor) -> AttentionStatistics:
-    """Collect from the layer's inputs ``[windows, tokens, D]``."""
+    """Collect the statistics of a layer from its inputs ``[windows, tokens, D]``."""
     heads, width, half = layer.heads, 2 * layer.kv_heads * layer.head_dim, layer.head_dim // 2
     gram = head_output(layer)
     tokens = hidden.shape[1]
@@ -111,8 +111,13 @@ def attention_statistics(layer: SourceLayer, hidden: torch.Tensor) -> AttentionS
 
 
 def _distances(outputs: torch.Tensor, gram: torch.Tensor, values_out: torch.Tensor) -> torch.Tensor:
-    """``|W_o (v_j - o_t)|²``, ``[G, queries, tokens]``, for outputs ``o`` ``[G, queries, d]``, and the values times
-    ``gram``, one, and the values' squares, ``[G, tokens, d + 2]``."""
+    """``|W_o (v_j - o_t)|²`` for each query ``t`` and token ``j``, ``[G, queries, tokens]``.
+
+    Args:
+        outputs: ``o``, ``[G, queries, d]``.
+        gram: ``W_oᵀ W_o`` of each head, ``[G, d, d]``.
+        values_out: ``[G, tokens, d + 2]``; for each token the value times ``gram``, then 1, then ``|W_o v_j|²``.
+    """
     squares = (outputs @ gram * outputs).sum(-1, keepdim=True)
-    # In one product: every pass over all pairs of queries and tokens counts here.
+    # One matrix product computes the whole sum, because each further pass over all pairs of tokens takes time here.
     return (torch.cat((-2 * outputs, squares, torch.ones_like(squares)), dim=-1) @ values_out.mT).clamp_(min=0)

@@ -1,7 +1,7 @@
-"""Method ``mha2mla`` (MHA2MLA, arXiv 2502.14837): partial RoPE, and an SVD of the weights of what lost it.
+"""Method ``mha2mla`` (MHA2MLA, arXiv 2502.14837): partial RoPE, and an SVD of the weights of the other components.
 
-Every KV head keeps RoPE on whole pairs of its own, cached side by side in the shared rotary key. The
-rest of the keys loses RoPE without any correction and shares a latent with the values.
+Every KV head keeps RoPE on some of its pairs of dimensions. The shared rotary key holds the pairs of all KV heads side
+by side. The other pairs of the keys lose RoPE without any correction, and share a latent with the values.
 """
 
 import torch
@@ -10,12 +10,13 @@ from mla_converters.errors import ConversionError
 from mla_converters.latent.maps import LatentMap
 from mla_converters.options import Keep, Svd
 
-# Directions of the values in which the latent is weaker than this get no bias: it would have to be large.
+# Least singular value, relative to the largest, of a direction of the values that gets a bias. In weaker directions the
+# bias of the latent would have to be large.
 WEAKEST = 0.1
 
 
 class PairNorms:
-    """Running mean norms of the pairs of queries and keys, for :attr:`Keep.TWO_NORM` (appendix A)."""
+    """Running mean norms of the pairs of queries and keys; :attr:`Keep.TWO_NORM` needs them (appendix A)."""
 
     def __init__(self, heads: int, kv_heads: int, head_dim: int) -> None:
         self._q = torch.zeros(heads, head_dim // 2, dtype=torch.float64)
@@ -23,11 +24,11 @@ class PairNorms:
         self._tokens = 0
 
     def add(self, q: torch.Tensor, k: torch.Tensor) -> None:
-        """Take in some tokens.
+        """Add some tokens.
 
         Args:
-            q, k: ``[windows, H, tokens, d]`` and ``[windows, g, tokens, d]``, any float dtype;
-                RoPE before or after makes no difference.
+            q, k: ``[windows, H, tokens, d]`` and ``[windows, g, tokens, d]``, any float dtype, before or after RoPE,
+                because RoPE does not change the norms.
         """
         for total, x in ((self._q, q), (self._k, k)):
             norms = x.float().unflatten(-1, (2, -1)).norm(dim=-2)  # [windows, heads, tokens, d / 2]
@@ -35,10 +36,10 @@ class PairNorms:
         self._tokens += q.shape[0] * q.shape[2]
 
     def contributions(self) -> torch.Tensor:
-        """``[g, d / 2]`` float64: mean norm of the pair in the keys, times that in the queries that read them.
+        """``[g, d / 2]`` float64: mean norm of a pair in the keys, times its mean norm in the queries that read them.
 
-        The product of the means is the mean, over all queries and keys, of the bound ``|q_p| |k_p|``
-        on what the pair adds to a score.
+        A pair ``p`` adds at most ``|q_p| |k_p|`` to a score. The product of the two means is the mean of that bound
+        over all queries and keys.
         """
         queries = self._q.unflatten(0, (len(self._k), -1)).mean(1)
         return queries * self._k / self._tokens**2
@@ -47,16 +48,16 @@ class PairNorms:
 def kept_pairs(
     keep: Keep, pairs: int, kv_heads: int, head_dim: int, contributions: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Which pairs keep RoPE (section 3.1).
+    """Choose the pairs that keep RoPE (section 3.1).
 
-    Every KV head keeps the same number, as in the paper. What is left over goes to the largest
-    contributions of any head with ``2-norm``, and otherwise one pair each to the first heads.
+    Every KV head keeps the same number of pairs, as in the paper. A remainder that cannot be divided equally goes to
+    the pairs with the largest contributions in any head (``2-norm``), or one pair each to the first heads (otherwise).
 
     Args:
-        keep: the choice.
-        pairs: of all KV heads together; 1 to ``g * d / 2``.
+        keep: the rule of the choice.
+        pairs: number of pairs to keep in all KV heads together; 1 to ``g * d / 2``.
         kv_heads, head_dim: ``g`` and ``d`` of the source.
-        contributions: ``[g, d / 2]``, see :meth:`PairNorms.contributions`; only ``2-norm`` reads it.
+        contributions: ``[g, d / 2]``, see :meth:`PairNorms.contributions`; only ``2-norm`` needs it.
 
     Returns:
         ``[g, d / 2]`` bool.
@@ -81,7 +82,7 @@ def kept_pairs(
 
 
 def _fixed_choice(keep: Keep, count: int, half: int) -> list[int]:
-    """``count`` of ``half`` frequencies, the fastest of which comes first."""
+    """Indices of ``count`` out of ``half`` frequencies; index 0 is the fastest."""
     if keep == Keep.UNIFORM:
         return [index * half // count for index in range(count)]
     return list(range(count) if keep == Keep.HIGH else range(half - count, half))
@@ -93,10 +94,10 @@ def check_sizes(kv_heads: int, head_dim: int, rope_dim: int, kv_lora_rank: int, 
     Args:
         kv_heads, head_dim: ``g`` and ``d`` of the source.
         rope_dim, kv_lora_rank: ``r`` and ``R``.
-        svd: how the latent is shared.
+        svd: whether keys and values share a latent.
 
     Raises:
-        ConversionError: ``r`` or ``R`` is out of range, or ``R`` leaves ``split`` nothing for the keys.
+        ConversionError: ``r`` or ``R`` is out of range, or ``R`` leaves no rank for the keys with ``split``.
     """
     width = kv_heads * head_dim
     if rope_dim % 2 or not 2 <= rope_dim <= width:
@@ -120,19 +121,19 @@ def mha2mla_map(
 ) -> LatentMap:
     """Partial RoPE, and the best approximation of rank ``R`` of the other weights (sections 3.1 and 3.2).
 
-    The latent is free up to an invertible map: the paper spreads the singular values over both
-    projections, here the up-projection has orthonormal columns.
+    An invertible map of the latent does not change the function. The paper spreads the singular values over both
+    projections. Here the up-projection has orthonormal columns, which gives the same function.
 
     Args:
         k_weight, v_weight: ``[g * d, D]``, any float dtype.
         freqs: ``[d / 2]`` RoPE frequencies of the source, fastest first.
         kept: ``[g, d / 2]`` bool, the pairs that keep RoPE; see :func:`kept_pairs`.
         kv_lora_rank: rank ``R`` of the latent.
-        svd: ``joint`` for one SVD of keys and values; ``split`` for one each, with half the rank each; what
-            the keys cannot fill, the values get.
+        svd: ``joint`` for one SVD of keys and values; ``split`` for one SVD each, with half the rank each. With
+            ``split``, the values also get the rank that the keys cannot fill.
 
     Returns:
-        A map with ``n = d`` and ``r`` twice the pairs kept.
+        A map with ``n = d``, and ``r`` is twice the number of kept pairs.
 
     Raises:
         ConversionError: see :func:`check_sizes`.
@@ -142,7 +143,7 @@ def mha2mla_map(
     check_sizes(kv_heads, head_dim, 2 * int(kept.sum()), kv_lora_rank, svd)
     eye = torch.eye(kv_heads * head_dim, dtype=torch.float64)
     head, frequency = kept.nonzero(as_tuple=True)
-    first = head * head_dim + frequency  # source order is (head, half, frequency)
+    first = head * head_dim + frequency  # the source's order is (head, half, frequency)
     rope = eye[torch.cat((first, first + half))]  # [r, g * d]
     nope = eye[~kept[:, None].expand(-1, 2, -1).flatten()]  # [g * d - r, g * d]
     basis = _basis(nope @ k_weight.double().cpu(), v_weight.double().cpu(), kv_lora_rank, svd)
@@ -152,7 +153,7 @@ def mha2mla_map(
         query_to_rope=rope.view(-1, kv_heads, head_dim).transpose(0, 1).contiguous(),
         query_to_nope=torch.eye(head_dim, dtype=torch.float64).expand(kv_heads, -1, -1),
         kv_to_latent=basis.mT @ torch.block_diag(nope, eye),
-        # Zero for the pairs that keep RoPE, so the queries need no mask.
+        # These rows are zero for the pairs that keep RoPE, so the queries need no mask.
         latent_to_key=(nope.mT @ basis[: len(nope)]).view(kv_heads, head_dim, -1),
         latent_to_value=basis[len(nope) :].view(kv_heads, head_dim, -1),
     )
@@ -168,22 +169,22 @@ def _basis(keys: torch.Tensor, values: torch.Tensor, rank: int, svd: Svd) -> tor
 
 
 def _left_singular_vectors(weight: torch.Tensor) -> torch.Tensor:
-    """All ``[m, m]`` of ``[m, D]``, largest singular value first; complete also where ``D`` is smaller than ``m``."""
+    """All ``[m, m]`` vectors of a weight ``[m, D]``, largest singular value first, even if ``D`` is less than ``m``."""
     return torch.linalg.eigh(weight @ weight.mT).eigenvectors.flip(-1)
 
 
 def latent_bias(maps: LatentMap, v_bias: torch.Tensor) -> torch.Tensor:
-    """What to add to the latent so that the values get their bias.
+    """The bias of the latent that gives the values their bias.
 
-    The SVD knows nothing of biases, and projecting them with the weights would let those of the keys,
-    which can be a hundred times larger, leak into the values. Without RoPE, a bias of the keys moves
-    all scores of a query alike, which changes nothing: so only the values have a say.
+    The SVD is of weights alone, so it does not account for biases. Projecting the biases with the weights would let
+    the biases of the keys leak into the values, and these can be a hundred times larger. The keys without RoPE need no
+    bias, because it would add the same number to all scores of a query. Only the values' bias is therefore fitted.
 
     Args:
         maps: the layer's conversion.
         v_bias: ``[g * d]``, any float dtype.
 
     Returns:
-        ``[R]`` float64, the smallest that comes closest.
+        ``[R]`` float64; the smallest of the biases with the least error.
     """
     return torch.linalg.pinv(maps.latent_to_value.flatten(0, 1), rtol=WEAKEST) @ v_bias.double()

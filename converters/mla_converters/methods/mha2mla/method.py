@@ -17,7 +17,7 @@ class Mha2mla:
 
     def __init__(self, options: Mha2mlaOptions) -> None:
         self.options = options
-        # Only this choice of pairs looks at text; the others know the pairs by their frequencies.
+        # Only this rule needs text; the other rules choose pairs by their frequencies.
         self.window = WINDOW if options.rope_keep == Keep.TWO_NORM else None
 
     def budget(self, shape: Shape, sizes: CacheSizes) -> CacheBudget:

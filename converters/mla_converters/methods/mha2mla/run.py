@@ -1,4 +1,4 @@
-"""Method ``mha2mla`` over a whole model: measuring pairs if the choice needs it, and converting layer by layer."""
+"""Method ``mha2mla`` for a whole model, layer by layer. Pairs are measured if the rule that chooses them needs it."""
 
 import torch
 
@@ -15,7 +15,7 @@ from mla_converters.support.devices import calibration_autocast
 
 @torch.inference_mode()
 def pair_contributions(layer: SourceLayer, hidden: torch.Tensor) -> torch.Tensor:
-    """``[g, d / 2]`` contributions of a layer's pairs on its inputs ``[windows, tokens, D]``."""
+    """Contributions ``[g, d / 2]`` of a layer's pairs, measured on its inputs ``[windows, tokens, D]``."""
     norms = PairNorms(layer.heads, layer.kv_heads, layer.head_dim)
     for batch in hidden.split(1):
         with calibration_autocast(layer.device):
@@ -26,7 +26,7 @@ def pair_contributions(layer: SourceLayer, hidden: torch.Tensor) -> torch.Tensor
 
 
 def layer_weights(weights: dict[str, torch.Tensor], maps: LatentMap) -> dict[str, torch.Tensor]:
-    """Fold a map into one layer's projections, see :func:`mla_weights`; biases of the values as :func:`latent_bias`."""
+    """Fold a map into one layer's projections by :func:`mla_weights`, and its biases by :func:`latent_bias`."""
     converted = mla_weights(weights, maps)
     if "v_proj.bias" in weights:
         bias = latent_bias(maps, weights["v_proj.bias"])
@@ -37,13 +37,13 @@ def layer_weights(weights: dict[str, torch.Tensor], maps: LatentMap) -> dict[str
 def mha2mla(
     source: Source, windows: torch.Tensor | None, budget: CacheBudget, options: Mha2mlaOptions
 ) -> LayerConversion:
-    """The method, ready to convert layers.
+    """Prepare the method to convert layers.
 
     Args:
         source: the model.
         windows: ``[windows, tokens]`` token ids; None if ``options`` need no calibration.
-        budget: sizes.
-        options: the choices that the paper compares.
+        budget: cache sizes of every layer.
+        options: the alternatives that the paper compares.
 
     Raises:
         ConversionError: see :func:`mla_converters.methods.mha2mla.map.check_sizes`.

@@ -1,6 +1,6 @@
 """Method ``transmla`` (arXiv 2502.07864): RoRoPE, FreqFold and Balanced-KV joint PCA.
 
-Everything is computed from second moments of keys and values instead of stored activations.
+Maps are computed from second moments of keys and values, so no activations are stored.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ DAMPING = 0.01
 def principal_axes(moments: torch.Tensor) -> torch.Tensor:
     """Eigenvectors of ``[n, n]`` second moments as columns, largest eigenvalue first.
 
-    Damped like TransMLA's own code.
+    The moments are damped as in TransMLA's own code.
     """
     damping = DAMPING * moments.diagonal().mean()
     return torch.linalg.eigh(moments + damping * torch.eye(len(moments)).to(moments)).eigenvectors.flip(-1)
@@ -30,10 +30,10 @@ def fits_freqfold(freqfold: int, rope_dim: int, head_dim: int) -> bool:
 
 
 def freqfold_candidates(head_dim: int, rope_dim: int) -> list[int]:
-    """Powers of two that fit the sizes.
+    """The powers of two that are possible values of FreqFold for these sizes.
 
     Raises:
-        ConversionError: none does.
+        ConversionError: there is none.
     """
     folds = [2**i for i in range((head_dim // 2).bit_length()) if fits_freqfold(2**i, rope_dim, head_dim)]
     if not folds:
@@ -46,11 +46,12 @@ def freqfold_candidates(head_dim: int, rope_dim: int) -> list[int]:
 
 @dataclass(frozen=True)
 class KeyRotation:
-    """Keys turned so that few components carry the rotary part.
+    """A rotation of the keys after which few components carry the rotary part.
 
     Attributes:
-        matrix: orthogonal ``[g * d, g * d]`` float64; kept components first, laid out in halves.
-        frequency: ``[r / 2]`` index of each kept component's frequency in the source.
+        matrix: orthogonal ``[g * d, g * d]`` float64; its first ``r`` rows are the kept components, the first halves of
+            all pairs before the second halves.
+        frequency: ``[r / 2]`` index of each kept component's frequency among those of the source.
     """
 
     matrix: torch.Tensor
@@ -60,22 +61,21 @@ class KeyRotation:
 def rotate_keys(moments: LayerMoments, rope_dim: int, freqfold: int) -> KeyRotation:
     """RoRoPE with FreqFold (sections 4.2 and 4.3): concentrate the keys in few rotary components.
 
-    Groups of ``freqfold`` neighbouring frequencies count as one. Within a group, the components
-    of all KV heads are turned to their principal axes, with the same rotation for both halves of
-    the pairs, which commutes with RoPE as far as the group's frequencies agree. The leading
-    components of each group keep RoPE.
+    A group of ``freqfold`` neighbouring frequencies is treated as one frequency. Within a group, the components of all
+    KV heads are turned to their principal axes. Both halves of the pairs get the same rotation, because such a rotation
+    commutes with RoPE as far as the frequencies of the group agree. The leading components of each group keep RoPE.
 
     Args:
-        moments: of the layer's keys.
+        moments: second moments of the layer's keys.
         rope_dim: dimensions ``r`` that keep RoPE; must satisfy :func:`fits_freqfold`.
-        freqfold: frequencies to a group.
+        freqfold: number of frequencies in a group.
     """
     kv_heads, head_dim = moments.kv_heads, moments.head_dim
     width = kv_heads * head_dim
     keys = moments.kv[:width, :width]
     groups = head_dim // 2 // freqfold
     keep = rope_dim * freqfold // head_dim  # components that each group keeps
-    # Dimension of (half of pair, group, KV head and place in group).
+    # The index of each key dimension, by (half of pair, group, KV head and place in group).
     dims = torch.arange(width).view(kv_heads, 2, groups, freqfold).permute(1, 2, 0, 3).flatten(2)
     rotation = keys.new_zeros(width, 2, groups, kv_heads * freqfold)
     for group in range(groups):
@@ -84,7 +84,7 @@ def rotate_keys(moments: LayerMoments, rope_dim: int, freqfold: int) -> KeyRotat
         rotation[real, 0, group] = axes
         rotation[imaginary, 1, group] = axes
     kept, lost = rotation.split([keep, kv_heads * freqfold - keep], dim=-1)
-    # As in TransMLA's own code, the kept components of a group take its frequencies in even steps.
+    # As in TransMLA's own code, the kept components of a group get frequencies of the group in even steps.
     places = torch.arange(keep) * freqfold // keep if keep <= freqfold else torch.arange(keep) % freqfold
     frequency = (torch.arange(groups)[:, None] * freqfold + places).flatten()
     return KeyRotation(torch.cat((kept.flatten(1), lost.flatten(1)), dim=1).mT.contiguous(), frequency)
@@ -100,11 +100,12 @@ def joint_map(
     """Joint PCA of the keys without RoPE and the values, with Balanced-KV (section 4.4).
 
     Args:
-        moments: of the layer's keys and values.
+        moments: second moments of the layer's keys and values.
         freqs: ``[d / 2]`` RoPE frequencies of the source.
-        rotation: of the keys.
+        rotation: the rotation of the keys.
         kv_lora_rank: rank ``R`` of the latent.
-        balance_kv_ratio: how much louder than the values the keys are made before the PCA.
+        balance_kv_ratio: how large keys are compared with values after scaling for the PCA, as a ratio of the mean root
+            mean square.
 
     Returns:
         A map with ``n = d``.
@@ -114,7 +115,7 @@ def joint_map(
     rope, nope = rotation.matrix[:rope_dim], rotation.matrix[rope_dim:]
     remaining = torch.block_diag(nope, torch.eye(width).to(nope))  # [2gd - r, 2gd]
     joint = remaining @ moments.kv @ remaining.mT
-    rms = joint.diagonal().clamp(min=0).sqrt()  # rounding can leave a zero below zero
+    rms = joint.diagonal().clamp(min=0).sqrt()  # rounding can make a zero slightly negative
     keys = width - rope_dim
     scale = rms[:keys].mean() / (rms[keys:].mean() * balance_kv_ratio)
     if not (scale > 0 and scale.isfinite()):  # no keys are left, or all of them or all values are zero
@@ -135,5 +136,5 @@ def joint_map(
 def transmla_map(
     moments: LayerMoments, freqs: torch.Tensor, kv_lora_rank: int, rope_dim: int, freqfold: int
 ) -> LatentMap:
-    """Both steps on the same moments; see :func:`rotate_keys` and :func:`joint_map`."""
+    """:func:`rotate_keys` and :func:`joint_map` on the same moments."""
     return joint_map(moments, freqs, rotate_keys(moments, rope_dim, freqfold), kv_lora_rank)

@@ -10,7 +10,7 @@ from mla_converters.methods.transmla.run import SOURCE_WINDOWS, search_freqfold,
 from mla_converters.options import WINDOW, CacheSizes, TransmlaOptions
 from mla_converters.reports.conversion import Search
 
-SEARCH = 1e-3  # core-seconds per layer and number of a token's queries, for statistics and the search for FreqFold
+SEARCH = 1e-3  # core-seconds per layer and number in a token's queries (``H * d``), to search FreqFold
 
 
 class Transmla:

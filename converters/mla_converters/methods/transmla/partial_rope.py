@@ -1,4 +1,4 @@
-"""One layer's attention with RoPE on some components of its keys only, and nothing else changed."""
+"""A source layer's attention with RoPE on only some components of its keys."""
 
 import torch
 
@@ -11,12 +11,12 @@ class PartialRope:
     """A source layer after RoRoPE (arXiv 2502.07864, section 4.2): an
     :class:`mla_converters.streaming.layers.Attention`.
 
-    Of the keys, the components that the rotation keeps turn with their positions, and what is left of each KV head
-    does not. As a converted layer of full rank would give, for three fifths of its products on SmolLM2.
+    RoPE turns the components of the keys that the rotation keeps, and leaves the other components of each KV head alone.
+    The result is that of a converted layer of full rank, but takes only three fifths of its products on SmolLM2.
 
     Args:
-        layer: of the source.
-        rotation: of its keys.
+        layer: the source's layer.
+        rotation: the rotation of its keys.
     """
 
     def __init__(self, layer: SourceLayer, rotation: KeyRotation) -> None:
@@ -25,7 +25,7 @@ class PartialRope:
         self.kept = rotation.matrix[: 2 * len(self.freqs)].to(layer.freqs)  # [r, g * d]
 
     def __call__(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
-        """From normed inputs ``[windows, tokens, D]`` to the attention's output ``[windows, queries, D]``."""
+        """Compute the attention's output ``[windows, queries, D]`` from normed inputs ``[windows, tokens, D]``."""
         layer = self.layer
         q = layer.queries(x if positions is None else x[:, positions])
         k, v = layer.keys_values(x)

@@ -1,4 +1,4 @@
-"""Method ``transmla`` over a whole model: choosing FreqFold, and converting layer by layer."""
+"""Method ``transmla`` for a whole model: it chooses FreqFold, and converts layer by layer."""
 
 import torch
 from rich.progress import Progress
@@ -13,9 +13,9 @@ from mla_converters.methods.transmla.partial_rope import PartialRope
 from mla_converters.resume.layer_pass import Record, Streams
 from mla_converters.streaming.layers import SourceLayer, embed
 
-SEARCH_WINDOWS = 2  # whose moments the candidates are built from
-ERROR_WINDOWS = 1  # of these, on how many their errors are measured
-SOURCE_WINDOWS = 2  # that pass through the original model
+SEARCH_WINDOWS = 2  # windows from whose moments the candidates are built
+ERROR_WINDOWS = 1  # how many of these windows measure the candidates' errors
+SOURCE_WINDOWS = 2  # windows that pass through the original model
 
 
 def search_freqfold(
@@ -26,7 +26,7 @@ def search_freqfold(
     progress: Progress,
     record: Record,
 ) -> tuple[int, dict[int, float]]:
-    """The FreqFold with the smallest error of the attention outputs; see :func:`search`."""
+    """The FreqFold with the smallest error of the attention outputs, and all errors; see :func:`search`."""
     candidates = freqfold_candidates(source.head_dim, budget.qk_rope_head_dim)
     if len(candidates) == 1:
         return candidates[0], {}
@@ -42,13 +42,13 @@ def search_freqfold(
 
 
 def transmla(source: Source, windows: torch.Tensor, budget: CacheBudget, freqfold: int) -> LayerConversion:
-    """The method, ready to convert layers.
+    """Prepare the method to convert layers.
 
-    As in TransMLA's own code, keys are rotated by what the original model computes, and the joint
-    PCA sees what the model with partial RoPE (and no low rank) computes. So two streams of hidden
-    states pass through each layer. Unlike there, only a few windows pass through the original model:
-    they tell by how much its keys' moments differ from those with partial RoPE. On SmolLM2 that halves
-    the products of a conversion and changes the converted model's perplexity by at most 0.6%.
+    As in TransMLA's own code, the rotation of the keys is computed from the hidden states of the original model, and
+    the joint PCA from those of the model with partial RoPE (and no low rank). Two streams of hidden states therefore
+    pass through each layer. Unlike in that code, only a few windows pass through the original model. They show by how
+    much the moments of its keys differ from those with partial RoPE. On SmolLM2 this halves the products of a
+    conversion, and changes the converted model's perplexity by at most 0.6%.
     """
 
     def start() -> Streams:
