@@ -1,4 +1,4 @@
-"""The errors that users see. Their text is one sentence: what is wrong, where, and what to do."""
+"""The errors that users see. Their text is one sentence that says what is wrong, where, and what to do."""
 
 
 class ConversionError(Exception):
@@ -6,12 +6,12 @@ class ConversionError(Exception):
 
 
 class OptionError(ConversionError):
-    """An option has a wrong value, or contradicts another."""
+    """An option has a wrong value, or contradicts another option."""
 
 
 class UnfinishedError(ConversionError):
-    """Stopped by something outside the input. The work so far is kept, and the same command goes on from it."""
+    """The run was stopped by something outside its input. Its work is kept, and the same command goes on from there."""
 
 
 class StoppedError(UnfinishedError):
-    """Stopped by the user."""
+    """The user stopped the run."""

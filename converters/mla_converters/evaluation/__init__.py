@@ -1,1 +1,1 @@
-"""Measuring models: the same token windows, scored by several models, on either engine."""
+"""Measuring models: several models score the same token windows, on either engine."""

@@ -1,4 +1,4 @@
-"""Scores from transformers: the reference implementation, which gives all logits."""
+"""Scores from transformers. It is the reference implementation, and gives all logits."""
 
 from collections.abc import Callable, Iterator
 
@@ -9,7 +9,7 @@ from mla_converters.checkpoints.models import Model, load_model
 from mla_converters.evaluation.scores import TokenScores
 
 CHUNK = 256
-"""Positions whose log-probabilities are held at a time; a window's float32 logits dominate memory anyway."""
+"""Positions whose log-probabilities exist at the same time. The float32 logits of a window take far more memory."""
 
 
 def hf_scores(
@@ -22,19 +22,20 @@ def hf_scores(
 ) -> Iterator[tuple[TokenScores, TokenScores | None]]:
     """Score one model after the other, window by window.
 
-    Logits are compared while they exist, so the reference runs again beside each model. Memory: the weights of
-    the reference and of one model, and of each the logits of one window, ``4 * length * vocab_size`` bytes.
+    The reference runs again for each model, because logits are compared while they exist and are not kept. Memory holds
+    the weights of the reference and of one model, and for each of the two the logits of one window,
+    ``4 * length * vocab_size`` bytes.
 
     Args:
-        models: to score, in order.
-        reference: what to compare with, or None.
+        models: the models to score, in order.
+        reference: the model to compare with, or None.
         ids: ``[windows, length]`` int64.
-        dtype: of the weights; probabilities are float32 always.
-        device: where to run.
-        advance: called with the number of windows just done.
+        dtype: dtype of the weights; probabilities are always float32.
+        device: the device that runs the models.
+        advance: called with the number of windows that were just scored.
 
     Yields:
-        For each model its scores, and the reference's.
+        For each model, its scores and those of the reference.
 
     Raises:
         ConversionError: weights cannot be loaded.
@@ -65,7 +66,7 @@ def _score(
 
 
 def _logits(network: torch.nn.Module, window: torch.Tensor) -> torch.Tensor:
-    """``[length - 1, vocab_size]``; the last token's has nothing to be compared with."""
+    """Logits ``[length - 1, vocab_size]``; without those after the last token, because no token follows it."""
     return network(window[None], use_cache=False).logits[0, :-1]
 
 

@@ -1,4 +1,4 @@
-"""The picture: what a cache size costs in perplexity."""
+"""The picture of an evaluation: perplexity by cache size."""
 
 from pathlib import Path
 
@@ -8,10 +8,10 @@ from mla_converters.support.plots import png
 
 
 def plot_report(report: EvaluationReport, path: Path) -> None:
-    """Draw perplexity against cached numbers per token and layer, the reference as a horizontal line.
+    """Draw perplexity against cached numbers per token and layer, with a horizontal line for the reference.
 
     Args:
-        report: of :func:`mla_converters.evaluation.run.evaluate`.
+        report: the result of :func:`mla_converters.evaluation.run.evaluate`.
         path: PNG file to write.
     """
     with png(path) as figure:

@@ -1,4 +1,4 @@
-"""The evaluation, start to end. :func:`evaluate` is the Python API behind ``vllm-mla eval``."""
+"""The evaluation from start to end. :func:`evaluate` is the Python API behind ``vllm-mla eval``."""
 
 import hashlib
 import math
@@ -29,19 +29,20 @@ from mla_converters.support.progress import progress_bars
 from mla_converters.text.read import Text, read_text
 from mla_converters.text.scoring import DEFAULTS, Windows, shared_windows
 
-LARGEST_LOSS = math.log(sys.float_info.max)  # whose perplexity is a number; NaN is not below it
+# The perplexity of a larger loss would overflow. A loss of NaN fails the comparison with this number too.
+LARGEST_LOSS = math.log(sys.float_info.max)
 
 
 def evaluate(names: list[str], options: EvalOptions, *, quiet: bool = False) -> EvaluationReport:
     """Score models on the same windows of tokens.
 
     Args:
-        names: folders, hub ids or ``.gguf`` files; converted checkpoints or any causal model.
+        names: folders, hub ids or ``.gguf`` files of converted checkpoints or any causal models.
         options: text, protocol, engine, reference.
-        quiet: no progress.
+        quiet: whether to show no progress.
 
     Returns:
-        The report. A measure that the engine or the tokenizer cannot give is None.
+        The report. A measure is None if the engine or the tokenizer cannot give it.
 
     Raises:
         ConversionError: the input cannot be evaluated.
@@ -73,7 +74,7 @@ def evaluate(names: list[str], options: EvalOptions, *, quiet: bool = False) -> 
 
 
 def _check_options(options: EvalOptions) -> None:
-    """Refuse what can be refused before anything is loaded."""
+    """Refuse wrong options before anything is loaded."""
     if options.engine == Engine.VLLM:
         if options.device is not None:
             raise ConversionError("--device is for --engine hf; vLLM runs where it was built for: leave it out.")
@@ -116,7 +117,7 @@ def _rows(
     scores: Iterator[tuple[TokenScores, TokenScores | None]],
     scored_bytes: int | None,
 ) -> tuple[list[ModelScores], ModelScores | None]:
-    """The models' part of the report, and the reference's."""
+    """The rows of the report for the models, and the row for the reference."""
     rows, reference_row = [], None
     for model, (own, theirs) in zip(models, scores, strict=True):
         compared = {} if theirs is None else comparison(own, theirs)
@@ -159,5 +160,5 @@ def _versions(engine: Engine) -> dict[str, str]:
 
 
 def _peak_rss_bytes() -> int:
-    """Of this process or the largest one that it started."""
+    """Peak memory of this process, or of the largest process that it started."""
     return max(peak_rss_bytes(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)

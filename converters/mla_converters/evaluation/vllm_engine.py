@@ -1,4 +1,4 @@
-"""Scores from the vLLM engine: what a served model computes."""
+"""Scores from the vLLM engine, which computes them as it does for a served model."""
 
 import json
 import os
@@ -24,20 +24,20 @@ def vllm_scores(
     dtype: str,
     advance: Callable[[int], None],
 ) -> Iterator[tuple[TokenScores, TokenScores | None]]:
-    """Score one model after the other, each in an engine and a process of its own.
+    """Score one model after the other. Each model gets its own engine in its own process.
 
-    An engine never gives back everything it took, and prints to the standard output; its process ends both.
-    There is no KL: the engine gives the likeliest tokens, not all logits.
+    The process is needed because an engine never frees all of its memory, and because it prints to the standard output.
+    There is no KL divergence, because the engine gives the likeliest tokens, not all logits.
 
     Args:
-        models: to score, in order.
-        reference: what to compare with, or None; scored once.
+        models: the models to score, in order.
+        reference: the model to compare with, or None; it is scored once.
         ids: ``[windows, length]`` int64.
-        dtype: of weights and cache, as vLLM calls it.
-        advance: called with the number of windows just done.
+        dtype: dtype of weights and cache, as vLLM calls it.
+        advance: called with the number of windows that were just scored.
 
     Yields:
-        For each model its scores, and the reference's.
+        For each model, its scores and those of the reference.
 
     Raises:
         ConversionError: an engine fails.
@@ -52,12 +52,12 @@ def vllm_scores(
 def _score(model: Model, ids: torch.Tensor, dtype: str) -> TokenScores:
     job = {"model": model.path, "dtype": dtype, "windows": ids.tolist()}
     environment = {
-        # A window may fill the whole context, but vLLM wants room for the one token that it generates. That
+        # A window may fill the whole context, but vLLM also needs room for the one token that it generates. That
         # token is never fed back, so no position beyond the context is computed.
         "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
-        # On a CPU, vLLM would take most of the memory for its cache; a window at a time needs little.
+        # On a CPU, vLLM would take most of the memory for its cache, but one window at a time needs little.
         "VLLM_CPU_KVCACHE_SPACE": "4",
-        # The worker is a process of its own already: two more only cost start-up time and memory.
+        # The worker is already a separate process, so two more would only cost start-up time and memory.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         **os.environ,
     }
@@ -72,7 +72,7 @@ def _score(model: Model, ids: torch.Tensor, dtype: str) -> TokenScores:
             env=environment,
             check=False,
         )
-        # Judged by its answer: an engine can crash in its shutdown, when everything is computed.
+        # The answer decides, not the exit code, because an engine can crash in its shutdown, after all is computed.
         if not answer.exists():
             raise ConversionError(
                 f"vLLM died of signal or exit code {process.returncode} while it scored {model.name}: "

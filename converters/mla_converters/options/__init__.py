@@ -1,7 +1,7 @@
-"""The options of every command, without torch: one pydantic model each.
+"""The options of every command, one pydantic model for each. These modules do not import torch.
 
-The command line makes its flags, defaults, help texts and bounds from these models, and the Python API takes the same
-objects. A wrong value raises :class:`mla_converters.errors.OptionError`, whose text is one sentence.
+The command line makes its flags, defaults, help texts and bounds from these models. The Python API takes the same
+objects. A wrong value raises :class:`mla_converters.errors.OptionError`, and its text is one sentence.
 """
 
 from mla_converters.options.base import OptionsModel, given_options, option_name

@@ -1,4 +1,4 @@
-"""What all options models share: how a field looks on the command line, and one sentence for a wrong value."""
+"""The base of all options: how the command line shows a field, and one sentence for a wrong value."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,12 +12,12 @@ from mla_converters.errors import OptionError
 
 @dataclass(frozen=True)
 class Flag:
-    """How a field looks on the command line, beyond what pydantic knows of it.
+    """How the command line shows a field, in addition to the facts that pydantic knows about it.
 
     Attributes:
-        panel: the heading under which ``--help`` lists the flag; None for the general one.
-        metavar: what ``--help`` shows for the value; None to derive it from the type.
-        default: how ``--help`` describes a default of None.
+        panel: the heading under which ``--help`` lists the flag; None for the general heading.
+        metavar: the placeholder of the value in ``--help``; None to derive it from the type.
+        default: the description of a default of None in ``--help``.
         none: the word that a user writes for None, if there is one.
         hidden: whether only the Python API has this option.
     """
@@ -30,7 +30,7 @@ class Flag:
 
 
 def flag_of(field: FieldInfo) -> Flag:
-    """The :class:`Flag` of a field, or one that says nothing."""
+    """The :class:`Flag` of a field; an empty one if the field has none."""
     return next((item for item in field.metadata if isinstance(item, Flag)), Flag())
 
 
@@ -40,7 +40,7 @@ def option_name(field: str) -> str:
 
 
 class OptionsModel(BaseModel):
-    """Options of a command or a method: frozen, complete, and checked when they are made.
+    """Options of a command or a method. They are complete, they are checked when they are made, and cannot change.
 
     Raises:
         OptionError: a value is wrong, or two values contradict each other.
@@ -60,7 +60,7 @@ class OptionsModel(BaseModel):
 
 
 def _without_word(field: FieldInfo | None, value: Any) -> Any:
-    """None where a user wrote the field's word for it."""
+    """None if the value is the field's word for None; otherwise the value."""
     word = None if field is None else flag_of(field).none
     return None if word is not None and value == word else value
 
@@ -80,7 +80,7 @@ def _sentence(model: type[OptionsModel], error: ErrorDetails) -> str:
 
 
 def _plain(given: str, value: Any) -> str:
-    """A number that came as text is shown without quotation marks."""
+    """Remove the quotation marks from a number that was given as text."""
     return given.replace(repr(value), value) if isinstance(value, str) and _is_number(value) else given
 
 
@@ -93,7 +93,7 @@ def _is_number(text: str) -> bool:
 
 
 def _wanted(kind: str, field: FieldInfo) -> str:
-    """What a value must be, in words."""
+    """A phrase that says which values are allowed."""
     if kind.startswith("int"):
         word = flag_of(field).none
         return "a whole number" + (f" or {word}" if word else "")
@@ -119,14 +119,14 @@ def _range(field: FieldInfo) -> str:
 
 
 def as_json(value: object) -> object:
-    """An option's value as JSON has it: a list where the option may be repeated."""
+    """An option's value for JSON. The value of an option that may be repeated becomes a list."""
     if isinstance(value, frozenset):
         return sorted(value)
     return list(value) if isinstance(value, tuple) else value
 
 
 def given_options(options: OptionsModel) -> list[str]:
-    """The words of a command line that gives these options; defaults are left out."""
+    """The words of a command line that gives these options. Defaults are left out."""
     words: list[str] = []
     for name, field in type(options).model_fields.items():
         value = getattr(options, name)

@@ -15,12 +15,12 @@ MOST: Literal["most"] = "most"
 
 @dataclass(frozen=True)
 class Workload:
-    """Requests of one size, sent at once.
+    """Requests of one size that are sent together.
 
     Attributes:
-        requests: how many; ``MOST`` for as many as the cache of the model's engine holds at full length.
+        requests: number of requests; ``MOST`` for as many as the cache of the model's engine holds at full length.
         input_len: tokens of each prompt.
-        output_len: tokens that each answer has.
+        output_len: tokens of each answer.
     """
 
     requests: int | Literal["most"]
@@ -72,17 +72,17 @@ def _positive(requests: tuple[int | Literal["most"], ...]) -> tuple[int | Litera
 
 
 class BenchOptions(OptionsModel):
-    """What a benchmark is asked to do; the defaults are those of the command line.
+    """The options of a benchmark, with the command line's defaults.
 
     Attributes:
         lengths: pairs of input and output length; None for TransMLA's lengths, as far as all models' contexts go.
         requests: numbers of requests, each of which is measured at all lengths; see :class:`Workload`.
-        rounds: how often every model is measured; the medians are reported.
-        dtype: of weights and cache; ``auto`` leaves it to the model.
+        rounds: number of measurements of every model; the medians are reported.
+        dtype: dtype of weights and cache; ``auto`` leaves it to the model.
         load_format: ``auto``, or ``dummy`` for random weights.
         cache: bytes of each engine's cache; None for vLLM's choice on a GPU, 4 GiB on a CPU.
         engine: further arguments of ``vllm.LLM``.
-        workloads: what to measure in the place of ``requests`` at ``lengths``.
+        workloads: workloads to measure instead of ``requests`` at ``lengths``.
     """
 
     lengths: Annotated[

@@ -17,7 +17,7 @@ class TrustedCode(OptionsModel):
 
 
 class Device(OptionsModel):
-    """Where the work runs."""
+    """The device that does the work."""
 
     device: Annotated[str | None, Flag(default="the GPU, if there is one")] = Field(
         None, description="Where to run: cpu, cuda, cuda:1 …"
@@ -25,7 +25,7 @@ class Device(OptionsModel):
 
 
 class Seed(OptionsModel):
-    """The seed of all that is drawn at random."""
+    """The seed of everything that is drawn at random."""
 
     seed: Annotated[int, Flag(panel="Text")] = Field(0, description="Same seed, same output to the byte.")
 

@@ -17,19 +17,19 @@ class MethodChoice(OptionsModel):
     """The method, with its own options.
 
     Attributes:
-        method: options of the method, which name it.
+        method: the options of the method; their class names the method.
     """
 
     method: SerializeAsAny[MethodOptions] = AttentionAwareOptions()
 
 
 class CacheSizes(OptionsModel):
-    """The size of the cache that is asked for; see :func:`mla_converters.latent.cache_size.resolve_budget`.
+    """The size of the cache that the user asks for; see :func:`mla_converters.latent.cache_size.resolve_budget`.
 
     Attributes:
         kv_lora_rank: width of the latent.
         qk_rope_head_dim: width of the rotary key.
-        cache_ratio: share of the numbers that the source caches, in the place of ``kv_lora_rank``.
+        cache_ratio: size of the cache as a share of the source's; given instead of ``kv_lora_rank``.
     """
 
     kv_lora_rank: Annotated[int | None, Flag(panel="Cache size")] = Field(
@@ -50,11 +50,11 @@ class CacheSizes(OptionsModel):
 
 
 class Calibration(Seed):
-    """The text that a conversion is calibrated on.
+    """The text on which a conversion is calibrated.
 
     Attributes:
         calibration: text files, or ``self`` or ``chat`` for text that the model writes; each gives an equal share.
-        calibration_tokens: how many tokens in all.
+        calibration_tokens: number of tokens in total.
     """
 
     calibration: Annotated[tuple[str, ...], Flag(panel="Text")] = Field(
@@ -77,14 +77,14 @@ class Calibration(Seed):
 
 
 class ConvertOptions(TrustedCode, Device, Calibration, CacheSizes, MethodChoice):
-    """What a conversion is asked to do; the defaults are those of the command line.
+    """The options of a conversion, with the command line's defaults.
 
     Attributes:
-        max_context: limit on the context of the converted model, as a sliding window needs.
-        dtype: of the written weights; None keeps the source's.
+        max_context: limit on the context of the converted model; a source with a sliding window needs one.
+        dtype: dtype of the written weights; None keeps the source's.
         revision: branch, tag or commit of a hub id.
-        device: where layers run; None for the GPU, if there is one.
-        trust_remote_code: whether code that comes with the tokenizer may run, and travels with the model.
+        device: the device on which layers run; None for the GPU, if there is one.
+        trust_remote_code: whether code that comes with the tokenizer may run; if so, it is copied to the model.
     """
 
     max_context: int | None = Field(
@@ -102,7 +102,7 @@ def command_line(source: str, options: ConvertOptions) -> str:
 
 
 def conversion_flags(options: ConvertOptions) -> list[str]:
-    """The words of a command line that gives these options: the method and its own first."""
+    """The words of a command line that gives these options. The method and its own options come first."""
     default = ConvertOptions.model_fields["method"].default
     named = [] if options.method.name == default.name else ["--method", options.method.name]
     others = options.model_copy(update={"method": default})

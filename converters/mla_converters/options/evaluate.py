@@ -18,26 +18,26 @@ class Engine(StrEnum):
 
 
 class TextProtocol(StrEnum):
-    """How a text becomes windows."""
+    """How a text is cut into windows."""
 
     STREAM = "stream"
     WIKITEXT2 = "wikitext2"
 
 
 class EvalOptions(TrustedCode):
-    """What an evaluation is asked to do; the defaults are those of the command line.
+    """The options of an evaluation, with the command line's defaults.
 
     Attributes:
-        reference: model to compare all others with; usually the source of the conversions.
-        text: UTF-8 text file to score; this or ``dataset``.
-        dataset: ``ID[:CONFIG[:SPLIT[:COLUMN]]]`` on the hub.
-        protocol: how the text becomes windows.
-        windows: how many windows; None for the protocol's number.
-        length: tokens in a window; None for the protocol's.
-        engine: what runs the models.
-        dtype: of all models.
-        device: where transformers runs the models; None for the CPU. vLLM chooses itself.
-        trust_remote_code: whether code that models bring may run.
+        reference: the model with which all others are compared; usually the source of the conversions.
+        text: UTF-8 text file to score; given instead of ``dataset``.
+        dataset: ``ID[:CONFIG[:SPLIT[:COLUMN]]]`` of a data set on the hub; given instead of ``text``.
+        protocol: how the text is cut into windows.
+        windows: number of windows; None for the protocol's number.
+        length: tokens in a window; None for the protocol's number.
+        engine: the software that runs the models.
+        dtype: dtype of all models.
+        device: the device on which transformers runs the models; None for the CPU. vLLM chooses its device itself.
+        trust_remote_code: whether code that comes with models may run.
     """
 
     reference: str | None = Field(

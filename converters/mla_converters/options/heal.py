@@ -10,18 +10,19 @@ from mla_converters.options.text import ORIGINS, SELF
 
 
 class HealOptions(TrustedCode, Device, Seed):
-    """How to heal; the defaults are those of the command line.
+    """The options of healing, with the command line's defaults.
 
     Attributes:
-        source: what the model was converted from; None for the source that the model names.
+        source: the model's source; None for the source that the model names.
         text: text files, or ``self`` or ``chat`` for text that the source writes.
-        tokens: how many tokens at most; one window in 32 is held out.
-        steps: of Adam; None for one pass over the windows, or two if much was lost.
-        length: tokens in a window, at most the source's context; None for 256 to 1,024, by how much was lost.
+        tokens: limit on the number of tokens; one window in 32 is held out.
+        steps: number of steps of Adam; None for one pass over the windows, or two if the conversion lost much.
+        length: tokens in a window, at most the source's context; None for 256 to 1,024, depending on how much the
+            conversion lost.
         batch_size: windows in a step.
-        learning_rate: change of a weight in the first steps, as a fraction of its matrix's root mean square; None to
-            derive it from how much was lost.
-        device: where both models are; None for the GPU, if there is one.
+        learning_rate: learning rate as a fraction of each matrix's root mean square; None to derive it from how much
+            the conversion lost.
+        device: the device of both models; None for the GPU, if there is one.
     """
 
     source: Annotated[str | None, Flag(default="what MODEL says it was")] = Field(

@@ -1,6 +1,6 @@
-"""The options of the conversion methods; a method's name, summary and paper stand with them.
+"""The options of the conversion methods. They also hold each method's name, summary and paper.
 
-A method of your own: a subclass of :class:`MethodOptions`, and a line in :mod:`mla_converters.methods.registry`.
+A new method needs a subclass of :class:`MethodOptions`, and a line in :mod:`mla_converters.methods.registry`.
 """
 
 from enum import StrEnum
@@ -15,12 +15,12 @@ REFIT_STEPS = 96
 
 
 class MethodOptions(OptionsModel):
-    """What a method is called, and what can be asked of it.
+    """The name of a method and its options.
 
     Attributes:
-        name: what ``--method`` calls it.
-        summary: what it does, for ``--help`` and the model card; no full stop.
-        reference: address of the paper, if there is one.
+        name: the name after ``--method``.
+        summary: a description for ``--help`` and the model card, without a full stop.
+        reference: address of the paper; None if there is none.
     """
 
     name: ClassVar[str]
@@ -39,7 +39,7 @@ class TransmlaOptions(MethodOptions):
     """Options of method ``transmla``.
 
     Attributes:
-        freqfold: how many neighbouring RoPE frequencies count as one; None to search.
+        freqfold: number of neighbouring RoPE frequencies that are treated as one; None to search it.
     """
 
     name = "transmla"
@@ -52,7 +52,7 @@ class TransmlaOptions(MethodOptions):
 
 
 class Keep(StrEnum):
-    """Which pairs of a KV head keep RoPE (MHA2MLA, section 3.1)."""
+    """The rule that chooses the pairs of a KV head that keep RoPE (MHA2MLA, section 3.1)."""
 
     HIGH = "high"
     LOW = "low"
@@ -71,8 +71,8 @@ class Mha2mlaOptions(MethodOptions):
     """Options of method ``mha2mla``; the defaults are the paper's.
 
     Attributes:
-        rope_keep: which pairs keep RoPE.
-        svd: one latent for keys and values, or one each.
+        rope_keep: the rule that chooses the pairs that keep RoPE.
+        svd: whether keys and values share a latent or have one each.
     """
 
     name = "mha2mla"
@@ -86,7 +86,7 @@ class Mha2mlaOptions(MethodOptions):
 
 
 class Ingredient(StrEnum):
-    """Parts of method ``attention-aware`` that can be left out, to see what each one buys."""
+    """Parts of method ``attention-aware`` that can be left out, to measure what each contributes."""
 
     MEAN_PHASE = "mean-phase"
     ATTENTION_WEIGHTS = "attention-weights"
@@ -111,7 +111,7 @@ class AttentionAwareOptions(MethodOptions):
 
     Attributes:
         refit_steps: steps of Muon that refit each layer; 0 for the closed form alone.
-        layer_sizes: the same cache in all layers, or measured for each under the same total.
+        layer_sizes: whether all layers have the same cache, or sizes are measured for each under the same total.
         without: ingredients to leave out.
     """
 
@@ -132,7 +132,7 @@ class AttentionAwareOptions(MethodOptions):
 
     @model_validator(mode="after")
     def _ingredients_matter(self) -> "AttentionAwareOptions":
-        """Refuse to leave out what would not have been used: the user would believe to have measured something."""
+        """Refuse to leave out ingredients that are not in use, because the user would believe to have measured them."""
         if Ingredient.MLP in self.without and not self.refit_steps:
             raise OptionError(
                 "--without mlp changes only the refit, and --refit-steps 0 leaves that out: drop one of them."

@@ -14,10 +14,10 @@ UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TI
 
 
 def parse_memory(text: str, option: str = "--memory") -> int:
-    """Bytes from a number with a unit, decimal (GB) or binary (GiB).
+    """Bytes from a number with a decimal (GB) or binary (GiB) unit.
 
     Raises:
-        OptionError: it is neither.
+        OptionError: the text is not such a number.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]i?B)", text.strip(), re.IGNORECASE)
     unit = match and UNITS.get(match[2].upper())
@@ -33,12 +33,13 @@ def _memory(value: Any) -> Any:
 
 
 class PlanOptions(Calibration, MethodChoice):
-    """What a plan is made for.
+    """The options of a plan.
 
     Attributes:
-        memory: memory for the KV cache, with its unit, to say how many tokens fit.
+        memory: memory for the KV cache, with a unit; the plan says how many tokens fit into it.
         revision: branch, tag or commit of a hub id.
-        dtype: to serve in; None for what ``vllm serve`` takes: the source's, but bfloat16 for float32.
+        dtype: dtype in which the model will be served; None for the default of ``vllm serve``: the source's dtype, but
+            bfloat16 if that is float32.
     """
 
     memory: Annotated[str, BeforeValidator(_memory)] = Field(

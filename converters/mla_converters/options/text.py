@@ -1,9 +1,9 @@
-"""Where text for calibration and healing may come from."""
+"""The origins of text for calibration and healing."""
 
 SELF = "self"
-"""In the place of a text file: text that the model writes itself."""
+"""Given instead of a text file, it means text that the model writes itself."""
 CHAT = "chat"
-"""In the place of a text file: conversations of which the model writes both sides."""
+"""Given instead of a text file, it means conversations in which the model writes both sides."""
 WRITTEN = (SELF, CHAT)
 WINDOW = 512
 """Tokens in the shortest calibration window."""

@@ -6,10 +6,10 @@ from mla_converters.options.common import TrustedCode
 
 
 class VerifyOptions(TrustedCode):
-    """What a verification looks at.
+    """The options of a verification.
 
     Attributes:
-        source: what the checkpoint was converted from, to compare predictions; None leaves that out.
+        source: the model from which the checkpoint was converted, to compare predictions; None for no comparison.
     """
 
     source: str | None = Field(

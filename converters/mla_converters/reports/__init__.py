@@ -1,1 +1,1 @@
-"""Typed reports: what one command writes and another reads."""
+"""Typed reports, which one command writes and another reads."""

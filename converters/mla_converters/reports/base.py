@@ -1,4 +1,4 @@
-"""The base of all reports: typed, with a format version, and one sentence for a report that is broken."""
+"""The base of all reports. Reports are typed and have a format version; a broken one gives an error of one sentence."""
 
 from typing import Any, Self
 
@@ -16,25 +16,25 @@ class Part(BaseModel):
 
 
 class Report(Part):
-    """What a command measured or did. What one command writes, another reads through this.
+    """A report of what a command measured or did. One command writes it, and another reads it with :meth:`parse`.
 
     Attributes:
-        format_version: of the report; a reader refuses other versions.
+        format_version: version of the report's format; a reader refuses other versions.
     """
 
     format_version: int = FORMAT_VERSION
 
     @classmethod
     def parse(cls, content: dict[str, Any], origin: str, writer: str) -> Self:
-        """The report in ``content``.
+        """Make the report from ``content``.
 
         Args:
-            content: as JSON has it.
-            origin: where it was read, for errors.
+            content: the report as a JSON object.
+            origin: the file or place of the report, for errors.
             writer: the command that writes such reports, for errors.
 
         Raises:
-            ConversionError: it is no such report, or of another version.
+            ConversionError: ``content`` is not such a report, or has another version.
         """
         version = content.get("format_version", FORMAT_VERSION)
         if version != FORMAT_VERSION:
@@ -52,5 +52,5 @@ class Report(Part):
             ) from error
 
     def as_json(self) -> dict[str, Any]:
-        """The report as JSON has it; what does not apply is left out."""
+        """The report as a JSON object, without the entries that are None."""
         return self.model_dump(mode="json", exclude_none=True)

@@ -7,20 +7,26 @@ from pydantic import Field, model_validator
 from mla_converters.reports.base import Part, Report
 
 WRITER = "vllm-mla convert"
-# Settings of methods, and their searches, as reports without a format version have them.
+# The entries for settings of methods, and for searches, in reports without a format version.
 _SETTINGS = ("freqfold", "rope_keep", "svd", "refit_steps", "without")
 _SEARCHES = {"split_errors": "latent + rotary", "freqfold_errors": "FreqFold"}
 
 
 class CachedNumbers(Part):
-    """Numbers cached per token and layer, of the source and of the converted model (the mean where layers differ)."""
+    """Numbers cached per token and layer by the source and by the converted model (the mean if layers differ)."""
 
     source: int
     mla: int | float
 
 
 class CalibrationText(Part):
-    """The text that a conversion was calibrated on: names of files or ``self`` or ``chat``, tokens, seed."""
+    """The text on which a conversion was calibrated.
+
+    Attributes:
+        origins: names of files, or ``self`` or ``chat``.
+        tokens: number of tokens.
+        seed: the seed that selected or sampled them.
+    """
 
     origins: list[str]
     tokens: int
@@ -35,11 +41,11 @@ class LayerMeasures(Part):
 
 
 class Search(Part):
-    """Settings that were compared.
+    """A search that compared values of one setting.
 
     Attributes:
-        title: of the setting.
-        errors: error of the attention outputs of each candidate, relative and squared.
+        title: name of the setting.
+        errors: relative squared error of the attention outputs for each candidate.
     """
 
     title: str
@@ -47,7 +53,7 @@ class Search(Part):
 
 
 class SourceCard(Part):
-    """The part of the source's own card that holds for the conversion too."""
+    """The entries of the source's own card that are also true of the conversion."""
 
     base_model: str | None = None
     license: str | list[str] | None = None
@@ -57,22 +63,22 @@ class SourceCard(Part):
 
 
 class Divergence(Part):
-    """KL divergence from the source on text held out, nats per token, before and after training."""
+    """KL divergence from the source on held-out text before and after training, in nats per token."""
 
     before: float
     after: float
 
 
 class Healing(Part):
-    """What healing did.
+    """The healing of a converted model.
 
     Attributes:
-        command: that was run.
+        command: the command that was run.
         text: names of files, or ``self`` or ``chat``.
-        tokens: of all texts.
-        window, steps, batch_size, learning_rate, seed: of the training.
-        kl_held_out: before and after.
-        versions: of the packages.
+        tokens: number of tokens in all texts.
+        window, steps, batch_size, learning_rate, seed: settings of the training; a window is in tokens.
+        kl_held_out: the loss on held-out text before and after.
+        versions: versions of the packages.
     """
 
     command: str
@@ -88,27 +94,27 @@ class Healing(Part):
 
 
 class ConversionReport(Report):
-    """What was converted, how, and what it measured.
+    """The source, the settings and the measurements of a conversion.
 
     Attributes:
         method, method_summary, method_reference: name of the method, its summary and the address of its paper.
         lossless: whether the converted model computes the source's function.
-        settings: of the method, as they were used.
+        settings: the settings that the method used.
         source, revision: the name that the user gave, and the hub revision.
-        kv_lora_rank, qk_rope_head_dim: sizes of the cache; where layers differ, the largest.
-        kv_lora_ranks, qk_rope_head_dims: of each layer, where layers differ.
-        cached_per_token_and_layer, cache_ratio: numbers cached, and their share of the source's.
-        layers: how many.
-        command: that repeats the conversion.
-        versions: of the packages.
+        kv_lora_rank, qk_rope_head_dim: sizes of the cache; the largest if layers differ.
+        kv_lora_ranks, qk_rope_head_dims: sizes of each layer; None if layers do not differ.
+        cached_per_token_and_layer, cache_ratio: the cached numbers, and their share of the source's.
+        layers: number of layers.
+        command: the command that repeats the conversion.
+        versions: versions of the packages.
         source_card: see :class:`SourceCard`.
-        calibration: None for a method without.
-        searches: settings that were searched.
-        warnings: what the user should know, a sentence each.
-        dtype, weights_bytes: of the written weights.
-        per_layer: measures of each layer; None for a method without calibration.
-        healing: what healing did; None before.
-        out, seconds, peak_rss_bytes: of this run; not in the model's folder.
+        calibration: the calibration text; None for a method without calibration.
+        searches: the searches of settings.
+        warnings: sentences for the user.
+        dtype, weights_bytes: dtype and size of the written weights.
+        per_layer: measurements of each layer; None for a method without calibration.
+        healing: the healing of the model; None if it was not healed.
+        out, seconds, peak_rss_bytes: folder, time and peak memory of this run; not in the copy in the model's folder.
     """
 
     method: str
@@ -142,7 +148,7 @@ class ConversionReport(Report):
     @model_validator(mode="before")
     @classmethod
     def _from_unversioned(cls, content: Any) -> Any:
-        """Take in the reports of version 0.1.0, which had no format version and a method's settings side by side."""
+        """Convert reports of version 0.1.0, which had no format version and held a method's settings side by side."""
         if not isinstance(content, dict) or "format_version" in content or "lossless" in content:
             return content
         content = dict(content)

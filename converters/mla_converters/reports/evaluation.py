@@ -10,11 +10,11 @@ class ScoredText(Part):
 
     Attributes:
         name: file name, or data set.
-        sha256: of its UTF-8 bytes.
-        protocol: how it became windows.
-        windows, length: how many, and tokens in each.
-        tokens_scored: all but the first of each window.
-        bytes_scored: UTF-8 bytes behind these tokens; None if the tokenizer cannot tell.
+        sha256: SHA-256 of its UTF-8 bytes.
+        protocol: the protocol that cut it into windows.
+        windows, length: number of windows, and tokens in each.
+        tokens_scored: number of scored tokens: all but the first of each window.
+        bytes_scored: UTF-8 bytes of the text of these tokens; None if the tokenizer cannot tell.
     """
 
     name: str
@@ -27,9 +27,9 @@ class ScoredText(Part):
 
 
 class ModelScores(Part):
-    """One model's scores; see :mod:`mla_converters.evaluation.scores` for what each measures.
+    """The scores of one model; :mod:`mla_converters.evaluation.scores` explains each.
 
-    Measures that the engine or the tokenizer cannot give are None, and so is every comparison without a reference.
+    A score is None if the engine or the tokenizer cannot give it. Every comparison is None if there is no reference.
     """
 
     name: str
@@ -48,13 +48,14 @@ class EvaluationReport(Report):
     """Models that were scored on the same windows of tokens.
 
     Attributes:
-        text: that was scored.
-        engine, dtype, device: what ran the models; the device is None with vLLM, which chooses itself.
-        reference: the model that the others are compared with, or None.
-        models: in the order in which they were given.
-        command: that was run; None from the Python API.
-        versions: of the packages.
-        seconds, peak_rss_bytes: of the run.
+        text: the text that was scored.
+        engine, dtype, device: the engine, dtype and device that ran the models; the device is None with vLLM, which
+            chooses it itself.
+        reference: scores of the model with which the others are compared, or None.
+        models: scores of the models, in the order in which the user gave them.
+        command: the command that was run; None from the Python API.
+        versions: versions of the packages.
+        seconds, peak_rss_bytes: time and peak memory of the run.
     """
 
     text: ScoredText

@@ -6,12 +6,12 @@ from mla_converters.reports.base import Part, Report
 
 
 class CacheSize(Part):
-    """A cache.
+    """The size of a cache.
 
     Attributes:
-        cached_per_token_and_layer: numbers.
-        kv_bytes_per_token: over all layers.
-        tokens_in_memory: that fit into the memory which was asked about.
+        cached_per_token_and_layer: cached numbers.
+        kv_bytes_per_token: bytes per token in all layers.
+        tokens_in_memory: number of tokens that fit into the memory that the user gave.
     """
 
     cached_per_token_and_layer: int
@@ -43,9 +43,9 @@ class Layout(CacheSize):
 
     Attributes:
         kv_lora_rank, qk_rope_head_dim: its sizes.
-        cache_ratio: share of the source's numbers.
-        options: that ask ``vllm-mla convert`` for it.
-        backends: attention backends by hardware, vLLM's first choice first.
+        cache_ratio: its cached numbers, as a share of the source's.
+        options: the options with which ``vllm-mla convert`` gives this layout.
+        backends: attention backends for each kind of hardware, in the order in which vLLM prefers them.
     """
 
     kv_lora_rank: int
@@ -56,16 +56,17 @@ class Layout(CacheSize):
 
 
 class PlannedConversion(Part):
-    """What the recommended conversion takes.
+    """The cost of the recommended conversion.
 
     Attributes:
-        method: that the plan was made for.
-        settings: its options.
-        calibration_tokens: how many tokens calibrate.
-        weights_bytes: of the written checkpoint.
-        peak_disk_bytes, peak_memory_bytes: the memory by kind of calibration text: ``file`` or ``self``.
-        core_seconds: on one core, by method.
-        sampling_core_seconds: to write the calibration text, where the model does that.
+        method: the method for which the plan was made.
+        settings: the options of the method.
+        calibration_tokens: number of calibration tokens.
+        weights_bytes: size of the written checkpoint.
+        peak_disk_bytes: peak disk space.
+        peak_memory_bytes: peak memory for each kind of calibration text: ``file`` or ``self``.
+        core_seconds: seconds on one core, for each method.
+        sampling_core_seconds: seconds on one core in which the model writes the calibration text, if it does.
     """
 
     method: str
@@ -79,7 +80,7 @@ class PlannedConversion(Part):
 
 
 class Recommendation(Part):
-    """The layout to take, and why."""
+    """The layout to choose, and the reason."""
 
     kv_lora_rank: int
     qk_rope_head_dim: int
@@ -87,7 +88,7 @@ class Recommendation(Part):
 
 
 class Plan(Report):
-    """What converting a model would give and cost; bytes, and seconds on one core."""
+    """The possible layouts and the cost of converting a model, in bytes and in seconds on one core."""
 
     source: PlannedModel
     memory_bytes: int

@@ -4,12 +4,12 @@ from mla_converters.reports.base import Part, Report
 
 
 class Check(Part):
-    """One thing that was looked at.
+    """One check of a checkpoint.
 
     Attributes:
-        name: of the thing.
-        problems: each in a sentence or less; empty if there are none.
-        detail: what was seen.
+        name: name of the check.
+        problems: the problems that it found, each in at most a sentence; empty if there are none.
+        detail: more about the result.
     """
 
     name: str
@@ -18,7 +18,7 @@ class Check(Part):
 
 
 class Verification(Report):
-    """The checks of a converted checkpoint; later ones are left out where an earlier one makes them pointless."""
+    """The checks of a converted checkpoint. Later checks are left out if a failed earlier one makes them pointless."""
 
     model: str
     source: str | None = None

@@ -1,4 +1,4 @@
-"""Everything that decides a conversion's result. An interrupted run goes on only if none of it has changed."""
+"""The identity of a run: everything that decides its result. An interrupted run goes on only with the same identity."""
 
 import hashlib
 from datetime import UTC, datetime
@@ -22,7 +22,10 @@ VERSIONS = {
 
 
 def conversion_identity(source: Source, options: ConvertOptions) -> dict[str, Any]:
-    """Source files by size and time, options, calibration text and versions, each under the name a user knows."""
+    """The identity of a conversion, under names that a user knows.
+
+    It has the source's files (size and time), the options, the calibration text and the versions.
+    """
     return (
         _source_identity(source)
         | _options_identity(options)
@@ -32,7 +35,7 @@ def conversion_identity(source: Source, options: ConvertOptions) -> dict[str, An
 
 
 def healing_identity(model: Path, source: Source, options: HealOptions) -> dict[str, Any]:
-    """The same of a healing: of both models, options, text and versions."""
+    """The identity of a healing: both models' files, the options, the text and the versions."""
     files = {f"{model.name}/{path.name}": _describe(path) for path in sorted(model.iterdir()) if path.is_file()}
     return (
         {"model": str(model.resolve())}
@@ -52,7 +55,7 @@ def _source_identity(source: Source) -> dict[str, Any]:
 
 
 def _options_identity(options: OptionsModel) -> dict[str, Any]:
-    """Every option under its name on the command line; a method brings its name and its own options."""
+    """Every option under its name on the command line. A method adds its name and its own options."""
     identity: dict[str, Any] = {}
     for name in type(options).model_fields:
         value = getattr(options, name)

@@ -1,4 +1,4 @@
-"""Ctrl-C, told apart from what it provokes."""
+"""Recognising Ctrl-C behind the exceptions that it causes in libraries."""
 
 import signal
 import threading
@@ -11,15 +11,15 @@ from types import FrameType
 def interruptible() -> Iterator[None]:
     """Make sure that Ctrl-C ends the block with ``KeyboardInterrupt``.
 
-    torch and safetensors call each other and take any exception for a failed attempt: one that strikes in there comes
-    out as another (``ValueError: could not determine the shape``).
+    torch and safetensors call each other, and treat any exception as a failed attempt. A ``KeyboardInterrupt`` that is
+    raised inside them may therefore come out as another exception (``ValueError: could not determine the shape``).
 
     Raises:
         KeyboardInterrupt: Ctrl-C was pressed, and the block ended with an exception.
     """
     previous = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(previous):
-        yield  # signals go elsewhere, or are ignored
+        yield  # this thread gets no signals, or they are ignored
         return
     interrupted = False
 

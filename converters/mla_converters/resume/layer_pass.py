@@ -1,4 +1,4 @@
-"""What passes through a model layer by layer, kept on disk so that a later run goes on where this one stops."""
+"""A pass over the layers of a model whose state is kept on disk, so that a later run goes on where this one stops."""
 
 import json
 import os
@@ -15,13 +15,16 @@ from mla_converters.checkpoints.source import Source
 from mla_converters.streaming.layers import SourceLayer, source_layers
 
 Streams = dict[str, torch.Tensor]
-"""Tensors by name that a pass over the layers carries along: hidden states, sums, the state of a random generator."""
+"""The state of a pass over the layers, as named tensors: hidden states, sums, the state of a random generator."""
 
-SAVING_SHARE = 0.05  # of the time; more often than that, nothing is saved
+SAVING_SHARE = 0.05  # spend at most 5% of the time on saving
 
 
 def record_bytes(tokens: int, hidden: int) -> int:
-    """Bytes on disk of a record of float32 hidden states ``[tokens, hidden]``: twice, while a new copy replaces it."""
+    """Bytes on disk of a record of float32 hidden states ``[tokens, hidden]``.
+
+    They count twice, because the old record stays until the new one is complete.
+    """
     return 2 * 4 * tokens * hidden
 
 
@@ -29,11 +32,11 @@ class Record:
     """One pass over the layers of a model.
 
     Args:
-        path: where it is saved; None if it need not survive.
+        path: the file of the record; None if the pass is not saved.
 
     Attributes:
-        streams: after the layers that are done.
-        done: how many these are.
+        streams: the state after the layers that are done.
+        done: how many layers are done.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -41,26 +44,26 @@ class Record:
         self.streams: Streams = {}
         self.done = 0
         self._saved = time.monotonic()
-        self._saving = 0.0  # seconds that the last time took
+        self._saving = 0.0  # seconds that the last save took
 
     def begin(self, start: Callable[[], Streams]) -> Streams:
-        """The streams that were saved, or those of a new start."""
+        """The saved streams; if there are none, those of a new start."""
         if self.path is None or not self.path.exists():
             self.streams = start()
             return self.streams
         with safe_open(self.path, framework="pt") as file:
             self.done = json.loads(file.metadata()["done"])
-            # Cloned, because streams change in place and a file stays mapped while its tensors live.
+            # Cloned, because streams change in place, and the file would stay mapped as long as its tensors exist.
             self.streams = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         return self.streams
 
     def forget(self) -> None:
-        """Drop what was saved."""
+        """Delete the saved streams."""
         if self.path is not None:
             self.path.unlink(missing_ok=True)
 
     def layers(self, source: Source, device: str, progress: Progress, description: str) -> Iterator[SourceLayer]:
-        """The layers that are left; what the loop does to the streams counts as done when it asks for the next."""
+        """The layers that are left. A layer counts as done when the loop asks for the next one."""
         count = source.config.num_hidden_layers
         task = progress.add_task(description, total=count, completed=self.done)
         for layer in source_layers(source, device, self.done):
@@ -78,7 +81,7 @@ class Record:
         self._saving = self._saved - started
 
     def save(self) -> None:
-        """Write the streams, whole or not at all.
+        """Write the streams; a failure leaves the last record as it was.
 
         Raises:
             OSError: the disk is full.

@@ -1,4 +1,4 @@
-"""The folder beside OUT in which a model is put together, and from which an interrupted run goes on."""
+"""The folder beside OUT in which a run writes its model. An interrupted run goes on from that folder."""
 
 import os
 import shutil
@@ -25,7 +25,7 @@ class Work:
 
     Attributes:
         folder: ``OUT.partial``.
-        model: below it, what becomes OUT.
+        model: the folder below it that becomes OUT.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -37,7 +37,7 @@ class Work:
         return Record(self.folder / f"{name}.safetensors")
 
     def remembered(self, name: str, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """What ``compute`` gave in this run or an earlier one."""
+        """The result of ``compute``; it is computed only if no earlier run saved it."""
         record = self.record(name)
         streams = record.begin(lambda: {name: compute()})
         if not record.done:
@@ -46,10 +46,10 @@ class Work:
         return streams[name]
 
     def begin(self, identity: dict[str, Any]) -> None:
-        """Start, or go on with what an earlier run of the same kind left.
+        """Start, or go on with the work of an earlier run that has the same identity.
 
         Raises:
-            ConversionError: the folder holds something else.
+            ConversionError: the folder holds work of another identity.
         """
         path = self.folder / IDENTITY
         if path.exists():
@@ -57,9 +57,10 @@ class Work:
             if differences:
                 raise ConversionError(
                     f"{self.folder} holds unfinished work that differs in {', '.join(differences)}: finish "
-                    "it the way it was begun, or delete the folder to start anew."
+                    "it the way it was begun, or delete the folder to start again."
                 )
-        if not self.model.is_dir():  # a new start, or finished and moved to its place by a run that then was killed
+        # Without a model folder, this is a new start, or a run was killed after it had moved the model to its place.
+        if not self.model.is_dir():
             for entry in self.folder.iterdir():
                 if entry.name != LOCK:
                     _remove(entry)
@@ -68,13 +69,13 @@ class Work:
             self.model.mkdir()
 
     def check_space(self, needed: int) -> None:
-        """Refuse to begin what will not fit.
+        """Refuse to begin work that does not fit on the disk.
 
         Args:
-            needed: bytes on disk, what an earlier run left included.
+            needed: bytes on disk, including the files of an earlier run.
 
         Raises:
-            ConversionError: there is less.
+            ConversionError: the disk has less space.
         """
         used = sum(512 * path.stat().st_blocks for path in self.folder.rglob("*"))
         available = shutil.disk_usage(self.folder).free + used
@@ -85,7 +86,7 @@ class Work:
             )
 
     def finish(self, out: Path) -> None:
-        """Give the model its final name; what was there before goes when the new one is in its place."""
+        """Give the model its final name. A model of that name is deleted only after the new one is in its place."""
         if out.exists():
             out.rename(self.folder / "replaced")
         self.model.rename(out)
@@ -93,19 +94,19 @@ class Work:
 
 @contextmanager
 def work_folder(out: Path, force: bool, identity: dict[str, Any]) -> Iterator[Work]:
-    """A folder beside ``out`` to work in; its model takes the name ``out`` when the block succeeds.
+    """A folder beside ``out`` to work in. Its model gets the name ``out`` when the block succeeds.
 
-    An interruption leaves the folder for a later run to go on from; a :class:`ConversionError` removes it.
+    An interruption leaves the folder, so that a later run can go on. A :class:`ConversionError` removes it.
 
     Args:
         out: the final name.
         force: replace ``out`` if it exists.
-        identity: everything that decides what the result is; a later run must have the same.
+        identity: everything that decides the result; a run goes on with earlier work only if its identity is the same.
 
     Raises:
         ConversionError: ``out`` exists, its parent cannot be written, another run is writing it, or unfinished work
-            of another kind is there.
-        UnfinishedError: interrupted, or out of space; the same command goes on.
+            of another identity is there.
+        UnfinishedError: the run was interrupted or the disk is full; the same command goes on with the work.
     """
     _check_out(out, force)
     folder = out.with_name(f"{out.name}.partial")
@@ -155,7 +156,7 @@ def _go_on(folder: Path) -> str:
 
 
 def _differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs, as ``name (then, now)``."""
+    """The entries that differ, as ``name (then, now)``."""
     shown = {name: [_shown(run.get(name)) for run in (then, now)] for name in sorted(then.keys() | now.keys())}
     return [f"{name} ({before} then, {after} now)" for name, (before, after) in shown.items() if before != after]
 

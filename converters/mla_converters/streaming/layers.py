@@ -65,7 +65,7 @@ class SourceLayer:
     @torch.inference_mode(False)
     def _module(self) -> nn.Module:
         """transformers' layer with its weights, which are loaded when calibration text first runs through it."""
-        module = self._unloaded.requires_grad_(False)  # before loading, because weights may be inference tensors
+        module = self._unloaded.requires_grad_(False)  # before loading: the attention's may be inference tensors
         weights = {f"self_attn.{name}": tensor for name, tensor in self.attention_weights.items()}
         weights |= _other_weights(self._source, self.index, module, self.device)
         module.load_state_dict(

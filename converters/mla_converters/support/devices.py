@@ -1,4 +1,4 @@
-"""Where computations run, and in which precision."""
+"""The device and the precision of computations."""
 
 from contextlib import AbstractContextManager
 
@@ -8,7 +8,7 @@ from mla_converters.errors import OptionError
 
 
 def usable_device(asked: str | None) -> str:
-    """The device that was asked for; or the GPU, if there is one.
+    """The device that the user asked for. Without one, it is the GPU, or the CPU of a machine that has no GPU.
 
     Raises:
         OptionError: this machine has no such device.
@@ -34,9 +34,9 @@ def native_bfloat16(device: str) -> bool:
 
 
 def calibration_autocast(device: str) -> AbstractContextManager:
-    """Lets matrix products of calibration run in bfloat16 where that is faster.
+    """Let matrix products of calibration run in bfloat16 on devices where that is faster.
 
-    Hidden states and moments stay float32 and float64. On SmolLM2 it halves the time of a
-    conversion and changes the converted model's perplexity by 0.04%.
+    Hidden states stay float32, and moments stay float64. On SmolLM2 this halves the time of a conversion, and changes
+    the converted model's perplexity by 0.04%.
     """
     return torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=native_bfloat16(device))

@@ -1,4 +1,4 @@
-"""The dtypes that options name."""
+"""The dtypes that options accept, by their names."""
 
 import torch
 

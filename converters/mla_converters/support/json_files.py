@@ -1,4 +1,4 @@
-"""A model folder's JSON files."""
+"""Reading and writing the JSON files of a model folder."""
 
 import json
 from pathlib import Path
@@ -7,15 +7,15 @@ from mla_converters.errors import ConversionError
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Write ``content`` the way Hugging Face writes its JSON files."""
+    """Write ``content`` in the format in which Hugging Face writes its JSON files."""
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def read_json_object(path: Path) -> dict:
-    """Read one of a model folder's JSON files.
+    """Read a JSON file of a model folder.
 
     Raises:
-        ConversionError: it is missing or holds something else.
+        ConversionError: the file is missing, or does not hold a JSON object.
     """
     if not path.exists():
         raise ConversionError(f"{path.parent} is not a model folder: it has no {path.name}.")

@@ -1,4 +1,4 @@
-"""Keeping the memory of a process to what it uses, and measuring it."""
+"""Returning unused memory of a process to the system, and measuring its memory."""
 
 import ctypes
 import ctypes.util
@@ -7,15 +7,15 @@ import resource
 import sys
 from pathlib import Path
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-LARGE = 2**23  # bytes; lower, and the system clears pages for every tensor of a small model anew
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # constants of malloc.h
+LARGE = 2**23  # bytes; with a lower limit, the system would clear new pages for every tensor of a small model
 
 
 def return_freed_memory() -> None:
-    """Let large blocks go back to the system when they are freed, where the C library is glibc.
+    """Make glibc return large blocks to the system when they are freed; do nothing with other C libraries.
 
-    By default glibc raises the size from which it does so to that of the blocks freed so far, up to 32 MiB; the holes
-    that tensors of ever new sizes leave then cost a third of a conversion's peak.
+    By default, glibc returns only blocks above a limit, and it raises that limit to the size of the largest block freed
+    so far, up to 32 MiB. Tensors of ever new sizes then leave holes, which cost a third of a conversion's peak memory.
     """
     library = ctypes.CDLL(ctypes.util.find_library("c"))
     if hasattr(library, "mallopt"):
@@ -24,9 +24,10 @@ def return_freed_memory() -> None:
 
 
 def peak_rss_bytes() -> int:
-    """Largest resident memory of this process so far."""
+    """The largest resident memory of this process so far."""
     status = Path("/proc/self/status")
-    # Linux says it here: unlike its ru_maxrss, without what the process that started this one used. Sandboxes may not.
+    # On Linux, ru_maxrss may include the memory of the process that started this one; VmHWM does not. A sandbox may
+    # lack the file or the entry.
     if status.exists() and (peak := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
         return int(peak[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,4 +1,4 @@
-"""Packages that only some evaluations need."""
+"""Checks for packages that only some evaluations need."""
 
 from importlib.util import find_spec
 
@@ -11,10 +11,10 @@ def require(module: str, purpose: str, remedy: str) -> None:
     Args:
         module: top-level import name.
         purpose: the option that needs it.
-        remedy: what to do without it.
+        remedy: advice to a user who does not have it.
 
     Raises:
-        ConversionError: it is not installed.
+        ConversionError: ``module`` is not installed.
     """
     if find_spec(module) is None:
         raise ConversionError(f"{purpose} needs the package {module}, which is not installed: {remedy}.")

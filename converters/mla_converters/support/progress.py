@@ -1,4 +1,4 @@
-"""Progress of long work: bars on a terminal, and lines where there is none."""
+"""Progress of long work: bars on a terminal, and lines elsewhere."""
 
 import time
 from typing import Any
@@ -6,12 +6,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-FEW = 200  # steps of a task, up to which each may have a line of its own
-PAUSES = (1.0, 30.0)  # seconds between two lines of a task with few steps, and of a task with many
+FEW = 200  # a task with at most this many steps may print a line for each step
+PAUSES = (1.0, 30.0)  # least seconds between two lines of a task with few steps, and of a task with many steps
 
 
 class ProgressLines(Progress):
-    """Progress as lines on stderr, with the time left, for logs of jobs that nobody watches."""
+    """Progress as lines on stderr with the time left, for the logs of jobs that nobody watches."""
 
     def __init__(self) -> None:
         super().__init__(disable=True)
@@ -58,7 +58,7 @@ def _span(seconds: float) -> str:
 
 
 def progress_bars(quiet: bool) -> Progress:
-    """Progress of long work on stderr; none at all where it must be quiet."""
+    """Progress of long work on stderr; if ``quiet``, nothing is shown."""
     console = Console(stderr=True)
     if not quiet and not console.is_terminal:
         return ProgressLines()

@@ -1,4 +1,4 @@
-"""The tokens that a conversion is calibrated on."""
+"""The tokens on which a conversion is calibrated."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ class Calibration:
 
     Attributes:
         text: ``[windows, tokens]`` token ids.
-        random: ``[1, tokens]`` token ids drawn at random. They show a layer the directions that the text leaves out.
+        random: ``[1, tokens]`` token ids drawn at random, because text alone leaves out some directions of a layer.
     """
 
     text: torch.Tensor
@@ -25,16 +25,16 @@ class Calibration:
 
     @property
     def windows(self) -> torch.Tensor:
-        """All windows ``[windows + 1, tokens]``, the random one last."""
+        """All windows ``[windows + 1, tokens]``; the last one is the random window."""
         return torch.cat((self.text, self.random))
 
     def some(self, count: int) -> "Calibration":
-        """At most ``count`` windows of text, and the random one."""
+        """At most ``count`` windows of text, and the random window."""
         return Calibration(self.text[:count], self.random)
 
 
 def calibrate(text: torch.Tensor, source: Source, seed: int) -> Calibration:
-    """Windows of text ``[windows, tokens]`` with a random window beside them.
+    """Add a random window to windows of text ``[windows, tokens]``.
 
     Raises:
         ConversionError: the tokenizer has special tokens only.
@@ -51,12 +51,13 @@ def calibration_windows(
     Args:
         source: the model.
         origins: UTF-8 text files, ``self`` or ``chat``; each gives the same number of windows.
-        tokens: how many tokens in all, rounded down to whole windows of each origin. A window fits into each share.
-        seed: where to cut, or what to sample.
-        length: tokens in a window; less if an origin is shorter, down to ``WINDOW``.
+        tokens: number of tokens in total, rounded down to whole windows of each origin; at least ``WINDOW`` per origin.
+        seed: decides where files are cut, and which text is sampled.
+        length: tokens in a window; less if an origin's share or the model's context is less. If a file is shorter,
+            windows have ``WINDOW`` tokens.
 
     Returns:
-        ``[windows, length]`` int64, the origins in turn, so that the first windows have some of each.
+        ``[windows, length]`` int64. The origins take turns, so that the first windows have text of each.
 
     Raises:
         ConversionError: a text cannot be read or is too short, or the model has no chat template.

@@ -1,4 +1,4 @@
-"""Conversations: what a chat template puts around their turns, and how a model writes both sides of one."""
+"""Conversations: the tokens that a chat template puts around turns, and how a model writes both sides."""
 
 from collections import deque
 from dataclasses import dataclass
@@ -9,19 +9,19 @@ from transformers import PreTrainedTokenizerBase
 
 from mla_converters.errors import ConversionError
 
-TURN = 256  # tokens in a turn, after which it ends: a model may not know how a user's turn does
-TODAY = date(2024, 7, 26)  # what templates are told, or the same seed would give other bytes tomorrow
+TURN = 256  # tokens after which a turn is ended, because a model may not know how to end a user's turn
+TODAY = date(2024, 7, 26)  # the date that templates get; fixed, so that the same seed gives the same bytes on any day
 USER, ANSWER, NEXT = "First question.", "An answer to it.", "Second question."
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """Token ids that a chat template puts around turns.
+    """The token ids that a chat template puts around turns.
 
     Attributes:
-        opening: before the first turn of the user.
-        joints: between the user's turn and the answer, and between that and the user's next turn.
-        special: ids that end a turn: no turn contains them.
+        opening: ids before the first turn of the user.
+        joints: ids between the user's turn and the answer, and ids between the answer and the user's next turn.
+        special: ids that end a turn, because no turn contains them.
     """
 
     opening: list[int]
@@ -30,14 +30,14 @@ class ChatTemplate:
 
 
 def chat_template(tokenizer: PreTrainedTokenizerBase, length: int) -> ChatTemplate:
-    """What the tokenizer's chat template puts around turns.
+    """Find the token ids that the tokenizer's chat template puts around turns.
 
     Args:
-        tokenizer: of the model.
-        length: tokens of a conversation, all of which the opening must not take.
+        tokenizer: the model's tokenizer.
+        length: tokens of a conversation; the opening must be shorter.
 
     Raises:
-        ConversionError: there is no template, or one that does not lay turns out one after another, or leaves no room.
+        ConversionError: there is no template, it does not lay out turns one after another, or its opening is too long.
     """
     instead = "Leave chat out."
     if not tokenizer.chat_template:
@@ -45,7 +45,7 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, length: int) -> ChatTempla
     turns = [{"role": role, "content": said} for role, said in (("user", USER), ("assistant", ANSWER), ("user", NEXT))]
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False, strftime_now=TODAY.strftime)
-    except Exception as error:  # the template is a program, and may fail in any way
+    except Exception as error:  # the template is a program, so it may fail in any way
         raise ConversionError(f"The source's chat template fails: {error}. {instead}") from error
     parts = []
     for turn in turns:
@@ -63,23 +63,24 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, length: int) -> ChatTempla
 
 
 class Conversations:
-    """Conversations that are sampled together: says which tokens the template puts in place of what is sampled.
+    """Conversations that are sampled together. At the borders of turns, they replace sampled tokens by the template's.
 
-    As Magpie (arXiv 2406.08464) gets instructions from a model that is shown only what comes before them.
+    The model therefore writes the user's turns too, after the tokens that introduce them, as in Magpie (arXiv
+    2406.08464).
 
     Args:
-        template: of the model.
-        count: of conversations, each of which already has the first token of the template's opening.
+        template: the model's template.
+        count: number of conversations; each already has the first token of the template's opening.
     """
 
     def __init__(self, template: ChatTemplate, count: int) -> None:
         self._template = template
         self._forced = [deque(template.opening[1:]) for _ in range(count)]
-        self._turns = [0] * count  # that have ended
-        self._lengths = [0] * count  # of the turns that have not
+        self._turns = [0] * count  # turns that have ended, per conversation
+        self._lengths = [0] * count  # tokens of the turn that has not ended, per conversation
 
     def follow(self, sampled: torch.Tensor) -> torch.Tensor:
-        """The next tokens ``[conversations, 1]``: sampled ones, or the template's."""
+        """The next tokens ``[conversations, 1]``: the sampled tokens, or the template's in their place."""
         return torch.tensor([[self._next(index, token)] for index, token in enumerate(sampled[:, 0].tolist())])
 
     def _next(self, index: int, token: int) -> int:

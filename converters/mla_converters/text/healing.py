@@ -1,4 +1,4 @@
-"""Token windows to train on: all of a text file, or what the model writes."""
+"""Token windows to train on: from text files, or written by the model."""
 
 from collections.abc import Sequence
 
@@ -9,9 +9,9 @@ from mla_converters.checkpoints.source import Source
 from mla_converters.errors import ConversionError
 from mla_converters.text.origins import read_texts, text_windows
 
-HELD_OUT = 32  # one window in so many is not trained on
-WRITTEN_LENGTH = 256  # tokens of a text that the model writes: twice as many that are half as long teach more
-LEAST = 2  # windows: one to train on, one held out
+HELD_OUT = 32  # one window in 32 is held out, and not trained on
+WRITTEN_LENGTH = 256  # tokens of a text that the model writes; short, because twice as many half as long teach more
+LEAST = 2  # windows: one to train on, and one to hold out
 
 
 def training_windows(
@@ -21,18 +21,19 @@ def training_windows(
 
     Args:
         source: the model.
-        origins: UTF-8 text files, cut end to end, or ``self`` or ``chat`` for what the model writes.
-        tokens: at most so many of all together, an equal share of each; a shorter file gives what it has.
-        length: tokens in a window, or the model's context if that is less.
-        seed: which windows of a longer file, and what to sample.
-        progress: for the bar.
+        origins: UTF-8 text files, which are cut into windows from end to end, or ``self`` or ``chat`` for text that the
+            model writes.
+        tokens: limit on the tokens of all texts together. Each text gets an equal share; a shorter file is used whole.
+        length: tokens in a window; the model's context if that is less.
+        seed: decides which windows of a longer file are used, and which text is sampled.
+        progress: shows the progress.
 
     Returns:
-        ``[windows, length]`` int64, of each text in random order, and in any part of them as large a share of each text
-        as in all: what is held out stands for all.
+        ``[windows, length]`` int64. The windows of each text are in random order. The texts are interleaved so that
+        every prefix mixes them in their overall proportion; the held-out prefix is therefore representative.
 
     Raises:
-        ConversionError: a text cannot be read, there is too little of all, or the model has no chat template.
+        ConversionError: a text cannot be read, there is too little text, or the model has no chat template.
     """
     length = min(length, source.config.max_position_embeddings)
     share = tokens // len(origins) // length
@@ -53,13 +54,13 @@ def training_windows(
 
 
 def hold_out(windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Windows ``[windows, tokens]`` to train on, and one in :data:`HELD_OUT` to see what it brings."""
+    """Divide windows ``[windows, tokens]``: those to train on, and one in :data:`HELD_OUT` to measure the result."""
     count = -(-len(windows) // HELD_OUT)
     return windows[count:], windows[:count]
 
 
 def divided(windows: torch.Tensor, length: int) -> torch.Tensor:
-    """Windows ``[windows, tokens]`` cut into shorter ones of ``length`` tokens or a few more, all alike."""
+    """Cut windows ``[windows, tokens]`` into shorter ones of one size: ``length`` tokens or a few more."""
     pieces = max(1, windows.shape[1] // length)
     length = windows.shape[1] // pieces
     return windows[:, : pieces * length].reshape(-1, length)

@@ -1,4 +1,4 @@
-"""Tokens of texts that are read, and of texts that the model writes."""
+"""Tokens of texts that are read from files, and of texts that the model writes."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,11 +14,11 @@ from mla_converters.text.chat import ChatTemplate, chat_template
 from mla_converters.text.sampling import LENGTH, sampled_texts
 
 Text: TypeAlias = torch.Tensor | ChatTemplate | None
-"""Token ids ``[tokens]`` of a file, or the template of a conversation; None for text that the model writes freely."""
+"""Token ids ``[tokens]`` of a file; or the template of conversations; or None for text that the model writes freely."""
 
 
 def read_texts(source: Source, origins: Sequence[str]) -> list[Text]:
-    """Read each origin as far as it can be read before anything is sampled.
+    """Read each origin, so that errors in files and templates come before the model samples any text.
 
     Raises:
         ConversionError: a text cannot be read or is too short, or the model has no chat template.
@@ -46,13 +46,13 @@ def text_windows(
 
     Args:
         source: the model.
-        texts: of :func:`read_texts`.
+        texts: the result of :func:`read_texts`.
         count: windows of each text.
         length: tokens in a window.
-        cut: from token ids, count, length and generator to windows, possibly fewer.
-        generator: for cutting and sampling.
-        progress: for the bar.
-        written: tokens of a text that the model writes, if a window has room for more than one; conversations have
+        cut: cuts ``count`` windows of ``length`` tokens from token ids, with the generator; it may return fewer.
+        generator: decides cutting and sampling.
+        progress: shows the progress.
+        written: tokens of a text that the model writes, if a window has room for more than one text; conversations have
             ``LENGTH``.
     """
     return [
@@ -79,13 +79,13 @@ def _token_ids(source: Source, path: Path) -> torch.Tensor:
 
 
 def random_tokens(source: Source, shape: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
-    """Ids ``shape`` drawn with equal chances from all of the tokenizer's ids that are not special.
+    """Token ids of this shape, drawn with equal chances from the tokenizer's ids that are not special.
 
     Raises:
-        ConversionError: all are special.
+        ConversionError: all ids are special.
     """
     allowed = torch.ones(source.config.vocab_size)
-    allowed[len(source.tokenizer) :] = 0  # rows of the embedding that only pad it
+    allowed[len(source.tokenizer) :] = 0  # these rows of the embedding are only padding
     allowed[_special_ids(source)] = 0
     if not allowed.any():
         raise ConversionError(f"The tokenizer in {source.folder} has no tokens but special ones: it is broken.")
@@ -112,6 +112,6 @@ def _sample(
         first, never = torch.full((count * per_window,), template.opening[0]), torch.empty(0, dtype=torch.long)
     else:
         first = random_tokens(source, (1, count * per_window), generator)[0]
-        never = _special_ids(source)  # otherwise the padding after an end of text would be calibrated for
+        never = _special_ids(source)  # otherwise padding after an end of text would be part of the calibration
     texts = sampled_texts(source, first, never, -(-length // per_window), generator, progress, template)
     return texts.view(count, -1)[:, :length]

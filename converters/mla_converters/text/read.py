@@ -10,16 +10,16 @@ from mla_converters.options import TextProtocol
 from mla_converters.support.packages import require
 
 ROW_SEPARATOR = "\n\n"
-"""Between the rows of a data set, as GPTQ's evaluation (arXiv 2210.17323) has it and everyone since."""
+"""The text between the rows of a data set, as in GPTQ's evaluation (arXiv 2210.17323) and those that followed it."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """What is scored.
+    """The text to score.
 
     Attributes:
         name: file name, or data set as the user gave it.
-        content: all of it, as it is tokenised.
+        content: the whole text, as it is tokenised.
     """
 
     name: str
@@ -27,15 +27,15 @@ class Text:
 
 
 def read_text(file: Path | None, dataset: str | None, protocol: TextProtocol) -> Text:
-    """Read a text file or a data set; exactly one of them.
+    """Read either a text file or a data set.
 
     Args:
-        file: UTF-8 text. Protocol ``wikitext2`` takes each of its lines as a row; ``stream`` takes it as it is.
+        file: UTF-8 text. Protocol ``wikitext2`` takes each line as a row; ``stream`` does not divide it.
         dataset: ``ID[:CONFIG[:SPLIT[:COLUMN]]]`` on the hub.
-        protocol: how a file is read. Rows of a data set are joined in either protocol.
+        protocol: how a file is read. The rows of a data set are joined in both protocols.
 
     Raises:
-        ConversionError: neither or both are given, or the text cannot be read, or is empty.
+        ConversionError: neither or both are given, the text cannot be read, or it is empty.
     """
     if file is not None and dataset is None:
         text = _read_file(file, protocol)
@@ -62,11 +62,11 @@ def _read_file(path: Path, protocol: TextProtocol) -> Text:
 
 
 def wikitext_rows(content: str) -> list[str]:
-    """Cut text into rows as the data set ``Salesforce/wikitext`` is cut from its files.
+    """Cut text into rows in the same way in which the data set ``Salesforce/wikitext`` was cut from its files.
 
-    A row is a line together with its line break; a blank line is an empty row.
+    A row is a line together with its line break. A blank line is an empty row.
     """
-    # StringIO ends lines at line feeds only; str.splitlines would at a dozen other characters too.
+    # StringIO ends lines only at line feeds, while str.splitlines ends them at a dozen other characters too.
     return [line if line.strip() else "" for line in io.StringIO(content)]
 
 
@@ -79,7 +79,7 @@ def _read_dataset(spec: str) -> Text:
         disable_progress_bars()
     try:
         rows = load_dataset(name, config, split=split)
-    except Exception as error:  # whatever the hub, the network or the files provoke
+    except Exception as error:  # the hub, the network or the files may fail in any way
         reason = str(error).strip().split("\n")[0]
         raise ConversionError(
             f"Data set {spec!r} cannot be loaded ({reason}): check its name, configuration and split, "

@@ -1,4 +1,4 @@
-"""Text that a model writes itself, to calibrate on."""
+"""Calibration text that the model writes itself."""
 
 import inspect
 
@@ -11,18 +11,19 @@ from mla_converters.errors import ConversionError
 from mla_converters.support.devices import native_bfloat16
 from mla_converters.text.chat import ChatTemplate, Conversations
 
-LENGTH = 512  # tokens of a text: many short ones say more than few long ones
-TOKENS = 32 * LENGTH  # of the texts that are written at a time
+LENGTH = 512  # tokens of a text; short, because many short texts say more than a few long ones
+TOKENS = 32 * LENGTH  # tokens of the texts that are sampled together
 
 
 def sampling_dtype() -> torch.dtype:
-    """What the model samples in: whichever is faster, for text is text."""
+    """The dtype in which the model samples: the faster one, because the precision of sampled text does not matter."""
     return torch.bfloat16 if native_bfloat16("cpu") else torch.float32
 
 
 class ReservedLayer(DynamicLayer):
-    """One layer's keys and values in memory for a whole text, where transformers' own layer copies all of them at
-    every token.
+    """A cache layer that reserves memory for the keys and values of a whole text.
+
+    It replaces transformers' own layer, because that one copies all keys and values at every token.
 
     Args:
         length: tokens of the text.
@@ -37,7 +38,7 @@ class ReservedLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append keys and values ``[texts, g, tokens, d]``; all so far."""
+        """Append keys and values ``[texts, g, tokens, d]``, and return all of them so far."""
         if not self._reserved:
             self.lazy_initialization(key_states, value_states)
             self._reserved = [x.new_empty(*x.shape[:2], self._length, x.shape[-1]) for x in (key_states, value_states)]
@@ -48,7 +49,7 @@ class ReservedLayer(DynamicLayer):
         return self.keys, self.values
 
     def get_seq_length(self, *args: object) -> int:
-        """Tokens so far."""
+        """How many tokens the layer holds."""
         return self._filled
 
 
@@ -62,17 +63,18 @@ def sampled_texts(
     progress: Progress,
     template: ChatTemplate | None = None,
 ) -> torch.Tensor:
-    """Texts of the model's own: from a first token on, sampled at temperature 1 (as LLM-QAT, arXiv 2305.17888,
-    generates its training data).
+    """Texts that the model writes after a first token, sampled at temperature 1.
+
+    LLM-QAT (arXiv 2305.17888) generates its training data in this way.
 
     Args:
         source: the model.
-        first: ``[texts]`` token ids to start from.
-        never: token ids that are not sampled.
+        first: ``[texts]``, the first token id of each text.
+        never: token ids that are never sampled.
         length: tokens of each text.
-        generator: for sampling.
-        progress: for the bar.
-        template: with one, the texts are conversations.
+        generator: draws the tokens.
+        progress: shows the progress.
+        template: if given, the texts are conversations in this template.
 
     Returns:
         ``[texts, length]`` int64.
@@ -88,8 +90,8 @@ def sampled_texts(
     texts = []
     for ids in batches:
         cache = Cache(layers=[ReservedLayer(length) for _ in range(source.config.num_hidden_layers)])
-        # In one piece: a small tensor that stayed of each step would take a bite out of the room that the step's logits
-        # left on the heap, and the next step's would need new room.
+        # All tokens are reserved at once. A small tensor that stayed after each step would occupy a part of the memory
+        # that the step's logits had freed, and the logits of the next step would need new memory.
         tokens = ids.repeat(1, length)
         conversations = Conversations(template, len(ids)) if template else None
         for position in range(1, length):
@@ -106,9 +108,10 @@ def sampled_texts(
 
 
 def drawn(sums: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """A token id for each text, ``[texts, 1]``, from running sums of probabilities ``[texts, vocabulary]``.
+    """Draw a token id for each text, ``[texts, 1]``, from running sums of probabilities ``[texts, vocabulary]``.
 
-    One random number finds it. ``torch.multinomial`` takes one for each token of the vocabulary, and as long as a
-    seventh of a small model."""
+    This takes one random number per text. ``torch.multinomial`` takes one for each token of the vocabulary, which needs
+    a seventh of the time of a small model.
+    """
     heights = torch.rand(len(sums), 1, dtype=sums.dtype, generator=generator) * sums[:, -1:]
     return torch.searchsorted(sums, heights, right=True)

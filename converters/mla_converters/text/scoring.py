@@ -1,4 +1,4 @@
-"""The tokens to score, cut into windows: the same for every model."""
+"""The tokens to score, cut into windows that are the same for every model."""
 
 from dataclasses import dataclass
 
@@ -15,16 +15,16 @@ DEFAULTS: dict[TextProtocol, tuple[int | None, int]] = {
     TextProtocol.STREAM: (8, 1024),
     TextProtocol.WIKITEXT2: (None, 2048),
 }
-"""Number of windows (None: all that the text fills) and their length, per protocol."""
+"""Per protocol: the number of windows (None: as many as the text fills), and the tokens in each."""
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Consecutive windows from the head of a text.
+    """Consecutive windows from the beginning of a text.
 
     Attributes:
         ids: token ids ``[windows, length]``, int64. All but the first of each window are scored.
-        bytes: UTF-8 bytes of the text that the scored tokens stand for; None if the tokenizer cannot tell.
+        bytes: UTF-8 bytes of the text of the scored tokens; None if the tokenizer cannot tell.
     """
 
     ids: torch.Tensor
@@ -32,16 +32,16 @@ class Windows:
 
 
 def shared_windows(text: Text, models: list[Model], count: int | None, length: int) -> Windows:
-    """Tokenise ``text`` with every model's tokenizer, which must agree, and cut it.
+    """Tokenise ``text`` and cut it into windows; the tokenizers of all models must give the same tokens.
 
     Args:
-        text: what to score.
-        models: all models, the reference included.
-        count: how many windows; None for as many as the text fills.
+        text: the text to score.
+        models: all models, including the reference.
+        count: number of windows; None for as many as the text fills.
         length: tokens in a window.
 
     Raises:
-        ConversionError: numbers out of range, text too short, tokenizers that disagree, or ids beyond a
+        ConversionError: a number is out of range, the text is too short, tokenizers disagree, or a token id is beyond a
             model's vocabulary.
     """
     _check_numbers(models, count, length)
@@ -89,6 +89,6 @@ def _cut(text: Text, tokenizer: PreTrainedTokenizerBase, count: int | None, leng
     if not tokenizer.is_fast:
         return Windows(windows, None)
     spans = torch.tensor(encoded["offset_mapping"])[: wanted * length].view(wanted, length, 2)[:, 1:]
-    # The maximum, because a special token at the end has the span (0, 0).
+    # The maximum is used instead of the last end, because a special token at the end has the span (0, 0).
     pieces = zip(spans[:, 0, 0].tolist(), spans[:, :, 1].amax(1).tolist(), strict=True)
     return Windows(windows, sum(len(text.content[start:end].encode()) for start, end in pieces))

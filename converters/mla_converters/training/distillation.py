@@ -12,28 +12,28 @@ from transformers import PreTrainedModel
 from mla_converters.support.devices import calibration_autocast
 from mla_converters.training.parametrization import parts_apart
 
-CHUNK = 512  # positions whose logits exist at a time
+CHUNK = 512  # positions whose logits exist at the same time
 
 
 class Distillation(nn.Module):
     """A student beside its teacher; the loss is ``KL(teacher || student)`` (arXiv 1503.02531, section 2, at
     temperature 1).
 
-    Only what is trained is registered, so that is all that Trainer saves and that a checkpoint holds.
+    Only the trained parameters are registered, so that Trainer saves no others and its checkpoints stay small.
 
     Args:
-        student: the converted model; of it, only ``trained`` changes.
+        student: the converted model; only its ``trained`` parameters change.
         teacher: its source.
-        trained: parameters of the student.
+        trained: the parameters of the student to train.
     """
 
     def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel, trained: list[nn.Parameter]) -> None:
         super().__init__()
         self.trained = nn.ParameterList(trained)
-        self._models = (student, teacher)  # a tuple, for modules would be registered
+        self._models = (student, teacher)  # in a tuple, because modules would be registered
 
     def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        """``loss``: the mean over all positions of ``[windows, tokens]`` token ids, nats."""
+        """Compute ``loss``, the mean over all positions of token ids ``[windows, tokens]``, in nats."""
         student, teacher = self._models
         with torch.no_grad():
             expected = teacher.model(input_ids=input_ids, use_cache=False).last_hidden_state
@@ -44,8 +44,8 @@ class Distillation(nn.Module):
 class _Divergence(torch.autograd.Function):
     """``KL(teacher || student)`` from hidden states ``[windows, tokens, D]``, summed over positions, nats.
 
-    Logits are by far the largest tensors. So there are only those of a chunk at a time, and while they are there, the
-    gradient to the hidden states is computed too: it is small enough to be kept, and nothing is computed twice.
+    Logits are by far the largest tensors, so only those of one chunk exist at a time. The gradient to the hidden states
+    is computed while the chunk's logits exist, and kept, because it is small. Nothing is therefore computed twice.
     """
 
     @staticmethod
@@ -76,9 +76,9 @@ class _Divergence(torch.autograd.Function):
 
 @contextmanager
 def distillation(student: PreTrainedModel, teacher: PreTrainedModel) -> Iterator[Distillation]:
-    """The student's attentions ready to be trained, for the time of a ``with`` block.
+    """Make the student's attentions trainable inside a ``with`` block.
 
-    The teacher gets the student's tensors where both have the same, so that they are in memory once.
+    Tensors that are equal in both models are shared, so that memory holds them only once.
     """
     own = dict(student.named_parameters())
     for name, parameter in teacher.named_parameters():
@@ -90,13 +90,13 @@ def distillation(student: PreTrainedModel, teacher: PreTrainedModel) -> Iterator
     with parts_apart(attentions):
         trained = [parameter.requires_grad_() for attention in attentions for parameter in attention.parameters()]
         for parameter in trained:
-            parameter.data = parameter.data.float()  # steps are smaller than what bfloat16 can tell apart
+            parameter.data = parameter.data.float()  # because steps are smaller than the resolution of bfloat16
         yield Distillation(student, teacher, trained)
 
 
 @torch.no_grad()
 def held_out_kl(model: Distillation, windows: torch.Tensor, device: str) -> float:
-    """Mean ``KL(teacher || student)`` over ``[windows, tokens]``, nats per token."""
+    """Mean ``KL(teacher || student)`` over token ids ``[windows, tokens]``, in nats per token."""
     with calibration_autocast(device):
         losses = [model(window[None].to(device))["loss"].item() for window in windows]
     return sum(losses) / len(losses)

@@ -1,7 +1,8 @@
-"""Muon: steps of momentum in which all directions of a matrix count alike (Jordan et al. 2024).
+"""Muon: momentum whose steps have the same size in all directions of a matrix (Jordan et al. 2024).
 
-`torch.optim.Muon` takes matrices alone, where here each head is one: a head's costs little, where the matrix of all
-heads would cost a large model more than its gradient.
+`torch.optim.Muon` takes only two-dimensional tensors. Here a tensor ``[heads, rows, columns]`` holds one matrix for
+each head, because orthogonalising the matrix of one head costs little. For a large model, orthogonalising the matrix of
+all heads would cost more than its gradient.
 """
 
 from collections.abc import Iterable
@@ -10,15 +11,16 @@ from typing import Any
 import torch
 
 MOMENTUM = 0.8
-ITERATIONS = 5  # of Newton-Schulz, after which singular values are 0.7 to 1.2
-QUINTIC = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024: steepest at zero, of those that end there
+ITERATIONS = 5  # iterations of Newton-Schulz, after which singular values are 0.7 to 1.2
+# Coefficients of Jordan et al. 2024: the steepest polynomial at zero among those that lead to this range.
+QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonal(update: torch.Tensor) -> torch.Tensor:
-    """``U Vᵀ`` of the singular value decomposition ``U S Vᵀ``, nearly, times what makes its root mean square one.
+    """Approximate ``U Vᵀ`` of the singular value decomposition ``U S Vᵀ``, scaled to a root mean square near one.
 
     Args:
-        update: ``[..., rows, columns]``, matrices of float32.
+        update: ``[..., rows, columns]``, float32 matrices.
     """
     rows, columns = update.shape[-2:]
     x = update if rows <= columns else update.mT
@@ -31,12 +33,14 @@ def orthogonal(update: torch.Tensor) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """The root mean square of each step is 0.7 to 1.2 times the learning rate, whatever a matrix's shape (as in arXiv
-    2502.16982, section 2.2).
+    """The Muon optimizer.
+
+    The root mean square of each step is 0.7 to 1.2 times the learning rate for matrices of every shape, as in arXiv
+    2502.16982, section 2.2.
 
     Args:
-        groups: tensors with their learning rate ``lr``. ``[heads, rows, columns]`` is a matrix for each head, a vector
-            a matrix of one row.
+        groups: tensors with their learning rate ``lr``. A tensor ``[heads, rows, columns]`` holds a matrix for each
+            head; a vector is a matrix with one row.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
@@ -44,7 +48,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
-        """One step on the gradients that there are."""
+        """Take one step with every tensor that has a gradient."""
         for group in self.param_groups:
             for weight in group["params"]:
                 if weight.grad is None:
@@ -53,5 +57,5 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["momentum"] = torch.zeros_like(weight)
                 momentum = state["momentum"].lerp_(weight.grad, 1 - MOMENTUM)
-                ahead = weight.grad.lerp(momentum, MOMENTUM)  # Nesterov's
+                ahead = weight.grad.lerp(momentum, MOMENTUM)  # Nesterov momentum
                 weight.sub_(orthogonal(torch.atleast_2d(ahead)).view_as(weight), alpha=group["lr"])

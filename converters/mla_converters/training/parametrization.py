@@ -1,4 +1,4 @@
-"""Projections taken apart for training, so that blocks of different scale get learning rates of their own."""
+"""Splitting projections for training, so that blocks of different scale have their own learning rates."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,11 +9,11 @@ from torch.nn.utils import parametrize
 
 
 class Apart(nn.Module):
-    """A weight as two parameters, so that each has its own learning rate.
+    """A weight that is split into two parameters, so that each has its own learning rate.
 
     Args:
-        sizes: of the two parts: rows of each head, or columns.
-        by_head: whether the sizes are rows of each head.
+        sizes: sizes of the two parts.
+        by_head: whether the sizes count rows of each head; if not, they count columns.
     """
 
     def __init__(self, sizes: tuple[int, int], by_head: bool) -> None:
@@ -22,12 +22,12 @@ class Apart(nn.Module):
         self.by_head = by_head
 
     def forward(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        """The weight."""
+        """The weight that the parts form."""
         whole = torch.cat((first, second), dim=1)
         return whole.flatten(0, 1) if self.by_head else whole
 
     def right_inverse(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The parts of ``weight``, from which :meth:`forward` makes it again."""
+        """The parts of ``weight``; :meth:`forward` puts them together again."""
         whole = weight.unflatten(0, (-1, sum(self.sizes))) if self.by_head else weight
         first, second = whole.split(self.sizes, dim=1)
         return first.clone(), second.clone()
@@ -37,7 +37,7 @@ class Heads(nn.Module):
     """The weight of an output projection as one matrix for each head, ``[heads, rows, columns]``.
 
     Args:
-        heads: how many there are.
+        heads: number of heads.
     """
 
     def __init__(self, heads: int) -> None:
@@ -45,28 +45,28 @@ class Heads(nn.Module):
         self.heads = heads
 
     def forward(self, by_head: torch.Tensor) -> torch.Tensor:
-        """The weight."""
+        """The weight that the parts form."""
         return by_head.transpose(0, 1).flatten(1)
 
     def right_inverse(self, weight: torch.Tensor) -> torch.Tensor:
-        """The parts of ``weight``, from which :meth:`forward` makes it again."""
+        """The parts of ``weight``; :meth:`forward` puts them together again."""
         return weight.unflatten(1, (self.heads, -1)).transpose(0, 1).contiguous()
 
 
 @contextmanager
 def parts_apart(attentions: Sequence[nn.Module]) -> Iterator[None]:
-    """Split each projection into blocks that get their own learning rate, for the time of a ``with`` block.
+    """Split each projection into blocks that get their own learning rate, inside a ``with`` block.
 
     The weights of these blocks differ in scale:
 
-    - of ``q_proj``, the part without RoPE and the rotary part, because their keys differ in scale;
-    - of ``kv_b_proj``, the part that makes keys and the part that makes values;
-    - with QK-norm, of ``kv_a_proj_with_mqa``, the columns for the keys, which may be hundreds of times larger than the
-      layer's input, and the columns for that input;
-    - of all of these and ``o_proj``, the heads, each of which is a matrix of its own.
+    - ``q_proj`` is split into the part without RoPE and the rotary part, because their keys differ in scale.
+    - ``kv_b_proj`` is split into the part that makes keys and the part that makes values.
+    - ``kv_a_proj_with_mqa``, with QK-norm, is split into the columns for the keys and the columns for the layer's
+      input, because the keys may be hundreds of times larger than the input.
+    - ``q_proj``, ``kv_b_proj`` and ``o_proj`` are also split into heads, and each head is a matrix of its own.
 
     Args:
-        attentions: with ``nope_dim``, ``rope_dim`` and ``v_dim``.
+        attentions: modules with ``nope_dim``, ``rope_dim`` and ``v_dim``.
     """
     split = []
     for attention in attentions:

@@ -1,18 +1,26 @@
-"""Length, passes and learning rate that suit a model, by how much its conversion lost."""
+"""Window length, passes and learning rate for healing a model, from how much its conversion lost."""
 
 import math
 
-RATE = 0.002  # of a model that is 1 nat per token from its source, in steps of 512 tokens
+RATE = 0.002  # learning rate for a model that is 1 nat per token from its source, in steps of 512 tokens
 LONGEST, SHORTEST = 1024, 256  # tokens in a window
-LITTLE = 0.2  # nats per token, up to which each window is seen once, and beyond it twice
+LITTLE = 0.2  # nats per token; with at most this loss each window is seen once, and with more it is seen twice
 
 
 def suited_length(divergence: float) -> int:
-    """Tokens in a window for a model that is so many nats per token from its source.
+    """Tokens in a window for a model that is ``divergence`` nats per token from its source.
 
-    Where little was lost, it was lost at long distances; where much was, more steps on fewer tokens bring more.
-    Measured, each window once, at 0.16 nats (1,024 better than 512, and that than 256) and at 1.9 (256 better than 512,
-    and that than 1,024); at 0.48, 512 twice is better than 1,024 once."""
+    A model that lost little lost it at long distances, so it needs long windows. A model that lost much gains more from
+    more steps on fewer tokens. Measured, with each window seen once unless the table says otherwise:
+
+    ================== ==========================================
+    nats per token     window lengths, best first
+    ================== ==========================================
+    0.16               1,024; 512; 256
+    0.48               512, each seen twice; 1,024, each seen once
+    1.9                256; 512; 1,024
+    ================== ==========================================
+    """
     length = LONGEST
     while length > SHORTEST and length * divergence > 400:
         length //= 2
@@ -20,17 +28,36 @@ def suited_length(divergence: float) -> int:
 
 
 def suited_passes(divergence: float) -> int:
-    """How often a model that is so many nats per token from its source should see each window.
+    """How often a model that is ``divergence`` nats per token from its source should see each window.
 
-    Measured at 0.10 nats (twice loses 0.8% more perplexity than once), at 0.31 (0.4% less), at 0.48 (2% less, in
-    windows of 512 for 1,024) and at 1.1 (5% less)."""
+    Measured:
+
+    ================== ==========================================================
+    nats per token     perplexity after seeing windows twice instead of once
+    ================== ==========================================================
+    0.10               0.8% higher
+    0.31               0.4% lower
+    0.48               2% lower (windows of 512 seen twice, of 1,024 seen once)
+    1.1                5% lower
+    ================== ==========================================================
+    """
     return 2 if divergence > LITTLE else 1
 
 
 def suited_rate(divergence: float, tokens: int) -> float:
-    """A learning rate for a model that is so many nats per token from its source, in steps of so many tokens.
+    """A learning rate for a model that is ``divergence`` nats per token from its source, in steps of ``tokens`` tokens.
 
-    The more was lost, the further have weights to go; the fewer tokens in a step, the less is known of where to.
-    Measured at 0.16 nats (512 tokens: 0.0006 and 0.001 alike, 0.002 worse; 256: 0.0004 and 0.0006 alike) and at 1.8
-    (512: 0.002 and 0.003 alike, 0.001 worse; 256: 0.002 better than 0.0014; 128: 0.002 fails, 0.0014 does not)."""
+    The rate grows with the divergence, because weights have further to go. It shrinks with fewer tokens in a step,
+    because their gradient is less certain. Measured:
+
+    ================== ============ ==============================================
+    nats per token     tokens       learning rates
+    ================== ============ ==============================================
+    0.16               512          0.0006 and 0.001 equally good; 0.002 is worse
+    0.16               256          0.0004 and 0.0006 equally good
+    1.8                512          0.002 and 0.003 equally good; 0.001 is worse
+    1.8                256          0.002 is better than 0.0014
+    1.8                128          0.0014 works; 0.002 fails
+    ================== ============ ==============================================
+    """
     return RATE * math.sqrt(divergence * tokens / 512)

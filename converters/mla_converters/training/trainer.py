@@ -1,4 +1,4 @@
-"""Training with transformers' Trainer, on one device, from the last checkpoint that an earlier run left."""
+"""Training with transformers' Trainer on one device, which goes on from the last checkpoint of an earlier run."""
 
 import errno
 import os
@@ -18,13 +18,13 @@ from mla_converters.training.distillation import Distillation
 from mla_converters.training.relative import relative_rates
 
 WARMUP = 5  # steps
-SAVES = 20  # times, so that an interruption loses at most a twentieth of the steps
-SAVED_BYTES = 12  # of a weight that is trained: itself and Adam's two moments, in float32
-COMPLETE = "trainer_state.json"  # the file that Trainer writes last of a checkpoint
+SAVES = 20  # checkpoints in a run, so that an interruption loses at most a twentieth of the steps
+SAVED_BYTES = 12  # bytes per trained weight in a checkpoint: the weight and Adam's two moments, in float32
+COMPLETE = "trainer_state.json"  # the file that Trainer writes last in a checkpoint
 
 
 class _Steps(TrainerCallback):
-    """Tells of each step, and of its loss."""
+    """Reports each step and its loss."""
 
     def __init__(self, advance: Callable[[int, float], None]) -> None:
         self._advance = advance
@@ -37,7 +37,7 @@ class _Steps(TrainerCallback):
 
 
 class OneDevice(TrainingArguments):
-    """Trainer's arguments for one device, where its own would take all GPUs."""
+    """Trainer's arguments, limited to one device, because by default Trainer uses all GPUs."""
 
     @property
     def n_gpu(self) -> int:
@@ -54,17 +54,17 @@ def train(
     folder: Path,
     advance: Callable[[int, float], None],
 ) -> None:
-    """Train, or go on from what an earlier run left in ``folder``.
+    """Train; if an earlier run left a checkpoint in ``folder``, go on from it.
 
     Args:
         model: changed in place.
-        windows: ``[windows, tokens]`` token ids to train on, each once before any comes again.
-        steps: of Adam.
-        rate: in the first steps, relative to each matrix's root mean square; falls by a cosine.
-        options: batch and seed.
-        device: where both models are.
-        folder: for Trainer's checkpoints.
-        advance: called with the number of steps done and the last one's loss.
+        windows: ``[windows, tokens]`` token ids to train on; all are seen before any is seen again.
+        steps: number of steps of Adam.
+        rate: learning rate as a fraction of each matrix's root mean square; cosine decay.
+        options: batch size and seed.
+        device: the device of both models.
+        folder: the folder of Trainer's checkpoints.
+        advance: called with the number of steps done and the loss of the last one.
 
     Raises:
         OSError: the disk is full.
@@ -75,7 +75,7 @@ def train(
         per_device_train_batch_size=options.batch_size,
         lr_scheduler_type="cosine",
         warmup_steps=min(WARMUP, steps - 1),
-        max_grad_norm=0,  # of tensors whose scales are arbitrary, a norm says nothing
+        max_grad_norm=0,  # off, because a norm over tensors of arbitrary scale says nothing
         save_strategy="steps",
         save_steps=max(1, steps // SAVES),
         save_total_limit=1,
@@ -101,13 +101,13 @@ def train(
     trainer.remove_callback(PrinterCallback)
     try:
         trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
-    except (SafetensorError, RuntimeError) as error:  # either is what a full disk comes out as
+    except (SafetensorError, RuntimeError) as error:  # a full disk may raise either
         if shutil.disk_usage(folder).free < SAVED_BYTES * sum(weight.numel() for weight in model.parameters()):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
         raise
 
 
 def _last_checkpoint(folder: Path) -> str | None:
-    """The newest that was written to its end."""
+    """The newest checkpoint that is complete."""
     whole = [path.parent for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{COMPLETE}")]
     return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None

@@ -11,7 +11,7 @@ class PartialRope:
     """A source layer after RoRoPE (arXiv 2502.07864, section 4.2): an
     :class:`mla_converters.streaming.layers.Attention`.
 
-    RoPE turns the components of the keys that the rotation keeps, and leaves the other components of each KV head alone.
+    RoPE turns the components of the keys that the rotation keeps, and leaves each KV head's other components alone.
     The result is that of a converted layer of full rank, but takes only three fifths of its products on SmolLM2.
 
     Args:
