@@ -73,12 +73,12 @@ def test_a_turn_ends_with_a_special_token_or_when_it_is_long(monkeypatch: pytest
         ("{{ raise_exception('no users here') }}", "chat template fails: no users here"),
         ("{{ messages | broken }}", "chat template fails"),
         ("{{ 1 // 0 }}", "chat template fails: integer division"),
-        ("{% for m in messages %}<u>{{ m.content | upper }}{% endfor %}", "does not keep turns as they are"),
+        ("{% for m in messages %}<u>{{ m.content | upper }}{% endfor %}", "changes turns, joins them or reorders them"),
         (
             "{{ 'a b ' * 300 }}{% for m in messages %} {{ m.content }} {% endfor %}",
             "leaves no room in conversations of 512",
         ),
-        ("{% for m in messages %}{{ m.content }}{% endfor %}", "does not keep turns as they are"),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", "changes turns, joins them or reorders them"),
     ],
 )
 def test_refused_templates(refusal: Refused, tmp_path: Path, template: str | None, reason: str) -> None:

@@ -77,7 +77,10 @@ def _check_options(options: EvalOptions) -> None:
     """Refuse wrong options before anything is loaded."""
     if options.engine == Engine.VLLM:
         if options.device is not None:
-            raise ConversionError("--device is for --engine hf; vLLM runs where it was built for: leave it out.")
+            raise ConversionError(
+                "--device works only with --engine hf, because vLLM runs on the hardware for which it was built: "
+                "leave it out."
+            )
         require("vllm", "--engine vllm", "install vLLM (extra cuda or cpu of this package), or use --engine hf")
         return
     usable_device(options.device or "cpu")

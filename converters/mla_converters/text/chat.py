@@ -52,7 +52,7 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, length: int) -> ChatTempla
         before, _, text = text.partition(turn["content"])
         parts.append(tokenizer(before, add_special_tokens=False).input_ids)
     if not all(parts):
-        raise ConversionError(f"The source's chat template does not keep turns as they are, apart, in order. {instead}")
+        raise ConversionError(f"The source's chat template changes turns, joins them or reorders them. {instead}")
     if len(parts[0]) >= length:
         raise ConversionError(
             f"The source's chat template begins with {len(parts[0])} tokens of its own, which leaves no room in "

@@ -39,7 +39,9 @@ def training_windows(
     share = tokens // len(origins) // length
     if share * len(origins) < LEAST:
         needed = length * max(LEAST, len(origins))
-        raise ConversionError(f"--tokens is {tokens}, but must be at least {needed}: windows of {length}.")
+        raise ConversionError(
+            f"--tokens is {tokens}, but must be at least {needed}, because windows have {length} tokens."
+        )
     texts = read_texts(source, origins)
     generator = torch.Generator().manual_seed(seed)
     of_each = text_windows(source, texts, share, length, _cut, generator, progress, WRITTEN_LENGTH)

@@ -24,8 +24,8 @@ class Mha2mla:
         budget = asked_budget(shape, sizes)
         if shape.qk_norm:
             raise ConversionError(
-                "Method mha2mla takes keys apart by their projection alone, and the source normalises keys after it "
-                "(QK-norm): use --method attention-aware."
+                "Method mha2mla splits keys by their projection alone, but the source normalises keys after that "
+                "projection (QK-norm): use --method attention-aware."
             )
         check_sizes(shape.kv_heads, shape.head_dim, budget.qk_rope_head_dim, budget.kv_lora_rank, self.options.svd)
         return budget
