@@ -42,7 +42,7 @@ def conversion_cost(
 ) -> Cost:
     """The cost of a conversion.
 
-    Time is the sum of the seconds to read and write the weights, and of these in each layer:
+    Time is the seconds to read and write the weights, and in each layer these seconds:
 
     - ``CALIBRATION * tokens * parameters``, where the second moments of ``2 * g * d`` keys and values count as
       ``2 * (2 * g * d) ** 2`` parameters;

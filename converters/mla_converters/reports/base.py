@@ -16,7 +16,7 @@ class Part(BaseModel):
 
 
 class Report(Part):
-    """A report of what a command measured or did. One command writes it, and another reads it with :meth:`parse`.
+    """The result of a command. One command writes the report, and another reads it with :meth:`parse`.
 
     Attributes:
         format_version: version of the report's format; a reader refuses other versions.

@@ -212,7 +212,7 @@ def logits(source: Source, hidden: list[torch.Tensor], device: str) -> Iterator[
 
 
 def source_layers(source: Source, device: str, first: int = 0) -> Iterator[SourceLayer]:
-    """The layers of the source in order, from number ``first`` on. Asking for the next layer drops the last one."""
+    """The layers of the source in order, from number ``first`` on. Each is dropped when the next one is asked for."""
     for index, module in list(enumerate(source.skeleton().model.layers))[first:]:
         yield SourceLayer(source, index, module, device)
         module.to("meta")

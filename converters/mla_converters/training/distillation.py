@@ -1,4 +1,4 @@
-"""Training a converted model to predict what its source predicts (knowledge distillation, arXiv 1503.02531)."""
+"""Training a converted model to give its source's predictions (knowledge distillation, arXiv 1503.02531)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

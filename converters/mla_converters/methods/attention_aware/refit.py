@@ -23,7 +23,7 @@ class Refit:
     """Steps and rate of a refit.
 
     Attributes:
-        steps: of Muon, on :data:`QUERIES` tokens of each of :data:`BATCH` windows; 0 for the closed form alone.
+        steps: number of steps of Muon, each on :data:`QUERIES` tokens of :data:`BATCH` windows; 0 for no refit.
         rate: learning rate as a fraction of each matrix's root mean square, for a layer that lost everything. It is
             scaled by the square root of the layer's error, because where little was lost, steps this large lose more
             than they repair.
