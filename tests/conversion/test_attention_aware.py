@@ -67,7 +67,7 @@ def model(statistics: AttentionStatistics) -> ScoreModel:
 
 @pytest.fixture(params=["llama", "qwen3"])
 def layer(request: pytest.FixtureRequest, tmp_path: Path) -> SourceLayer:
-    """The first layer of a model, without and with QK-norm."""
+    """The first layer of a model without QK-norm, and of one with QK-norm."""
     model = RandomModel(request.param, heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM, hidden=96)
     folder = model.save(tmp_path / "source")
     with open_source(str(folder)) as source:
@@ -78,12 +78,12 @@ def test_real_map_multiplies_complex_numbers() -> None:
     matrix = torch.complex(random(2, 3, 4, 5), random(2, 3, 4, 5, seed=1))
     x = torch.complex(random(4, 5), random(4, 5, seed=1))
     expected = torch.einsum("abcd,cd->ab", matrix, x)
-    got = real_map(matrix) @ torch.stack((x.real, x.imag), dim=1).flatten()  # heads, halves, pairs
+    got = real_map(matrix) @ torch.stack((x.real, x.imag), dim=1).flatten()  # ordered by head, half and pair
     torch.testing.assert_close(got, torch.stack((expected.real, expected.imag), dim=1).flatten())
 
 
 def test_phase_map_turns_the_score() -> None:
-    """A query under the map of ``exp(-i f distance)`` scores an unrotated key as RoPE does at that distance."""
+    """With phase ``exp(-i f distance)``, a mapped query and an unrotated key score as with RoPE at that distance."""
     freqs, distance = torch.tensor([0.7, 0.2, 0.05], dtype=torch.float64), 3
     q, k = random(6), random(6, seed=1)
     turned = torch.stack((q, k)).repeat_interleave(4, dim=0).view(2, 4, 6)
@@ -105,7 +105,7 @@ def test_nothing_truncated_is_exact(model: ScoreModel, scaled: bool) -> None:
 
 
 def test_algebra_stays_on_its_device(model: ScoreModel) -> None:
-    """On torch's meta device, which stands for any other than the CPU: tensors of two devices do not mix."""
+    """The meta device stands for any device but the CPU, because tensors of two devices cannot be mixed."""
     elsewhere = ScoreModel(**{name: tensor.to("meta") for name, tensor in vars(model).items()})
     freqs = torch.rand(HEAD_DIM // 2, device="meta")
     maps = balanced(attention_aware_map(elsewhere, freqs, 24, 24, Weighing()), elsewhere.key_value)
@@ -117,7 +117,7 @@ def test_algebra_stays_on_its_device(model: ScoreModel) -> None:
 
 
 def test_statistics_by_hand(layer: SourceLayer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One window in several blocks, against loops over pairs of tokens."""
+    """Statistics of one window in several blocks equal those of loops over pairs of tokens."""
     monkeypatch.setattr("mla_converters.methods.attention_aware.statistics.BLOCK", 3)
     hidden = torch.randn(1, 7, 96, generator=torch.Generator().manual_seed(0))
     got = attention_statistics(layer, hidden)
@@ -152,7 +152,7 @@ def test_statistics_by_hand(layer: SourceLayer, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_what_costs_most_keeps_rope(statistics: AttentionStatistics) -> None:
-    """Where a rotation loses nothing, RoPE is not kept as long as energy does not count."""
+    """A component whose lost rotation costs nothing does not keep RoPE, as long as its energy has no weight."""
     phase = statistics.phase.clone()
     phase[:, 2:] /= phase[:, 2:].abs()
     model = score_model(
@@ -163,7 +163,7 @@ def test_what_costs_most_keeps_rope(statistics: AttentionStatistics) -> None:
 
 
 def converted(layer: SourceLayer, hidden: torch.Tensor) -> LatentAttention:
-    """The layer's attention with half the cache."""
+    """The layer's attention, converted to half of the cache."""
     plain = layer.moments(hidden).kv
     model = score_model(attention_statistics(layer, hidden), plain, KV_HEADS)
     maps = attention_aware_map(model, layer.freqs, rope_dim=24, kv_lora_rank=24, weighing=Weighing())
@@ -181,7 +181,7 @@ def test_attention_at_some_positions(layer: SourceLayer, block: int, monkeypatch
 
 
 def test_scores_are_not_rounded_to_16_bits(layer: SourceLayer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under autocast, torch's kernels keep scores in float32 where plain products would not; also with QK-norm."""
+    """Under autocast, torch's kernels keep scores in float32, unlike plain products; also with QK-norm."""
     hidden = torch.randn(2, 32, 96, generator=torch.Generator().manual_seed(0))
     attention = converted(layer, hidden)
     with torch.inference_mode():
@@ -193,7 +193,7 @@ def test_scores_are_not_rounded_to_16_bits(layer: SourceLayer, monkeypatch: pyte
 
 
 def test_parts_are_taken_apart_and_put_together_again(layer: SourceLayer) -> None:
-    """Queries with and without RoPE, keys and values, and a latent's map of keys: each head's rows at their places."""
+    """Splitting projections and joining them again puts every head's rows and columns back into their places."""
     hidden = torch.randn(2, 32, 96, generator=torch.Generator().manual_seed(0))
     attention = converted(layer, hidden)
     before = attention.weights()
@@ -223,8 +223,8 @@ def attended(layer: SourceLayer, windows: int, seed: int) -> Examples:
 
 
 def test_output_is_fitted_by_least_squares(layer: SourceLayer) -> None:
-    """Of a projection that gives half of what it should. The gradient of the weighted error is what a ridge holds
-    against: opposite to the change. Nothing else moves."""
+    """A projection that was halved is repaired. The gradient of the weighted error is opposite to the change, because
+    the ridge balances it. No other weight changes."""
     examples = attended(layer, windows=12, seed=0)
     attention, error = converted(layer, examples.hidden), layer.comparison(attended(layer, 4, seed=1).hidden)
     lost = error(attention)
@@ -244,7 +244,7 @@ def test_output_is_fitted_by_least_squares(layer: SourceLayer) -> None:
 
 
 def test_output_stays_where_nothing_is_to_be_learned(layer: SourceLayer) -> None:
-    """Of noise, on tokens too few to tell."""
+    """The projection does not change if the targets are noise and there are few tokens."""
     hidden = torch.randn(2, 32, 96, generator=torch.Generator().manual_seed(0))
     attention = converted(layer, hidden)
     before = attention.weights()["o_proj.weight"].clone()
@@ -257,7 +257,7 @@ def test_output_stays_where_nothing_is_to_be_learned(layer: SourceLayer) -> None
 
 @pytest.mark.parametrize("scale", [1.0, 0.01])
 def test_refit_lowers_the_error(layer: SourceLayer, scale: float) -> None:
-    """Also where values are much smaller than keys, as with QK-norm they are."""
+    """It also does if values are much smaller than keys, as with QK-norm."""
     for name, factor in {"v_proj.weight": scale, "k_norm.weight": 1 / scale, "q_norm.weight": scale}.items():
         if name in layer.attention_weights:
             layer.attention_weights[name] *= factor
@@ -283,7 +283,7 @@ def test_refit_lowers_the_error(layer: SourceLayer, scale: float) -> None:
 
 
 def test_refit_steps_are_as_large_as_the_error(layer: SourceLayer) -> None:
-    """Nothing lost, nothing changed; with a quarter of the squared error, a first step is half as large."""
+    """A layer without error does not change. With a quarter of the squared error, the first step is half as large."""
     hidden = torch.randn(8, 32, 96, generator=torch.Generator().manual_seed(0))
     moved = {}
     for error in (0.0, 0.09, 0.36, 1.0, 9.0):
@@ -299,13 +299,13 @@ def test_refit_steps_are_as_large_as_the_error(layer: SourceLayer) -> None:
 
 @pytest.mark.parametrize("experts", [{}, MIXTRAL_EXPERTS], ids=["dense", "mixture"])
 def test_refit_of_what_comes_out_of_the_attention(experts: dict[str, int], tmp_path: Path) -> None:
-    """It reads no experts."""
+    """A refit to the stream after the attention never reads the experts."""
     model = RandomModel("mixtral" if experts else "llama", HEADS, KV_HEADS, HEAD_DIM, hidden=96, experts=experts)
     hidden = torch.randn(8, 32, 96, generator=torch.Generator().manual_seed(0))
     with open_source(str(model.save(tmp_path / "source"))) as source:
         layer = next(source_layers(source, "cpu"))
         attention, error = converted(layer, hidden), layer.comparison(hidden)
-    before, expected = error(attention), hidden.clone()  # from here on, experts could not be read
+    before, expected = error(attention), hidden.clone()  # the source is closed, so experts can no longer be read
     layer.add_attention(expected, layer.attend)
     generator = torch.Generator().manual_seed(0)
     refit_layer(attention, layer, hidden, expected, before, Refit(steps=60), generator, through_mlp=False)
@@ -324,7 +324,7 @@ def test_mixtures_are_refitted_without_their_mlp(tmp_path: Path) -> None:
 
 
 def test_refit_of_a_single_window(tmp_path: Path) -> None:
-    """The last window of text is refitted on too, so one is enough."""
+    """The refit uses the last window of text too, so one window is enough."""
     source = RandomModel(heads=HEADS, kv_heads=KV_HEADS, head_dim=32, hidden=96).save(tmp_path / "source")
     for steps in (0, 3):
         options = asked(512, refit_steps=steps)
@@ -335,8 +335,8 @@ def test_refit_of_a_single_window(tmp_path: Path) -> None:
 
 
 def test_too_few_tokens_for_least_squares(tmp_path: Path) -> None:
-    """Eight for each of 192 numbers that heads read, 512 of them random. It is said where there are fewer, unless there
-    is nothing to be fitted."""
+    """The fit needs 8 tokens for each of the 192 numbers that the heads read; 512 of the tokens are random. With fewer,
+    the report has a warning, unless there is nothing to fit."""
     source = RandomModel(heads=HEADS, kv_heads=KV_HEADS, head_dim=32, hidden=96).save(tmp_path / "source")
 
     def report(name: str, tokens: int, cache_ratio: float = 0.5, **method: Any) -> ConversionReport:
@@ -356,7 +356,7 @@ def test_too_few_tokens_for_least_squares(tmp_path: Path) -> None:
 
 
 def asked(tokens: int, **method: Any) -> ConvertOptions:
-    """Options of a conversion that is calibrated on this many tokens."""
+    """Options of a conversion with ``tokens`` of calibration text."""
     return ConvertOptions(
         method=AttentionAwareOptions(**method), calibration=(str(CALIBRATION),), calibration_tokens=tokens
     )
@@ -378,16 +378,16 @@ def test_every_ingredient_does_something(tmp_path: Path) -> None:
         with torch.inference_mode():
             return load(out)(ids).logits
 
-    # The search may find what --without joint-choice gives.
+    # Without the search, because it may find the map that --without joint-choice gives.
     base = {Ingredient.JOINT_CHOICE: frozenset({Ingredient.SEARCH})}
-    for steps, only in {0: Ingredient.MLP, 3: Ingredient.LEAST_SQUARES}.items():  # what the other way of fitting has
+    for steps, only in {0: Ingredient.MLP, 3: Ingredient.LEAST_SQUARES}.items():  # only the other fit has it
         for name in set(Ingredient) - {only}:
             others = base.get(name, frozenset())
             assert not torch.equal(logits(steps, others | {name}), logits(steps, others)), name
 
 
 def test_random_tokens_help_where_the_text_says_nothing(tmp_path: Path) -> None:
-    """Of a model that calibrates on a text of few words."""
+    """With a calibration text of few words, random tokens lower the error of the converted model."""
     source = RandomModel(heads=HEADS, kv_heads=KV_HEADS, head_dim=32, hidden=96).save(tmp_path / "source")
     (tmp_path / "text.txt").write_text("all the notices and all the terms " * 200)
     ids = torch.randint(0, 128, (4, 64), generator=torch.Generator().manual_seed(1))
@@ -403,7 +403,7 @@ def test_random_tokens_help_where_the_text_says_nothing(tmp_path: Path) -> None:
     assert error("with", frozenset()) < 0.7 * error("without", frozenset({Ingredient.RANDOM_TOKENS}))
 
 
-ERRORS = {  # of SmolLM2 on WikiText-2, by rotary keys; and the split that healing leaves best, of those tried
+ERRORS = {  # for each cache size: SmolLM2's errors on WikiText-2 by rotary size, and the best rotary size once healed
     192: ({40: 0.0757, 48: 0.0573, 64: 0.0460, 80: 0.0495}, 48),
     128: ({32: 0.1611, 40: 0.1234, 48: 0.1147, 56: 0.1145, 64: 0.1215}, 40),
     96: ({24: 0.2629, 32: 0.2028, 40: 0.1778, 48: 0.1803}, 32),
@@ -419,7 +419,7 @@ def test_widest_latent_that_loses_little_more(width: int) -> None:
 
 
 def test_splits_that_are_searched() -> None:
-    """From a quarter to more than half of the cache keeps RoPE; sizes with fast GPU kernels stay as they are."""
+    """Candidates give 1/4 to 7/12 of the cache to RoPE. A size with fast GPU kernels has no other candidate."""
     splits = candidate_budgets(kv_heads=3, head_dim=64, budget=CacheBudget(32, 16))
     assert splits == [CacheBudget(48 - rope, rope) for rope in (12, 16, 20, 24, 28)]
     wider = candidate_budgets(kv_heads=3, head_dim=64, budget=CacheBudget(64, 32))

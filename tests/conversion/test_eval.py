@@ -1,4 +1,4 @@
-"""``vllm-mla eval``: numbers checked against an independent computation, what it refuses, what it writes."""
+"""``vllm-mla eval``: its numbers against an independent computation, its refusals and its output."""
 
 import importlib.util
 import json
@@ -29,7 +29,7 @@ Run = Callable[..., dict[str, Any]]
 
 @pytest.fixture
 def run(command_line: CommandLine, tmp_path: Path) -> Run:
-    """Runs the command in this process; returns its JSON, and the table under ``table``."""
+    """Run the command in this process; return its JSON report, with the printed table under ``table``."""
 
     def command(*arguments: object) -> dict[str, Any]:
         report = tmp_path / "report.json"
@@ -42,19 +42,19 @@ def run(command_line: CommandLine, tmp_path: Path) -> Run:
 
 @pytest.fixture
 def refused(refusal: Refused) -> Refused:
-    """Runs an evaluation that must be refused; returns its one sentence."""
+    """Run an evaluation that must be refused; return the sentence that it prints."""
     return partial(refusal, "eval")
 
 
 @pytest.fixture(scope="module")
 def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Vocabulary of 199, context of 256, one token per character."""
+    """A model with a vocabulary of 199, a context of 256, and one token per character."""
     return RandomModel().save(tmp_path_factory.mktemp("random") / "model")
 
 
 @torch.inference_mode()
 def windows_and_logits(folder: Path, windows: int = 2, length: int = 256) -> tuple[torch.Tensor, torch.Tensor]:
-    """The protocol, written again: token ids ``[windows, length]`` and logits ``[windows, length - 1, vocab]``."""
+    """A second implementation of the protocol: ids ``[windows, length]``, logits ``[windows, length - 1, vocab]``."""
     ids = AutoTokenizer.from_pretrained(folder)(DEMO_TEXT.read_text(), return_tensors="pt").input_ids[0]
     ids = ids[: windows * length].view(windows, length)
     return ids, load(folder)(ids, use_cache=False).logits[:, :-1]
@@ -65,7 +65,7 @@ def perplexity(ids: torch.Tensor, logits: torch.Tensor) -> float:
 
 
 def test_all_measures_on_the_real_model(run: Run, smollm2: Path, exact: Path, half: Path, tmp_path: Path) -> None:
-    """Two conversions against their source: every number equals the one computed here."""
+    """Two conversions are compared with their source. Every number equals the one that is computed here."""
     report = run(half, exact, "--reference", smollm2, *CUT)
     ids, reference_logits = windows_and_logits(smollm2)
     _, half_logits = windows_and_logits(half)
@@ -104,7 +104,7 @@ def test_all_measures_on_the_real_model(run: Run, smollm2: Path, exact: Path, ha
 
 
 def with_context(model: Path, context: int, folder: Path) -> Path:
-    """The same model, which says that its context is shorter."""
+    """A copy of the model whose configuration has a shorter context."""
     folder.mkdir()
     for file in model.iterdir():
         (folder / file.name).symlink_to(file.resolve())
@@ -115,7 +115,7 @@ def with_context(model: Path, context: int, folder: Path) -> Path:
 
 
 def test_vllm_engine(run: Run, smollm2: Path, exact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The engine's numbers are transformers', up to windows that fill the context; it says that it has no KL."""
+    """The engine gives transformers' numbers, even for windows that fill the context, and reports no KL."""
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     reference = with_context(smollm2, 256, tmp_path / "reference")
     report = run(exact, "--reference", reference, *CUT, "--engine", "vllm")
@@ -130,7 +130,7 @@ def test_vllm_engine(run: Run, smollm2: Path, exact: Path, tmp_path: Path, monke
 
 
 def test_vllm_failure(refused: Refused, random_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM's CPU attention has no kernel for heads of 16: its own words arrive in one sentence."""
+    """vLLM's CPU attention has no kernel for heads of 16. Its message arrives in one sentence."""
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     line = refused(random_model, *CUT, "--length", 64, "--engine", "vllm")
     assert "vLLM cannot score" in line and "head_dim=16" in line
@@ -142,7 +142,7 @@ def test_vllm_that_dies(refused: Refused, random_model: Path, monkeypatch: pytes
 
 
 def test_wikitext2_protocol(run: Run, random_model: Path, tmp_path: Path) -> None:
-    """Rows are lines with their breaks, blank ones empty, joined by blank lines; the whole text is scored."""
+    """Rows are lines with their line breaks, or empty. They are joined by blank lines, and all text is scored."""
     lines = " = Title = \n \n" + "".join(f" Line {i} . \n" for i in range(50))
     (tmp_path / "wiki.raw").write_text(lines)
     assert wikitext_rows(lines)[:3] == [" = Title = \n", "", " Line 0 . \n"]
@@ -179,7 +179,7 @@ def test_measures_of_known_numbers() -> None:
 
 
 def test_standard_error_of_a_ratio() -> None:
-    """Windows whose mean losses differ from the reference's by 0, 1 and 2 nats: e, give or take 1 / sqrt(3) of it."""
+    """The windows' mean losses exceed the reference's by 0, 1 and 2 nats: the ratio is e, with error e / sqrt(3)."""
     none = TokenScores(torch.rand(3, 4), torch.zeros(3, 4, dtype=torch.int64))
     lost = torch.tensor([[0.0, 0, 0, 0], [2, 0, 1, 1], [2, 2, 2, 2]])
     compared = comparison(TokenScores(none.losses + lost, none.top1), none)
@@ -188,7 +188,7 @@ def test_standard_error_of_a_ratio() -> None:
 
 
 def test_kl_of_known_distributions() -> None:
-    """KL((1/2, 1/2) || (1/4, 3/4)) = log(4/3) / 2; the shift of logits does not matter; chunks join."""
+    """KL((1/2, 1/2) || (1/4, 3/4)) = log(4/3) / 2, even if logits are shifted, and for more than one chunk."""
     reference = torch.tensor([1.0, 1.0]).expand(300, -1)
     model = torch.tensor([0.25, 0.75]).log().expand(300, -1) + 5
     assert torch.allclose(kl_per_token(reference, model), torch.full((300,), math.log(4 / 3) / 2), atol=1e-6)
@@ -202,7 +202,7 @@ def test_plot(run: Run, random_model: Path, tmp_path: Path) -> None:
 
 
 def test_gguf(run: Run, random_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Unpacked first, and named as given. The unpacking, which ``convert`` shares, is a stand-in."""
+    """A GGUF file is unpacked and keeps its name. Here a stand-in unpacks it; ``convert`` uses the real one."""
 
     def unpack(path: Path, folder: Path) -> None:
         shutil.copytree(random_model, folder, dirs_exist_ok=True)
@@ -253,7 +253,7 @@ def test_refused_models(refused: Refused, random_model: Path, tmp_path: Path) ->
 
 
 def test_refused_weights(refused: Refused, random_model: Path, tmp_path: Path) -> None:
-    """A checkpoint that lacks tensors would be scored with random ones in their place."""
+    """A checkpoint that lacks tensors is refused, because it would be scored with random tensors instead."""
     model = Path(shutil.copytree(random_model, tmp_path / "model"))
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
@@ -280,7 +280,7 @@ def test_missing_packages(refused: Refused, random_model: Path, monkeypatch: pyt
 
 
 def test_dataset(refused: Refused, run: Run, random_model: Path, tmp_path: Path) -> None:
-    """Rows are joined by blank lines; a data set here is a folder that ``datasets`` reads."""
+    """The rows of a data set are joined by blank lines. Here it is a local folder that ``datasets`` reads."""
     pytest.importorskip("datasets", reason="--dataset needs datasets")
     assert "must be ID[:CONFIG" in refused(random_model, "--dataset", "a:b:c:d:e")
     assert "cannot be loaded" in refused(random_model, "--dataset", "someone/some-text")
@@ -310,7 +310,7 @@ metric_list: [{{metric: acc}}]
 
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm_eval is not installed")
 def test_lm_eval(exact: Path, tmp_path: Path) -> None:
-    """lm-eval's vLLM model runs a converted checkpoint; the command is the one in ``docs/evaluating.md``."""
+    """lm-eval runs a converted checkpoint in vLLM with the command in ``docs/evaluating.md``."""
     questions = [
         {"question": "The capital of France is", "choices": [" Paris", " seven"], "answer": 0},
         {"question": "Two plus two equals", "choices": [" banana", " four"], "answer": 1},

@@ -1,4 +1,4 @@
-"""With nothing truncated, a converted model computes what its source computes."""
+"""A converted model from which nothing was truncated computes its source's function."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -43,24 +43,24 @@ VARIANTS = {
 
 
 def norm_in_own_dtype(self: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """As transformers' norm, which rounds to float32: two sums in another order would differ by that."""
+    """The norm without transformers' rounding to float32, because that makes sums in another order differ."""
     return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_exact_equals_source(variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Logits agree to 1e-9 in float64 (1e-4 in float32), beyond the original context of scaled RoPE too."""
+    """Logits agree to 1e-9 in float64 (1e-4 in float32), also beyond the original context of scaled RoPE."""
     monkeypatch.setattr(Qwen3RMSNorm, "forward", norm_in_own_dtype)
     monkeypatch.setattr(Qwen3MoeRMSNorm, "forward", norm_in_own_dtype)
     model = VARIANTS[variant]
     if "qwen3" in variant:
-        # The weight of the queries' norm is multiplied into others, which stored as float32 would be off by 4e-8.
+        # The weight of the queries' norm is multiplied into other weights. In float32, these would be off by 4e-8.
         model = replace(model, dtype=torch.float64)
     source = model.save(tmp_path / "source")
     out = convert(source, tmp_path / "mla", "--method", "exact")
     ids = torch.randint(0, 199, (2, 150), generator=torch.Generator().manual_seed(1))
     for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-4)):
-        # transformers' faster loop over experts has no float64.
+        # transformers' faster implementations of experts do not support float64.
         models = [load(folder, dtype, experts_implementation="eager") for folder in (source, out)]
         with torch.inference_mode():
             expected, got = (model(ids).logits for model in models)
@@ -71,7 +71,7 @@ def test_exact_equals_source(variant: str, tmp_path: Path, monkeypatch: pytest.M
 
 
 def attend(maps: LatentMap, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    """Attention under ``maps``, of queries ``[windows, H, tokens, d]``, keys and values with ``g`` heads."""
+    """Attention with ``maps`` on queries ``[windows, H, tokens, d]``, and on keys and values with ``g`` heads."""
     parts = [x.transpose(1, 2).flatten(2) for x in (q, k, v)]
     widths = [part.shape[-1] for part in parts]
     eye = torch.eye(sum(widths), dtype=torch.float64)
@@ -83,7 +83,7 @@ def attend(maps: LatentMap, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, s
 
 
 def test_maps_are_exact_in_float64() -> None:
-    """The mathematics without any model: full-rank TransMLA attention equals GQA attention to 1e-9."""
+    """Without any model, full-rank TransMLA attention equals GQA attention to 1e-9."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, heads, 40, 16, dtype=torch.float64, generator=generator) for heads in (6, 3, 3))
     freqs = torch.rand(8, generator=generator)
@@ -95,7 +95,7 @@ def test_maps_are_exact_in_float64() -> None:
 
 
 def test_smollm2_exact_logits(smollm2: Path, exact: Path) -> None:
-    """A real model: float32 logits equal the source's to 1e-4 relative."""
+    """The float32 logits of a real model equal the source's, with a relative error below 1e-4."""
     ids = torch.randint(0, 49152, (2, 200), generator=torch.Generator().manual_seed(2))
     with torch.inference_mode():
         expected, got = (load(folder)(ids).logits for folder in (smollm2, exact))
@@ -103,7 +103,7 @@ def test_smollm2_exact_logits(smollm2: Path, exact: Path) -> None:
 
 
 def test_transmla_with_nothing_truncated(tmp_path: Path) -> None:
-    """At full rank, RoRoPE (freqfold 1) only rotates: the function stays."""
+    """At full rank, RoRoPE (freqfold 1) only rotates the keys, so the function stays the same."""
     source = RandomModel(heads=6, kv_heads=3, hidden=96, bias=True).save(tmp_path / "source")
     out = convert(
         source,
@@ -118,7 +118,7 @@ def test_transmla_with_nothing_truncated(tmp_path: Path) -> None:
 
 
 def test_gguf_equals_folder(smollm2_gguf: Path, exact: Path, tmp_path: Path) -> None:
-    """A GGUF file converts to the same weights as the folder made of it."""
+    """A GGUF file converts to the same weights as a folder with the same model."""
     out = convert(smollm2_gguf, tmp_path / "mla", "--method", "exact")
     with safe_open(out / "model.safetensors", "pt") as a, safe_open(exact / "model.safetensors", "pt") as b:
         assert sorted(a.keys()) == sorted(b.keys())

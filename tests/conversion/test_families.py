@@ -1,4 +1,4 @@
-"""Real weights in every family: SmolLM2 as that architecture, its function unchanged."""
+"""Real weights in every family: SmolLM2 is written as that architecture, and computes the same function."""
 
 from itertools import islice
 from pathlib import Path
@@ -17,9 +17,9 @@ from scripts.as_family import as_family
 
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "mixtral"])
 def test_real_weights(family: str, smollm2: Path, tmp_path: Path) -> None:
-    """At half the cache, the conversion is the one that Llama gets; vLLM equals transformers."""
+    """At half of the cache, the family's conversion equals Llama's. vLLM agrees with transformers."""
     source = as_family(smollm2, family, tmp_path / "source")
-    # The same tokens for both: transformers gives every Qwen2 folder Qwen2's way of cutting text.
+    # Both get the same tokens, because transformers tokenises text for every Qwen2 folder in Qwen2's way.
     ids = AutoTokenizer.from_pretrained(smollm2)(CALIBRATION.read_text(), return_tensors="pt").input_ids
     windows = ids[:, :2048].view(4, 512)
     got, expected = (first_layers(folder, windows) for folder in (source, smollm2))
@@ -37,7 +37,7 @@ def test_real_weights(family: str, smollm2: Path, tmp_path: Path) -> None:
 
 
 def first_layers(folder: Path, windows: torch.Tensor, count: int = 4) -> list[dict[str, torch.Tensor]]:
-    """The first layers of a half-cache conversion."""
+    """The first ``count`` layers of a conversion to half of the cache."""
     with open_source(str(folder)) as source:
         conversion = transmla(source, windows, CacheBudget(128, 64), freqfold=2)
         return list(islice(converted_layers(source, conversion), count))

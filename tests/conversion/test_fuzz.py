@@ -1,4 +1,4 @@
-"""Damaged sources: each converts correctly or is refused in one sentence; ``FUZZ_EXAMPLES`` sets how many are tried."""
+"""Damaged sources are converted correctly or refused in one sentence. ``FUZZ_EXAMPLES`` sets their number."""
 
 import contextlib
 import hashlib
@@ -30,8 +30,8 @@ from mla_converters.cli.main import main
 from mla_converters.verify import SAMPLE, verify
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "60"))
-SOUND = 1e4  # size of a logit; beyond, and with NaN, a source overflows before it is converted
-SECONDS = 60  # for one case, most of which take less than one
+SOUND = 1e4  # largest logit of a sound source; one with larger logits, or NaN, overflows before it is converted
+SECONDS = 60  # time limit of a case; most cases take less than one second
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 CALIBRATED = ("--calibration", CALIBRATION, "--calibration-tokens", 512)
 METHODS = (
@@ -76,7 +76,7 @@ NOT_JSON = st.sampled_from((b"", b"{", b"null", b"[]", b"5", b'"text"', b"\xff\x
 
 @dataclass(frozen=True)
 class Damage:
-    """What is done to a source; ``what`` says it in reports of failures."""
+    """A damage to a source, and its description ``what`` for reports of failures."""
 
     what: str
     do: Callable[[Path], None] = field(repr=False)
@@ -88,7 +88,7 @@ def read(path: Path) -> Any:
 
 @st.composite
 def config_damage(draw: st.DrawFn) -> Damage:
-    """A key of ``config.json``, or of a dictionary in it, gets another value or goes."""
+    """A key of ``config.json``, or of a dictionary in it, gets another value or is removed."""
     pick, inner, value, remove = draw(st.integers(0, 999)), draw(st.integers(0, 99)), draw(HOSTILE), draw(st.booleans())
 
     def damage(folder: Path) -> None:
@@ -109,7 +109,7 @@ def config_damage(draw: st.DrawFn) -> Damage:
 
 @st.composite
 def json_damage(draw: st.DrawFn) -> Damage:
-    """A JSON file of another kind, cut short, or with one value of another kind."""
+    """A JSON file gets other content, is cut short, or has one value of another type."""
     names = ("config.json", INDEX, "tokenizer.json", "tokenizer_config.json", "generation_config.json")
     name = draw(st.sampled_from((*names, "special_tokens_map.json")))
     content = draw(st.one_of(NOT_JSON, st.floats(0, 1), st.tuples(st.integers(0, 99), HOSTILE)))
@@ -133,7 +133,7 @@ def json_damage(draw: st.DrawFn) -> Damage:
 
 @st.composite
 def index_damage(draw: st.DrawFn) -> Damage:
-    """A weight, or all, in a file that is elsewhere, missing or none."""
+    """The index names a file that is elsewhere, missing or impossible, for one weight or for all."""
     elsewhere = ("../model.safetensors", "/etc/passwd", "/", ".", "..", "", "nowhere.safetensors", "config.json")
     target = draw(st.one_of(st.sampled_from((*elsewhere, "a/../model.safetensors", "\0", 5, None)), HOSTILE))
     everything, pick = draw(st.booleans()), draw(st.integers(0, 99))
@@ -150,7 +150,7 @@ def index_damage(draw: st.DrawFn) -> Damage:
 
 @st.composite
 def file_damage(draw: st.DrawFn) -> Damage:
-    """A file that is cut, missing, a folder, or a link; to itself, to nothing, or to its content elsewhere."""
+    """A file is cut, altered, missing, a folder, or a link (to itself, to nothing, or to its content elsewhere)."""
     kind = draw(st.sampled_from(("cut", "flip", "missing", "folder", "loop", "dangling", "moved")))
     pick, place, bit = draw(st.integers(0, 99)), draw(st.floats(0, 1)), draw(st.integers(0, 7))
 
@@ -180,7 +180,7 @@ def file_damage(draw: st.DrawFn) -> Damage:
 
 
 def with_value(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
-    """One element of a tensor set."""
+    """A function that sets one element of a tensor to ``value``."""
 
     def change(tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.clone()
@@ -221,7 +221,7 @@ SURPLUS = [
 
 @st.composite
 def tensor_damage(draw: st.DrawFn) -> Damage:
-    """A tensor with other values or of another kind, missing, renamed, or too many."""
+    """A tensor has other values or another type, is missing or renamed, or there is a surplus tensor."""
     pick = draw(st.integers(0, 999))
     change = draw(st.sampled_from((*TENSOR_CHANGES, "missing", "surplus", "surplus", "renamed")))
     surplus = draw(st.sampled_from(SURPLUS))
@@ -249,7 +249,7 @@ DAMAGE = st.one_of(config_damage(), config_damage(), json_damage(), index_damage
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of models; each also in shards."""
+    """A folder with every model, as one file and in shards."""
     folder = tmp_path_factory.mktemp("pristine")
     for name, model in MODELS.items():
         whole = model.save(folder / name)
@@ -264,7 +264,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def time_limit(seconds: int) -> Iterator[None]:
-    """Fails what takes longer."""
+    """Fail if the block takes longer."""
 
     def expired(*_: object) -> None:
         raise AssertionError(f"not done after {seconds} s")
@@ -279,7 +279,7 @@ def time_limit(seconds: int) -> Iterator[None]:
 
 
 def command_line(*arguments: object) -> tuple[int, str]:
-    """Run ``vllm-mla`` in this process; exit code and stderr."""
+    """Run ``vllm-mla`` in this process; return its exit code and stderr."""
     complaint = io.StringIO()
     with (
         patch.object(sys, "argv", ["vllm-mla", *map(str, arguments)]),
@@ -292,7 +292,7 @@ def command_line(*arguments: object) -> tuple[int, str]:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """What is in a folder: for each path a checksum, or where a link goes."""
+    """The contents of a folder: for each path, a checksum, or the target of a link."""
     return {
         str(path.relative_to(folder)): os.readlink(path)
         if path.is_symlink()
@@ -302,11 +302,11 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def check(pristine: Path, model: str, sharded: bool, damages: list[Damage], options: tuple[object, ...]) -> None:
-    """One case."""
+    """Damage a source, convert it, and check the result."""
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(shutil.copytree(pristine / f"{model}{'-sharded' * sharded}", Path(scratch, "source")))
         for damage in damages:
-            # What the first left may be nothing that the second can read.
+            # The second damage may be unable to read the files that the first left.
             with contextlib.suppress(OSError, ValueError, AttributeError, TypeError, RuntimeError, SafetensorError):
                 damage.do(source)
         before = contents(Path(scratch))
@@ -334,10 +334,10 @@ def check(pristine: Path, model: str, sharded: bool, damages: list[Damage], opti
 
 @torch.inference_mode()
 def logits(folder: Path) -> torch.Tensor | None:
-    """Of the text that verification runs, ``[1, tokens, vocabulary]``; None for what transformers cannot load."""
+    """Logits ``[1, tokens, vocabulary]`` of verification's text; None if transformers cannot load the model."""
     try:
         model = load(folder)
-    except Exception:  # it raises whatever it stumbles over
+    except Exception:  # it may raise anything
         return None
     ids = torch.tensor([ord(character) for character in SAMPLE])[None, : model.config.max_position_embeddings]
     return model(ids % model.config.vocab_size).logits
@@ -346,7 +346,7 @@ def logits(folder: Path) -> torch.Tensor | None:
 @pytest.mark.parametrize("options", METHODS, ids=lambda options: options[1])
 @pytest.mark.parametrize("dead", ["input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"])
 def test_dead_layer(pristine: Path, tmp_path: Path, dead: str, options: tuple[object, ...]) -> None:
-    """A layer whose keys, values or queries are all zero is nothing to divide by."""
+    """A layer whose keys, values or queries are all zero converts without a division by zero."""
     source = Path(shutil.copytree(pristine / "llama", tmp_path / "source"))
     tensors = load_file(source / WEIGHTS)
     tensors[f"model.layers.0.{dead}.weight"].zero_()
@@ -370,5 +370,5 @@ def test_dead_layer(pristine: Path, tmp_path: Path, dead: str, options: tuple[ob
 def test_converted_or_refused(
     pristine: Path, model: str, sharded: bool, damages: list[Damage], options: tuple[object, ...]
 ) -> None:
-    """A conversion that verifies, or one sentence and nothing left behind; the source as it was."""
+    """The conversion verifies, or it is refused in one sentence and leaves nothing. The source does not change."""
     check(pristine, model, sharded, damages, options)

@@ -16,14 +16,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_generate_caches_latents_only(half: Path) -> None:
-    """Decoding from cached latents gives the tokens that recomputing everything gives."""
+    """Decoding from cached latents gives the same tokens as recomputing everything."""
     model = load(half)
     ids = AutoTokenizer.from_pretrained(half)(TEXT, return_tensors="pt").input_ids[:, :60]
     cache = DynamicCache(config=model.config)
     cached = model.generate(ids, max_new_tokens=20, do_sample=False, past_key_values=cache)
     assert torch.equal(cached, model.generate(ids, max_new_tokens=20, do_sample=False, use_cache=False))
     layer = cache.layers[0]
-    tokens = cached.shape[1] - 1  # the last token was never an input
+    tokens = cached.shape[1] - 1  # the last token was not an input
     assert layer.keys.shape == (1, 1, tokens, model.config.kv_lora_rank)
     assert layer.values.shape == (1, 1, tokens, model.config.qk_rope_head_dim)
 
@@ -40,7 +40,7 @@ def test_generate_caches_latents_only(half: Path) -> None:
     ],
 )
 def test_every_family_decodes_from_its_cache(family: str, experts: dict, tmp_path: Path) -> None:
-    """Token by token from the cache: the logits of the whole text."""
+    """Decoding token by token from the cache gives the logits of a pass over the whole text."""
     source = RandomModel(family, experts=experts).save(tmp_path / "source")
     model = load(convert(source, tmp_path / "mla", "--method", "exact"))
     ids = torch.randint(0, 199, (2, 8), generator=torch.Generator().manual_seed(0))
@@ -53,7 +53,7 @@ def test_every_family_decodes_from_its_cache(family: str, experts: dict, tmp_pat
 
 @torch.inference_mode()
 def test_eager_equals_sdpa_with_padding(tiny: Path) -> None:
-    """Left padding changes nothing, in both attention implementations."""
+    """Left padding changes nothing in either attention implementation."""
     ids = torch.randint(0, 199, (1, 20), generator=torch.Generator().manual_seed(0))
     padded = torch.cat((torch.zeros(1, 7, dtype=torch.long), ids), dim=1)
     mask = torch.cat((torch.zeros(1, 7, dtype=torch.long), torch.ones_like(ids)), dim=1)
@@ -68,7 +68,7 @@ def test_eager_equals_sdpa_with_padding(tiny: Path) -> None:
 
 
 def test_gradient_checkpointing(tiny: Path) -> None:
-    """Same gradients with and without; the frequencies get none."""
+    """Gradients are the same with and without it. The frequencies get no gradient."""
     ids = torch.randint(0, 199, (2, 20), generator=torch.Generator().manual_seed(0))
     gradients = []
     for checkpointing in (False, True):

@@ -1,4 +1,4 @@
-"""Layers that cache different numbers of values, in the real vLLM engine and in transformers."""
+"""Layers with different cache sizes, in the real vLLM engine and in transformers."""
 
 import json
 from itertools import product
@@ -21,7 +21,7 @@ SIZES = {
 
 
 def save_random_mla(folder: Path, **sizes: Any) -> Path:
-    """Write a random Llama with MLA whose four layers rotate at frequencies of their own.
+    """Write a random Llama with MLA, in which each of the four layers has its own rotary frequencies.
 
     Args:
         sizes: fields of :class:`vllm_mla_plugin.checkpoint.config.MLAFields`.
@@ -56,7 +56,7 @@ def random_prompts(*lengths: int) -> list[list[int]]:
 
 @pytest.mark.parametrize(("case", "eager"), [("widths", False), ("one-width-many-splits", True)])
 def test_sizes_per_layer(case: str, eager: bool, tmp_path: Path) -> None:
-    """The engine computes what transformers does, and memory pays for each layer's own width."""
+    """The engine agrees with transformers, and reserves memory for each layer's own width."""
     latents, ropes = SIZES[case]
     folder = save_random_mla(tmp_path / "model", kv_lora_ranks=latents, qk_rope_head_dims=ropes)
     model = load(folder)
@@ -83,7 +83,7 @@ def test_sizes_need_one_entry_per_layer() -> None:
 
 
 def test_sizes_go_where_they_save_most() -> None:
-    """Against all choices, for costs that fall ever more slowly, as errors do."""
+    """The choice is the best of all choices, for costs that fall ever more slowly, as errors do."""
     generator = torch.Generator().manual_seed(0)
     sizes = (2, 4, 6, 8)
     costs = []
@@ -102,7 +102,7 @@ def test_sizes_go_where_they_save_most() -> None:
 
 
 def test_measured_sizes(tmp_path: Path) -> None:
-    """A layer whose attention does nothing gets little; the total is kept."""
+    """A layer whose attention does almost nothing gets a small cache. The total stays within the limit."""
     source = RandomModel(heads=6, kv_heads=3, hidden=96, layers=3).save(tmp_path / "source")
     tensors = load_file(source / "model.safetensors")
     tensors["model.layers.1.self_attn.o_proj.weight"] *= 1e-3

@@ -1,4 +1,4 @@
-"""A new method takes one file and one line in the registry: every command then knows it."""
+"""A new method needs one file and one line in the registry. Every command then accepts it."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Properties that hold for any shape and any budget; ``PROPERTY_EXAMPLES`` sets how many are tried."""
+"""Properties that hold for any shape and any budget. ``PROPERTY_EXAMPLES`` sets the number of examples."""
 
 import os
 import tempfile
@@ -35,7 +35,7 @@ ROPES = (
 
 @st.composite
 def random_models(draw: st.DrawFn) -> RandomModel:
-    """Any family, and any shape that its source allows."""
+    """A model of any family, with any shape that the family allows."""
     family = draw(st.sampled_from(("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral")))
     kv_heads, groups = draw(st.integers(1, 4)), draw(st.integers(1, 3))
     experts = {"qwen3_moe": QWEN3_EXPERTS, "mixtral": {"num_local_experts": 3, "num_experts_per_tok": 2}}
@@ -59,7 +59,7 @@ def random_models(draw: st.DrawFn) -> RandomModel:
     method=st.sampled_from((ExactOptions(), TransmlaOptions(freqfold=1), AttentionAwareOptions(refit_steps=0))),
 )
 def test_nothing_truncated_nothing_changed(model: RandomModel, method: MethodOptions) -> None:
-    """With room for everything, every method gives the source's logits."""
+    """If the cache has room for everything, every method gives the source's logits."""
     width = model.kv_heads * model.head_dim
     sizes = {} if isinstance(method, ExactOptions) else {"kv_lora_rank": width, "qk_rope_head_dim": width}
     options = ConvertOptions(method=method, calibration=(str(CALIBRATION),), calibration_tokens=2048, **sizes)
@@ -75,7 +75,7 @@ def test_nothing_truncated_nothing_changed(model: RandomModel, method: MethodOpt
 @settings(max_examples=max(2, EXAMPLES // 12), **SETTINGS)
 @given(model=random_models(), data=st.data())
 def test_vllm_equals_transformers(model: RandomModel, data: st.DataObject) -> None:
-    """At any budget, vLLM gives the log-probabilities that transformers gives."""
+    """At any budget, vLLM gives the same log-probabilities as transformers."""
     width = model.kv_heads * model.head_dim
     rope = 2 * data.draw(st.integers(1, width // 2), label="qk_rope_head_dim / 2")
     rank = data.draw(st.integers(1, 2 * width - rope), label="kv_lora_rank")

@@ -1,4 +1,4 @@
-"""Conversions that are killed, interrupted, or run out of something: nothing half-written, and they go on."""
+"""Conversions that are killed or interrupted, or lack a file or disk space, leave no half-written OUT and can go on."""
 
 import json
 import os
@@ -41,12 +41,12 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What a run that nothing disturbs writes."""
+    """The files that an undisturbed run writes."""
     return contents(convert(source, tmp_path_factory.mktemp("expected") / "out", *OPTIONS))
 
 
 def test_killed(source: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
-    """Killed at random moments again and again, the same command ends with the same bytes."""
+    """After kills at many random moments, the same command still gives the same bytes."""
     out, folder = tmp_path / "out", tmp_path / "out.partial"
     chance = random.Random(KILLS)
     kills = 0
@@ -56,7 +56,7 @@ def test_killed(source: Path, expected: dict[str, bytes], tmp_path: Path) -> Non
             time.sleep(chance.uniform(0, 3))
             process.kill()
             process.communicate()
-        if out.exists():  # it was quicker: it is whole, and the next one begins anew
+        if out.exists():  # the run ended before the kill, so OUT is complete and the next run starts again
             assert contents(out) == expected
             shutil.rmtree(out)
             shutil.rmtree(folder, ignore_errors=True)
@@ -71,7 +71,7 @@ def test_killed(source: Path, expected: dict[str, bytes], tmp_path: Path) -> Non
 
 
 def test_goes_on_from_the_layers_that_are_done(source: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
-    """A finished layer is not written again: a mark made in it is still there in the end."""
+    """A finished layer is not written again, so a mark in its weights is still there at the end."""
     out, folder = tmp_path / "out", tmp_path / "out.partial"
     with running("convert", source, out, *OPTIONS) as process:
         wait_for(process, (folder / "layers.safetensors").exists)
@@ -114,7 +114,7 @@ def test_another_source_does_not_go_on(refusal: Refused, source: Path, tmp_path:
 
 
 def test_interrupted(source: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
-    """Ctrl-C ends in one sentence, and the same command goes on."""
+    """Ctrl-C ends the run with one sentence, and the same command goes on."""
     out, folder = tmp_path / "out", tmp_path / "out.partial"
     with running("convert", source, out, *OPTIONS) as process:
         wait_for(process, (folder / "layers.safetensors").exists)
@@ -129,7 +129,7 @@ def test_interrupted(source: Path, expected: dict[str, bytes], tmp_path: Path) -
 
 @pytest.fixture
 def hearing_interrupts() -> Iterator[None]:
-    """For a test that raises Ctrl-C in its own process."""
+    """Make this process handle Ctrl-C, for a test that raises it here."""
     before = signal.getsignal(signal.SIGINT)
     hear_interrupts()
     yield
@@ -138,7 +138,7 @@ def hearing_interrupts() -> Iterator[None]:
 
 @pytest.mark.usefixtures("hearing_interrupts")
 def test_interrupted_inside_a_library(tmp_path: Path) -> None:
-    """Ctrl-C that a library turns into an exception of its own is Ctrl-C still; such an exception alone is not."""
+    """Ctrl-C that a library turns into its own exception still counts as Ctrl-C. Such an exception alone does not."""
     out, handler = tmp_path / "out", signal.getsignal(signal.SIGINT)
     with pytest.raises(StoppedError, match="Interrupted"), work_folder(out, False, {}):
         try:
@@ -152,7 +152,7 @@ def test_interrupted_inside_a_library(tmp_path: Path) -> None:
 
 
 def test_vanished_shard(source: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
-    """A source file that goes in the middle ends the run in one sentence; when it is back, the run goes on."""
+    """If a source file vanishes during a run, the run ends with one sentence. It goes on when the file is back."""
     copy, out = shutil.copytree(source, tmp_path / source.name), tmp_path / "out"
     shard, away = copy / "model.safetensors", tmp_path / "away"
     with running("convert", copy, out, *OPTIONS) as process:
@@ -182,7 +182,7 @@ def test_folder_of_somebody_else(refusal: Refused, source: Path, tmp_path: Path)
 
 
 def test_too_small_disk(refusal: Refused, small_disk: Path, tmp_path: Path) -> None:
-    """Too little space is seen before the work starts."""
+    """A disk with too little space is refused before the work starts."""
     source = RandomModel(hidden=512, layers=8).save(tmp_path / "source")
     line = refusal("convert", source, small_disk / "out", "--method", "exact")
     assert "GB on disk" in line and f"{small_disk} has 0.00 GB free" in line
@@ -190,7 +190,7 @@ def test_too_small_disk(refusal: Refused, small_disk: Path, tmp_path: Path) -> N
 
 
 def test_disk_that_fills_up(source: Path, small_disk: Path) -> None:
-    """Space that somebody else takes in the middle ends the run in one sentence; with room again, it goes on."""
+    """If the disk fills up during a run, the run ends with one sentence. It goes on when there is space again."""
     out, folder = small_disk / "out", small_disk / "out.partial"
     with running("convert", source, out, *OPTIONS) as process:
         wait_for(process, (folder / "layers.safetensors").exists)

@@ -1,4 +1,4 @@
-"""``vllm-mla verify``: what is whole passes, and each kind of damage is named."""
+"""``vllm-mla verify``: a whole checkpoint passes, and each kind of damage is named."""
 
 import json
 import shutil
@@ -23,12 +23,12 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture
 def mla(pristine: tuple[Path, Path], tmp_path: Path) -> Path:
-    """A copy that a test may damage."""
+    """A copy of the conversion that a test may damage."""
     return Path(shutil.copytree(pristine[1], tmp_path / "mla"))
 
 
 def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    """Damage the weights, and make the checksums fit again."""
+    """Change the weights, and update the checksums."""
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -99,7 +99,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
 def test_damage(command_line: CommandLine, damage: Callable, mla: Path, tmp_path: Path) -> None:
-    """Exit code 1, and the check that failed says what is wrong."""
+    """The exit code is 1, and the failed check says what is wrong."""
     damage(mla)
     name, reason = DAMAGE[damage]
     report = tmp_path / "report.json"
@@ -111,7 +111,7 @@ def test_damage(command_line: CommandLine, damage: Callable, mla: Path, tmp_path
 
 
 def test_another_function(command_line: CommandLine, pristine: tuple[Path, Path], mla: Path) -> None:
-    """Whole by every checksum, but not what the source computes."""
+    """Every checksum is right, but the model does not compute the source's function."""
     change_tensors(mla, lambda tensors: tensors["model.layers.0.self_attn.o_proj.weight"].neg_())
     assert command_line("verify", mla)[0] == 0
     code, table, _ = command_line("verify", mla, "--source", pristine[0])
