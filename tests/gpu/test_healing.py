@@ -1,4 +1,4 @@
-"""Healing on the GPU. Skipped without one."""
+"""Healing on the GPU. Skipped without a GPU."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from conftest import CALIBRATION, SPLIT, RandomModel, convert, heal
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_same_quality_as_on_cpu(tmp_path: Path, family: str) -> None:
-    """On the GPU in bfloat16, with trained weights in float32: rounding differs, what is learnt hardly does."""
+    """Training in bfloat16 on the GPU rounds differently, but must lower the divergence as much as on the CPU."""
     source = RandomModel(family=family, heads=8, kv_heads=4, head_dim=64, hidden=256).save(tmp_path / "source")
     model = convert(source, tmp_path / "mla", "--method", "attention-aware", "--refit-steps", 0, *SPLIT)
     options = ("--text", CALIBRATION, "--tokens", 8192, "--length", 256, "--steps", 24)

@@ -1,4 +1,4 @@
-"""Decode and prefill backends on a GPU against attention in float64. Skipped without one."""
+"""Decode and prefill backends on a GPU, compared with attention in float64. Skipped without a GPU."""
 
 from types import SimpleNamespace
 
@@ -25,10 +25,10 @@ from vllm_mla_plugin.checkpoint.layouts import (
 )
 
 CASES = {
-    # vLLM's own choices, untouched
+    # vLLM's own backends serve these.
     "deepseek": Case(512, 64, nope=128, v=128),
     "small": Case(256, 64, nope=128, v=128),
-    # ours
+    # This plugin's backend serves these.
     "half-llama-3-8b": Case(960, 64, nope=128, v=128),
     "half-smollm2": Case(128, 64, nope=64, v=64, heads=9),
     "160-numbers": Case(128, 32, nope=64, v=64, heads=9),
@@ -57,7 +57,7 @@ def test_decode(name: str, fp8: bool, dtype: torch.dtype) -> None:
         cache = cache.to(torch.float8_e4m3fn)
     q = backend.as_read(torch.randn(len(LENGTHS), case.heads, case.latent + case.rope, dtype=dtype), cache)
     got, _ = backend.decode(q.cuda(), cache.cuda(), table.cuda(), LENGTHS)
-    tolerance = 1e-1 if q.dtype == torch.float8_e4m3fn else 1e-2  # such kernels round probabilities to fp8 too
+    tolerance = 1e-1 if q.dtype == torch.float8_e4m3fn else 1e-2  # such kernels also round probabilities to fp8
     for i, length in enumerate(LENGTHS):
         keys = cached_tokens(cache.to(dtype), table[i], length)[:, None].expand(-1, case.heads, -1)
         expected = reference(q[i : i + 1].to(dtype), keys, keys[..., : case.latent], case.scale)
@@ -66,12 +66,12 @@ def test_decode(name: str, fp8: bool, dtype: torch.dtype) -> None:
 
 
 def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
-    """``|got - expected| / |expected|``, ``expected`` in float64 on CPU."""
+    """``|got - expected| / |expected|``, where ``expected`` is float64 on the CPU."""
     return ((got.double().cpu() - expected).norm() / expected.norm()).item()
 
 
 def test_choices() -> None:
-    """vLLM's own backends where they serve the size; a clear refusal where nothing does."""
+    """vLLM's own backends are chosen if they serve the size. If no backend does, the refusal says so."""
     half, small = CASES["half-smollm2"], CASES["small"]
 
     def chosen(case: Case, cache_dtype: str = "auto") -> str | None:
@@ -92,7 +92,7 @@ def test_choices() -> None:
 
 
 def test_plan_knows_this_gpu() -> None:
-    """Its shared memory, and for each size the backend that a layer gets here."""
+    """The plan has this GPU's shared memory, and names the backend that a layer of each size gets here."""
     capability = torch.cuda.get_device_capability()
     gpu = A100 if capability == (8, 0) else {9: HOPPER, 10: BLACKWELL}.get(capability[0], OTHER_GPU)
     properties = triton.runtime.driver.active.utils.get_device_properties(torch.cuda.current_device())
@@ -107,7 +107,7 @@ def test_plan_knows_this_gpu() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_prefill(name: str, dtype: torch.dtype) -> None:
-    """New tokens of several requests, causally; and a chunk of earlier context, with its log-sum-exp."""
+    """Causal attention to new tokens of several requests, and attention to earlier context with its log-sum-exp."""
     case = CASES[name]
     torch.manual_seed(0)
     lengths = [1, 130, 77]

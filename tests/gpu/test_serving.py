@@ -1,4 +1,4 @@
-"""Converted models in vLLM on a GPU: every feature once. Skipped without a GPU."""
+"""Converted models in vLLM on a GPU, with each feature once. Skipped without a GPU."""
 
 from pathlib import Path
 from typing import Any
@@ -12,23 +12,25 @@ if not torch.cuda.is_available():
 
 from conftest import CALIBRATION, SPLIT, RandomModel, convert, load, run_engine
 
-# Sizes of heads that FlashAttention has kernels for; weights that keep numbers in size, for larger ones would make
-# rounding to 16 bits grow from layer to layer, in the source as in the conversion.
+# FlashAttention has kernels for these head sizes. The weights do not enlarge activations from layer to layer, because
+# 16-bit rounding errors would then grow too, in the source as in the conversion.
 SHAPE = {"heads": 8, "hidden": 256, "std": 256**-0.5, "dtype": torch.bfloat16}
 MODEL = RandomModel(kv_heads=4, head_dim=64, layers=4, **SHAPE)
 CALIBRATED = ("--method", "transmla", "--calibration", CALIBRATION, "--calibration-tokens", 1024)
-# Of log-probabilities, on average: unconverted sources differ by 0.006 in bfloat16. Queries that are 5% too long, in
-# all layers, cost 0.02, and RoPE frequencies that are half of what they should be, 0.14. With an fp8 cache that
-# transformers rounds too, an H200 is off by 0.012, and by 0.016 where prompts come in chunks.
+# Tolerances for the mean difference of log-probabilities. Measured differences:
+# - 0.006: unconverted sources in bfloat16. 0.012: an fp8 cache on an H200; transformers rounds its cache too.
+# - 0.016: the same, with prompts in chunks.
+# - 0.02: queries that are 5% too long in all layers. 0.14: RoPE frequencies at half of their values.
 ROUNDING, CHUNK_ROUNDING = 0.015, 0.03
-# A cache of given size, so that engines of tests beside each other do not mistake each other's memory for their own.
+# The cache has a fixed size, because otherwise engines of tests that run side by side would count each other's memory
+# as their own.
 ENGINE = {"dtype": "bfloat16", "max_model_len": 256, "gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 2**28}
 PROMPTS = [[(7 * i + 3 * j) % 199 for j in range(n)] for i, n in enumerate((40, 1, 130, 77))]
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """192 numbers per token and layer: a size of ours."""
+    """A model with 192 cached numbers per token and layer, which this plugin's backend serves."""
     folder = tmp_path_factory.mktemp("gpu")
     return convert(MODEL.save(folder / "source"), folder / "mla", *CALIBRATED, *SPLIT)
 
@@ -39,7 +41,7 @@ def run(model: Path, prompts: list[list[int]] = PROMPTS, **engine: Any) -> dict[
 
 
 class RoundedCache(DynamicCache):
-    """Gives back what an fp8 cache (e4m3, scale 1) does, but to a prompt its own tokens as they are, as vLLM does."""
+    """A cache that rounds like an fp8 cache (e4m3, scale 1). As in vLLM, a prompt reads its own tokens unrounded."""
 
     def update(self, latent: torch.Tensor, k_rope: torch.Tensor, layer: int) -> tuple[torch.Tensor, ...]:
         new = (latent, k_rope)
@@ -51,7 +53,7 @@ class RoundedCache(DynamicCache):
 
 @torch.inference_mode()
 def differences(model: Path, result: dict[str, Any], cache: type[DynamicCache] = DynamicCache) -> list[float]:
-    """From transformers: of log-probabilities of each prompt and answer, on average."""
+    """Mean difference of log-probabilities from transformers, for each prompt with its answer."""
     network = load(model)
     means = []
     for i, prompt in enumerate(PROMPTS):
@@ -85,20 +87,20 @@ FEATURES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("feature", FEATURES)
 def test_feature(model: Path, feature: str) -> None:
-    """Each way of serving computes what transformers does."""
+    """Each way of serving gives the log-probabilities of transformers."""
     fp8, chunked = (word in feature for word in ("fp8", "chunked"))
     if fp8 and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("fp8 needs compute capability 8.9")
     cache = RoundedCache if fp8 else DynamicCache
-    # A chunk of a prompt finds those before it rounded, and where vLLM cuts is not known here.
+    # A chunk of a prompt reads earlier chunks rounded, but the test does not know where vLLM cuts chunks.
     tolerance = CHUNK_ROUNDING if fp8 and chunked else ROUNDING
     assert_close_to_transformers(model, run(model, **FEATURES[feature]), tolerance, cache)
 
 
 @pytest.mark.parametrize("rope", [64, 32])
 def test_full_cuda_graphs(tmp_path: Path, rope: int) -> None:
-    """Decode of 192 and of 160 numbers per token and layer in one graph per batch size; vLLM compiles with
-    ``fullgraph``, so that a break in a model's code is an error."""
+    """Decoding with 192 or 160 numbers per token and layer runs as one graph per batch size. vLLM compiles with
+    ``fullgraph``, so a graph break in the model's code is an error."""
     split = ("--kv-lora-rank", 128, "--qk-rope-head-dim", rope)
     out = convert(MODEL.save(tmp_path / "source"), tmp_path / "mla", *CALIBRATED, *split)
     result = run(out, enforce_eager=False, compilation_config={"cudagraph_mode": "FULL_DECODE_ONLY"})
@@ -108,7 +110,7 @@ def test_full_cuda_graphs(tmp_path: Path, rope: int) -> None:
 
 
 def test_prefix_caching(model: Path) -> None:
-    """The second time, most of a prompt comes from the cache, and the answer stays."""
+    """The second time, most of a prompt comes from the cache, and the answer is the same."""
     job = {"max_tokens": 8, "no_tokenizer": True, "engine": ENGINE | {"max_num_seqs": 1}}
     result = run_engine(model, [PROMPTS[2], PROMPTS[2]], **job)
     assert result["cached_tokens"][0] == 0 and result["cached_tokens"][1] >= 64
@@ -121,7 +123,7 @@ def test_tensor_parallel(model: Path) -> None:
 
 
 def test_deepseek_sizes_are_vllms(tmp_path: Path) -> None:
-    """512 + 64 takes vLLM's own backends."""
+    """A model with 512 + 64 runs with vLLM's own backends."""
     source = RandomModel(kv_heads=4, head_dim=128, **SHAPE).save(tmp_path / "source")
     split = ("--kv-lora-rank", 512, "--qk-rope-head-dim", 64)
     out = convert(source, tmp_path / "mla", *CALIBRATED, *split)

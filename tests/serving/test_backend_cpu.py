@@ -1,4 +1,4 @@
-"""The CPU backend against attention in float64, for awkward sizes, lengths and pages."""
+"""The CPU backend compared with attention in float64, for awkward sizes, lengths and pages."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -70,7 +70,7 @@ def test_decode_without_compiler(dtype: torch.dtype) -> None:
 
 
 def test_decode_of_padding() -> None:
-    """Sequences of length 0 pad a batch: zeros, whatever the table says."""
+    """Sequences of length 0 pad a batch. Their output is zero, whatever the table holds."""
     sizes, dtype = Sizes(), torch.bfloat16
     impl = make_impl(sizes, dtype)
     cache, table = make_cache(sizes, [20, 1], dtype)
@@ -87,7 +87,7 @@ def check_prefill(
     make: Callable[[Sizes, torch.dtype], MLACommonBaseImpl] = make_impl,
     make_prefill: Callable[[Sizes, float], MLAPrefillBackend] | None = None,
 ) -> None:
-    """``forward_mha`` of an implementation; vLLM's metadata builder and, where it uses one, prefill backend."""
+    """Check ``forward_mha`` of an implementation, with vLLM's metadata builder and possibly a prefill backend."""
     torch.manual_seed(0)
     impl = make(sizes, dtype)
     cache, table = make_cache(sizes, [c + n for c, n in zip(contexts, lengths, strict=True)], dtype)
@@ -144,7 +144,7 @@ def test_prefill(sizes: str, case: str, dtype: torch.dtype) -> None:
 
 
 def test_context_that_would_not_fit_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beyond the limit, keys of earlier context are never made: the expansion sees the new tokens only."""
+    """Above the limit, keys of earlier context are not expanded: only the new tokens are."""
     if not cpu.has_extend_kernel(torch.bfloat16):
         pytest.skip("vLLM's kernel does not run on this processor")
     monkeypatch.setattr(cpu, "MAX_EXPANDED_BYTES", 0)
@@ -153,7 +153,7 @@ def test_context_that_would_not_fit_expanded(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_compiler_problems(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Without a compiler, or with one that fails, there is no kernel, and the reason is told."""
+    """If the compiler is missing or fails, there is no kernel, and the reason is given."""
     assert "'no-such-compiler' is not installed" in cpu_kernel.run_compiler(("no-such-compiler",), tmp_path / "x.so")
     problem = cpu_kernel.run_compiler(("g++", "--no-such-option"), tmp_path / "x.so")
     assert problem.startswith("g++ failed: ")
@@ -164,19 +164,19 @@ def test_compiler_problems(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
 
 
 def test_platform() -> None:
-    """vLLM took this plugin's platform, which is its CPU platform in everything else."""
+    """vLLM uses this plugin's platform, which is a subclass of vLLM's CPU platform."""
     assert type(current_platform).__module__ == "vllm_mla_plugin.platform"
     assert current_platform.is_cpu() and isinstance(current_platform, CpuPlatform)
 
 
 def text_prompts(folder: Path) -> list[list[int]]:
-    """Long and short ones; the first four share 200 tokens."""
+    """Long and short prompts. The first four begin with the same 200 tokens."""
     ids = AutoTokenizer.from_pretrained(folder)(TEXT).input_ids
     return [*(ids[:200] + ids[300 + i : 340 + i] for i in range(0, 60, 15)), ids[5:500], ids[7:20]]
 
 
 def test_chunked_prefill_and_prefix_caching(half: Path) -> None:
-    """Prompts in pieces of 64 tokens, and from the cache where they begin alike: the same tokens."""
+    """Prompts in chunks of 64 tokens, with shared beginnings from the cache, give the same tokens."""
     prompts = text_prompts(half)
     off = {"enable_prefix_caching": False, "enable_chunked_prefill": False}
     on = {"enable_prefix_caching": True, "enable_chunked_prefill": True, "max_num_batched_tokens": 64}
@@ -188,7 +188,7 @@ def test_chunked_prefill_and_prefix_caching(half: Path) -> None:
 
 
 def test_speculative_decoding(half: Path) -> None:
-    """Several tokens of a request at once, guessed from its prompt: the same tokens."""
+    """Checking several guessed tokens of a request at once gives the same tokens."""
     prompts = text_prompts(half)
     speculation = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
     plain = run_engine(half, prompts, max_tokens=12)

@@ -1,6 +1,6 @@
-"""What of the GPU backend can be checked without a GPU: the decode kernel in Triton's interpreter, and the gather.
+"""Checks of the GPU backend that need no GPU: the decode kernel in Triton's interpreter, and the gather.
 
-``tests/gpu`` has the rest.
+``tests/gpu`` checks the other parts.
 """
 
 import json
@@ -34,7 +34,7 @@ from vllm_mla_plugin.checkpoint.layouts import (
 pytest.importorskip("triton", reason="without Triton, vLLM has no such kernel")
 
 LAYOUTS = [(128, 64), (100, 28), (448, 64), (448, 128), (256, 320), (500, 76), (120, 8), (48, 6), (8, 64), (64, 0)]
-# heads, latent, rope, newest tokens that ask, whether they do not see each other's future
+# heads, latent, rope, number of new tokens that are queries, whether these attend causally
 CASES = [
     *((9, *layout, 1, True) for layout in LAYOUTS),
     *((heads, 128, 64, queries, causal) for heads in (1, 40) for queries, causal in ((1, True), (3, True), (3, False))),
@@ -43,7 +43,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def errors() -> dict[str, float]:
-    """Largest error of each case."""
+    """The largest error of each case."""
     result = subprocess.run(
         [sys.executable, "-m", "support.interpreted_kernel", json.dumps(CASES)],
         env={**os.environ, "TRITON_INTERPRET": "1"},
@@ -58,7 +58,7 @@ def errors() -> dict[str, float]:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_decode_kernel(errors: dict[str, float], case: tuple) -> None:
-    """Right for every layout and number of heads, and for several new tokens of a request at once."""
+    """The kernel is right for every layout and number of heads, and for several new tokens of a request at once."""
     assert errors[str(case)] < 1e-5
 
 
@@ -66,7 +66,7 @@ def test_decode_kernel(errors: dict[str, float], case: tuple) -> None:
 @pytest.mark.parametrize("kib", [99, 163, 227])
 @pytest.mark.parametrize("heads", [1, 9, 32, 40])
 def test_tiles_fit(heads: int, kib: int, fp8: bool) -> None:
-    """Every layout's tiles hold its rows, are sizes that Triton takes, and fit the GPU."""
+    """Every layout's tiles hold its rows, have sizes that Triton accepts, and fit the GPU."""
     for latent, rope in LAYOUTS:
         tiles = suited_tiles(latent, rope, heads, fp8, kib << 10)
         sizes = [tiles.latent, tiles.tokens, tiles.heads, *([tiles.rope] if tiles.rope else [])]
@@ -84,7 +84,7 @@ def test_a_latent_too_wide_for_the_gpu() -> None:
 
 
 def takes(layout: tuple[int, int], heads: int, shared_bytes: int) -> bool:
-    """Whether the decode kernel takes 16-bit rows of these sizes."""
+    """Whether the decode kernel accepts 16-bit rows of these sizes."""
     try:
         suited_tiles(*layout, heads, False, shared_bytes)
     except ValueError as refusal:
@@ -95,8 +95,8 @@ def takes(layout: tuple[int, int], heads: int, shared_bytes: int) -> bool:
 
 @pytest.mark.parametrize("gpu", GPUS)
 def test_plan_names_this_backend_where_it_serves(gpu: str) -> None:
-    """Over a grid of sizes: for every number of heads the kernel takes what ``vllm-mla plan`` says that it serves, and
-    refuses the rest."""
+    """For every number of heads and a grid of sizes, the kernel accepts exactly the sizes for which ``vllm-mla plan``
+    names this backend."""
     answers = set()
     for latent in (1, 15, 64, 192, 256, 448, 511, 512, 513, 960, 1024, 1408, 1920, 1984, 2048, 4032):
         for rope in (2, 8, 48, 64, 128, 160):
@@ -110,7 +110,7 @@ def test_plan_names_this_backend_where_it_serves(gpu: str) -> None:
 
 
 def test_backends_of_vllms_layouts() -> None:
-    """On every GPU vLLM has a backend of its own for its layouts; nothing takes float32, or heads beyond prefill's."""
+    """vLLM's own backends serve its layouts on every GPU. No backend serves float32, or heads too large for prefill."""
     assert set(VLLM_FP8_LAYOUTS) < set(VLLM_LAYOUTS)
     names = {backend.name for backend in VLLM_BACKENDS}
     for gpu in GPUS:
@@ -124,7 +124,7 @@ def test_backends_of_vllms_layouts() -> None:
 
 
 def test_vllm_has_these_backends() -> None:
-    """The names are those of ``--attention-backend``. vLLM's Triton backend, and so ours, takes 16 bits and fp8."""
+    """The names are valid for ``--attention-backend``. vLLM's Triton backend, and thus ours, takes 16 bits and fp8."""
     assert all(backend.name in AttentionBackendEnum.__members__ for backend in VLLM_BACKENDS)
     assert torch.float32 not in AnySizeTritonMLABackend.supported_dtypes
     assert {"auto", "bfloat16", "float16", "fp8"} <= set(AnySizeTritonMLABackend.supported_kv_cache_dtypes)
@@ -133,7 +133,7 @@ def test_vllm_has_these_backends() -> None:
 @pytest.mark.parametrize("layout", [(128, 64), (512, 64), (960, 64)], ids=str)
 @pytest.mark.parametrize("heads", [1, 9, 32, 40])
 def test_contexts_are_cut_no_more_than_keeps_the_gpu_busy(heads: int, layout: tuple[int, int]) -> None:
-    """However many queries: enough programs for the GPU's units, and scratch that stays small."""
+    """For every number of queries there are enough programs for the GPU's units, and the scratch stays small."""
     units, most = 132, 1024
     tiles = suited_tiles(*layout, heads, False, 227 << 10)
     for rows in range(1, most + 1):
@@ -144,10 +144,10 @@ def test_contexts_are_cut_no_more_than_keeps_the_gpu_busy(heads: int, layout: tu
 
 @pytest.mark.parametrize("case", ["context", "few-new-tokens"])
 def test_earlier_context(case: str) -> None:
-    """Chunks gathered from pages and merged give attention to everything; per chunk, vLLM's CPU prefill attends."""
+    """Merging chunks from pages gives attention to everything; vLLM's CPU prefill computes each chunk."""
 
     def make_impl(sizes: Sizes, dtype: torch.dtype) -> AnySizeTritonMLAImpl:
-        impl = AnySizeTritonMLAImpl.__new__(AnySizeTritonMLAImpl)  # its constructor asks for a GPU
+        impl = AnySizeTritonMLAImpl.__new__(AnySizeTritonMLAImpl)  # its constructor needs a GPU
         impl.kv_b_proj = Projection(sizes.latent, sizes.heads * (sizes.nope + sizes.v), bias=False, dtype=dtype)
         impl.kv_b_proj.weight.data.normal_(std=sizes.latent**-0.5)
         impl.num_heads, impl.kv_lora_rank, impl.qk_rope_head_dim = sizes.heads, sizes.latent, sizes.rope

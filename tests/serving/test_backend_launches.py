@@ -1,4 +1,4 @@
-"""Around the attention itself, a converted layer runs no operation that DeepSeek's layer in vLLM does not run."""
+"""Outside the attention, a converted layer runs no operation that DeepSeek's layer in vLLM does not run."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -23,11 +23,11 @@ from vllm_mla_plugin import register
 from vllm_mla_plugin.attention import MLASelfAttention
 from vllm_mla_plugin.rope import FrequencyRotaryEmbedding
 
-HEADS, LATENT, ROPE, NOPE = 8, 512, 64, 128  # DeepSeek's sizes, but for the number of heads
+HEADS, LATENT, ROPE, NOPE = 8, 512, 64, 128  # DeepSeek's sizes, except the number of heads
 
 
 class Operations(TorchDispatchMode):
-    """Counts what is computed; views cost no kernel."""
+    """Counts operations, except views, because views launch no kernel."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Operations(TorchDispatchMode):
 
 @pytest.fixture
 def layers(tmp_path: Any) -> Iterator[tuple[MLASelfAttention, MultiHeadLatentAttentionWrapper]]:
-    """Ours, and DeepSeek's, which without a rank of its queries has no place for one product of queries and latent."""
+    """Our layer and DeepSeek's. Without a query rank, DeepSeek's cannot compute queries and latent in one product."""
     register()
     config = AutoConfig.for_model(
         "llama_mla",
@@ -89,7 +89,7 @@ def layers(tmp_path: Any) -> Iterator[tuple[MLASelfAttention, MultiHeadLatentAtt
 
 @torch.inference_mode()
 def operations(layer: torch.nn.Module, attention: str, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """What a layer runs for 5 tokens, its attention left out."""
+    """The operations that a layer runs for 5 tokens, without those of its attention."""
     output = torch.zeros(5, HEADS * NOPE)
     monkeypatch.setattr(getattr(layer, attention), "forward", lambda *args, **kwargs: output)
     positions, hidden_states = torch.arange(5), torch.randn(5, 256)
@@ -106,12 +106,12 @@ def test_nothing_that_deepseek_does_not_run(layers: Any, monkeypatch: pytest.Mon
         sum(count for name, count in counts.items() if "mm" in name or "linear" in name) for counts in (own, deepseek)
     ]
     assert products == [2, 3], f"the projections are not counted: {own}, {deepseek}"
-    # The rotated parts of queries: joined to the rest by ours, written into place by DeepSeek's.
+    # Our layer joins the rotated part of queries to the rest; DeepSeek's layer writes it into place.
     assert own - deepseek == {"aten.cat.default": 1}
     assert (deepseek - own)["aten.copy_.default"] == 1
     assert own.total() + 2 <= deepseek.total(), "a product and DeepSeek's norm of the latent, at least, come on top"
 
 
 def test_rotation_is_vllms() -> None:
-    """Only the table is ours; the kernel that rotates on a GPU is the one of every model."""
+    """Only the table of frequencies is ours. The kernel that rotates on a GPU is the one of every model."""
     assert FrequencyRotaryEmbedding.forward_cuda is RotaryEmbedding.forward_cuda

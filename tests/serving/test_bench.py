@@ -1,4 +1,4 @@
-"""``vllm-mla bench``: real engines side by side, figures of known runs, what it refuses."""
+"""``vllm-mla bench``: real engines side by side, figures of known runs, and refusals."""
 
 import json
 from functools import partial
@@ -15,18 +15,18 @@ ENGINE = json.dumps({"enforce_eager": True})
 
 @pytest.fixture(scope="module")
 def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Context of 256; heads of 32, which vLLM's CPU attention takes."""
+    """A model with a context of 256, and heads of 32, which vLLM's CPU attention accepts."""
     return RandomModel(head_dim=32).save(tmp_path_factory.mktemp("random") / "source")
 
 
 @pytest.fixture
 def refused(refusal: Refused) -> Refused:
-    """Runs a benchmark that must be refused; returns its one sentence."""
+    """Run a benchmark that must be refused; return the sentence that it prints."""
     return partial(refusal, "bench")
 
 
 def test_two_models(command_line: CommandLine, random_model: Path, tmp_path: Path) -> None:
-    """Every figure of every model and workload, in the JSON and in the table; the picture is drawn."""
+    """The JSON and the table have every figure of every model and workload, and the picture is drawn."""
     pytest.importorskip("matplotlib", reason="--plot needs matplotlib")
     half = convert(random_model, tmp_path / "half", "--method", "transmla", "--cache-ratio", 0.5)
     report, picture = tmp_path / "report.json", tmp_path / "speed.png"
@@ -39,7 +39,7 @@ def test_two_models(command_line: CommandLine, random_model: Path, tmp_path: Pat
     assert workloads == [w for w in [(1, 16, 16), (1, 32, 1), (3, 16, 16), (3, 32, 1)] for _ in range(2)]
     for row in rows:
         assert len(row["runs"]) == 2
-        # A request of one token can be done before the next arrives.
+        # A request of one token may end before the next one arrives.
         assert row["output_len"] == 1 or row["peak_concurrency"] == row["requests"]
         assert row["preemptions"] == 0
         tokens = row["requests"] * row["output_len"]
@@ -70,7 +70,7 @@ def test_dummy_weights_need_no_weights(command_line: CommandLine, random_model: 
     assert "2 x 16 in, 16 out" in table and "most x 16 in, 16 out" in table
     result = json.loads(report.read_text())
     (engine,) = result["engines"].values()
-    # Each request takes a block; vLLM keeps one empty.
+    # Each request takes one block, and vLLM keeps one block empty.
     assert engine["kv_block_size"] >= 32
     most = engine["kv_capacity_tokens"] // engine["kv_block_size"] - 1
     two, full = result["models"]
@@ -79,7 +79,7 @@ def test_dummy_weights_need_no_weights(command_line: CommandLine, random_model: 
 
 
 def test_engine_that_fails(refused: Refused, random_model: Path) -> None:
-    """vLLM's own words arrive in one sentence."""
+    """vLLM's own message arrives in one sentence."""
     line = refused(random_model, "--lengths", 16, "--engine", '{"tensor_parallel_size": 3, "enforce_eager": true}')
     assert "vLLM cannot serve" in line
 

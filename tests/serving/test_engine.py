@@ -1,4 +1,4 @@
-"""Converted models in the real vLLM engine, against transformers and against their source."""
+"""Converted models in the real vLLM engine, compared with transformers and with their source."""
 
 import math
 from pathlib import Path
@@ -26,7 +26,7 @@ def perplexity(logprobs: list[float]) -> float:
 
 
 def test_exact_equals_source_in_vllm(smollm2: Path, exact: Path) -> None:
-    """Same greedy tokens (16 prompts x 64), same perplexity to 4 digits, same capacity."""
+    """Greedy tokens (16 prompts x 64), perplexity (4 digits) and capacity are those of the source."""
     ids = AutoTokenizer.from_pretrained(smollm2)(TEXT).input_ids
     job = {"max_tokens": 64, "prompt_logprobs": True}
     prompts = [*text_prompts(smollm2, 16), ids]
@@ -39,7 +39,7 @@ def test_exact_equals_source_in_vllm(smollm2: Path, exact: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["half", "healed"])
 def test_half_equals_transformers(kind: str, request: pytest.FixtureRequest) -> None:
-    """Different lengths in one batch, prefill and decode; twice the source's capacity."""
+    """Prompts of different lengths agree in prefill and decode. The capacity is twice the source's."""
     model = request.getfixturevalue(kind)
     prompts = text_prompts(model, 12, longest=300)
     result = run_engine(model, prompts, max_tokens=24, prompt_logprobs=True)
@@ -48,7 +48,7 @@ def test_half_equals_transformers(kind: str, request: pytest.FixtureRequest) -> 
 
 
 def test_compiled_equals_eager(half: Path, tmp_path: Path) -> None:
-    """torch.compile is what `vllm serve` does without further flags."""
+    """A compiled model agrees with transformers. `vllm serve` uses torch.compile unless a flag forbids it."""
     prompts = text_prompts(half, 4)
     environment = {"VLLM_CACHE_ROOT": str(tmp_path)}
     job = {"max_tokens": 16, "prompt_logprobs": True, "engine": {"enforce_eager": False}}
@@ -58,7 +58,7 @@ def test_compiled_equals_eager(half: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision(half: Path, dtype: str) -> None:
-    """16-bit serving stays close to float32: what rounding costs, measured on a text's perplexity."""
+    """The perplexity of a text with 16-bit serving stays close to that with float32."""
     ids = AutoTokenizer.from_pretrained(half)(TEXT).input_ids
     result = run_engine(half, [ids], prompt_logprobs=True, engine={"dtype": dtype})
     expected = perplexity(hf_logprobs(load(half), ids))
@@ -83,7 +83,7 @@ SHAPES = {
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_random_shapes(shape: str, tmp_path: Path) -> None:
-    """Awkward shapes, exactly converted: the source's tokens, and transformers' log-probabilities."""
+    """Exact conversions of awkward shapes give the source's tokens and transformers' log-probabilities."""
     variant, length = SHAPES[shape]
     source = variant.save(tmp_path / "source")
     out = convert(source, tmp_path / "mla", "--method", "exact")
@@ -102,7 +102,7 @@ def test_random_shapes(shape: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 def test_tensor_parallel(family: str, tmp_path: Path) -> None:
-    """Two ranks compute what one does, though they cannot share three KV heads evenly."""
+    """Two ranks agree with one, although they cannot share three KV heads evenly."""
     experts = QWEN3_EXPERTS | {"moe_intermediate_size": 64} if family == "qwen3_moe" else {}
     model = RandomModel(family, heads=6, kv_heads=3, head_dim=32, hidden=192, bias=True, experts=experts)
     source = model.save(tmp_path / "source")
@@ -116,7 +116,7 @@ def test_tensor_parallel(family: str, tmp_path: Path) -> None:
 
 
 def test_pipeline_parallel(tmp_path: Path) -> None:
-    """Two stages compute what one does. (With ``enforce_eager``, vLLM 0.32 fails on CPU for its own models too.)"""
+    """Two stages agree with one. (With ``enforce_eager``, vLLM 0.32 fails on CPU for its own models too.)"""
     source = RandomModel(heads=6, kv_heads=3, head_dim=32, hidden=192, layers=3).save(tmp_path / "source")
     out = convert(source, tmp_path / "mla", "--method", "exact")
     prompts = [list(range(5, 45)), [7], list(range(100, 117))]
@@ -127,13 +127,13 @@ def test_pipeline_parallel(tmp_path: Path) -> None:
 
 
 def test_dummy_weights(half: Path) -> None:
-    """`--load-format dummy` runs: shapes can be measured without weights."""
+    """`--load-format dummy` works, so that a shape can be measured without weights."""
     result = run_engine(half, [[1, 2, 3]], max_tokens=4, engine={"load_format": "dummy"})
     assert len(result["tokens"][0]) == 4
 
 
 def test_preemption_changes_nothing(half: Path) -> None:
-    """A cache too small for all requests at once makes vLLM preempt; the tokens stay the same."""
+    """If the cache is too small for all requests, vLLM preempts some, and the tokens stay the same."""
     prompts = text_prompts(half, 6, longest=200)
     alone = run_engine(half, prompts, max_tokens=48)
     crowded = run_engine(half, prompts, max_tokens=48, engine={"num_gpu_blocks_override": 40, "max_model_len": 512})
@@ -141,7 +141,7 @@ def test_preemption_changes_nothing(half: Path) -> None:
 
 
 def test_calibrated_on_its_own_text_and_on_more(tmp_path: Path) -> None:
-    """The default, text sampled from the model, needs no data set."""
+    """The default text is sampled from the model, so it needs no data set; more text can be added."""
     source = RandomModel(heads=6, kv_heads=3, hidden=96).save(tmp_path / "source")
     for options in ((), ("--calibration", CALIBRATION, "--calibration", "self")):
         out = convert(source, tmp_path / "mla", *options, "--calibration-tokens", 1024, "--force")

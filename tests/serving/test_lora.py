@@ -27,7 +27,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def adapter(model: torch.nn.Module, projections: tuple[str, ...], folder: Path) -> Path:
-    """A random adapter in PEFT's format; what it adds is added to ``model`` too."""
+    """Write a random adapter in PEFT's format, and add its product to the weights of ``model``."""
     folder.mkdir()
     generator = torch.Generator().manual_seed(0)
     tensors = {}
@@ -46,7 +46,7 @@ def adapter(model: torch.nn.Module, projections: tuple[str, ...], folder: Path) 
 
 def run(mla: Path, lora: Path) -> dict:
     engine = {"max_model_len": 256, "enable_lora": True, "max_lora_rank": 8}
-    # Without log-probabilities of prompts: for these, vLLM 0.32's adapters on CPU mix tokens up with requests.
+    # Prompts' log-probabilities are not requested, because vLLM 0.32's CPU adapters mix up tokens and requests in them.
     return run_engine(mla, PROMPTS, lora=str(lora), engine=engine, max_tokens=16, no_tokenizer=True)
 
 
@@ -61,7 +61,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_adapter(models: dict[str, Path], case: str, tmp_path: Path) -> None:
-    """vLLM with the adapter computes what transformers computes with its product added to the weights."""
+    """vLLM with the adapter agrees with transformers whose weights have the adapter's product added."""
     family, projections = CASES[case]
     model = load(models[family])
     lora = adapter(model, projections, tmp_path / "lora")
@@ -72,7 +72,7 @@ def test_adapter(models: dict[str, Path], case: str, tmp_path: Path) -> None:
 
 
 def test_adapter_of_kv_b_proj_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
-    """It would have no effect, for MLA takes the projection apart."""
+    """Such an adapter is refused because it would have no effect: MLA uses the two parts of the projection."""
     lora = adapter(load(models["qwen3"]), ("q_proj", "kv_b_proj"), tmp_path / "lora")
     with pytest.raises(AssertionError, match="kv_b_proj_takes_no_lora_with_mla"):
         run(models["qwen3"], lora)

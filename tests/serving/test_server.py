@@ -1,4 +1,4 @@
-"""The real OpenAI-compatible server on a converted model, without any flag that a user would not give."""
+"""The real OpenAI-compatible server with a converted model, started only with flags that a user would give."""
 
 import json
 from collections.abc import Iterator
@@ -22,10 +22,10 @@ SCHEMA = {
 
 @pytest.fixture(scope="module")
 def served(exact: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
-    """A running server: its URL, log, model name, and OpenAI's client."""
+    """A running server, with its URL, log, model name and an OpenAI client."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "DEMO", tmp_path_factory.mktemp("server"))
-        # In float32: in 16 bits, the rounding of a batch depends on who else is in it, and with it the likeliest token.
+        # float32, because 16-bit rounding depends on the other requests in a batch, and may change the likeliest token.
         with demo.server(exact, "float32") as (url, log):
             client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
             yield SimpleNamespace(url=url, log=log, model=str(exact), client=client)
@@ -50,7 +50,7 @@ def test_stream_is_the_answer(served: SimpleNamespace) -> None:
 
 
 def test_logprobs_and_several_answers(served: SimpleNamespace) -> None:
-    """Each of n sampled answers comes with the log-probabilities of its tokens; the seed repeats them."""
+    """Each of n sampled answers has log-probabilities of its tokens. The same seed gives the same answers."""
     options = {"n": 3, "temperature": 1.0, "seed": 1, "logprobs": 2, "max_tokens": 8}
     first, again = (complete(served, TEXT[:200], **options).choices for _ in range(2))
     assert len({choice.text for choice in first}) == 3
@@ -87,13 +87,13 @@ def test_bad_prompts_are_the_clients_fault(served: SimpleNamespace, prompt: obje
 
 
 def test_longest_prompt(served: SimpleNamespace) -> None:
-    """2,047 tokens of a context of 2,048 leave room for one."""
+    """A prompt of 2,047 tokens in a context of 2,048 leaves room for one token."""
     answer = complete(served, [1] + [500] * 2046, max_tokens=1)
     assert answer.usage.completion_tokens == 1
 
 
 def test_client_that_leaves(served: SimpleNamespace) -> None:
-    """Streams broken off in the middle do not disturb the others: same tokens as alone."""
+    """Clients that leave in the middle of a stream do not change the tokens of the others."""
     alone = complete(served, TEXT[:300], max_tokens=32).choices[0].text
 
     def leave(i: int) -> None:

@@ -1,4 +1,4 @@
-"""Healing: the attentions of a converted model are trained on what its source predicts, and nothing else is."""
+"""Healing trains the attentions of a converted model to give its source's predictions, and trains nothing else."""
 
 import json
 import math
@@ -36,9 +36,9 @@ from mla_converters.training import distillation
 
 OTHER_TEXT = ROOT / "scripts" / "demo_text.txt"
 CALIBRATED = ("--calibration", CALIBRATION, "--calibration-tokens", 1024, "--refit-steps", 0)
-MAP_ALONE = (*CALIBRATED, "--without", "least-squares")  # leaves more to heal
+MAP_ALONE = (*CALIBRATED, "--without", "least-squares")  # loses more, so that there is more to heal
 OPTIONS = ("--text", CALIBRATION, "--text", OTHER_TEXT, "--steps", 60)
-LOST = {0.0: 1024, 0.39: 1024, 0.4: 512, 0.78: 512, 0.79: 256, 9.0: 256}  # nats per token, and windows for it
+LOST = {0.0: 1024, 0.39: 1024, 0.4: 512, 0.78: 512, 0.79: 256, 9.0: 256}  # window length by loss in nats per token
 SHAPES = {
     "llama": RandomModel(bias=True, tied=True),
     "qwen3": RandomModel("qwen3", heads=4, kv_heads=1),
@@ -59,17 +59,17 @@ def mla(source: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(mla: Path) -> dict[str, bytes]:
-    """What a run that nothing disturbs writes."""
+    """The files that an undisturbed run writes."""
     return contents(heal(mla, mla.with_name("healed"), *OPTIONS))
 
 
 def reported(folder: Path) -> dict[str, Any]:
-    """What the report says of the healing."""
+    """The report's entry for the healing."""
     return json.loads((folder / "conversion_report.json").read_text())["healing"]
 
 
 def held_out(folder: Path) -> dict[str, float]:
-    """KL divergence from the source before and after, on text that was not trained on."""
+    """KL divergence from the source on held-out text, before and after."""
     return reported(folder)["kl_held_out"]
 
 
@@ -96,7 +96,7 @@ def test_only_attentions_change_and_predict_better(shape: str, tmp_path: Path) -
 
 
 def test_windows_by_how_much_was_lost() -> None:
-    """The more, the shorter; windows are cut in equal pieces, and no token is lost but what does not divide."""
+    """More loss gives shorter windows. Windows are cut into equal pieces, and only a remainder is dropped."""
     assert [distillation.suited_length(lost) for lost in LOST] == list(LOST.values())
     windows = torch.arange(2002).view(2, 1001)
     assert torch.equal(divided(windows, 256), torch.cat([row[:999].view(3, 333) for row in windows]))
@@ -107,12 +107,12 @@ def test_windows_are_seen_twice_if_much_was_lost(tmp_path: Path) -> None:
     assert [distillation.suited_passes(lost) for lost in (0.0, 0.2, 0.21, 9.0)] == [1, 1, 2, 2]
     mla = convert(SHAPES["llama"].save(tmp_path / "source"), tmp_path / "mla", *CALIBRATED)
     healed = heal(mla, tmp_path / "healed", "--text", CALIBRATION, "--tokens", 1408, "--length", 128, "--batch-size", 4)
-    # Of the 11 windows one is held out.
+    # One of the 11 windows is held out.
     assert reported(healed)["steps"] == math.ceil(distillation.suited_passes(held_out(healed)["before"]) * 10 / 4)
 
 
 def test_real_model(command_line: CommandLine, healed: Path, smollm2: Path) -> None:
-    """Three windows of text bring SmolLM2 nearer to its source."""
+    """Training on three windows of text brings a converted SmolLM2 nearer to its source."""
     kl = held_out(healed)
     assert 0 < kl["after"] < kl["before"]
     assert reported(healed)["learning_rate"] == 1e-4
@@ -122,7 +122,7 @@ def test_real_model(command_line: CommandLine, healed: Path, smollm2: Path) -> N
 
 @torch.no_grad()
 def test_loss_is_the_divergence_of_evaluations(source: Path, mla: Path) -> None:
-    """In one chunk, and in two of different lengths."""
+    """The loss equals the KL divergence of evaluations, with one chunk and with two of different lengths."""
     student, teacher = load(mla), load(source)
     for shape in ((1, 100), (5, 120)):
         ids = torch.randint(0, 128, shape, generator=torch.Generator().manual_seed(0))
@@ -149,7 +149,7 @@ def test_gradient_is_that_of_all_logits_at_once(source: Path, mla: Path) -> None
 
 @pytest.mark.parametrize("native", [True, False])
 def test_with_and_without_bfloat16(native: bool, mla: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the machine has it, all but the trained weights is in bfloat16; here as if it had, and as if it had not."""
+    """With bfloat16, only the trained weights are float32. The test simulates machines with and without bfloat16."""
     dtypes: set[torch.dtype] = set()
     load_model = healing.load_model
 
@@ -189,7 +189,7 @@ def test_report_and_card(command_line: CommandLine, source: Path, mla: Path, tmp
 
 
 def test_killed(mla: Path, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed after some steps, the same command goes on from them, and ends with the same bytes."""
+    """After a kill, the same command goes on from the steps that were done, and gives the same bytes."""
     out, folder = tmp_path / "out", tmp_path / "out.partial"
     with running("heal", mla, out, *OPTIONS) as process:
         wait_for(process, lambda: list(folder.glob(f"trainer/*/{distillation.COMPLETE}")))
@@ -225,7 +225,7 @@ def test_other_options_do_not_go_on(mla: Path, refusal: Refused, tmp_path: Path)
 
 
 def test_disk_that_fills_up(mla: Path, expected: dict[str, bytes], small_disk: Path) -> None:
-    """Space that somebody else takes in the middle ends the run in one sentence; with room again, it goes on."""
+    """If the disk fills up during a run, the run ends with one sentence. It goes on when there is space again."""
     out, folder = small_disk / "out", small_disk / "out.partial"
     with running("heal", mla, out, *OPTIONS) as process:
         wait_for(process, lambda: list(folder.glob(f"trainer/*/{distillation.COMPLETE}")))

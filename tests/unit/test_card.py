@@ -1,4 +1,4 @@
-"""The model card: what it says, that the hub can read it, and that it is the same for the same report."""
+"""The model card: its text, that the hub can read it, and that the same report gives the same card."""
 
 import json
 import shutil
@@ -70,7 +70,7 @@ def test_several_calibration_texts(mla: Path) -> None:
 
 
 def test_picture(mla: Path) -> None:
-    """A PNG, without dates and versions; left out where there is nothing to draw."""
+    """The picture is a PNG without dates and versions. It is left out if there is nothing to draw."""
     change_report(mla, per_layer=None)
     write_card(mla)
     assert "per_layer.png" not in (mla / "README.md").read_text()
@@ -114,7 +114,7 @@ CARDS = {
 
 @pytest.mark.parametrize("case", CARDS)
 def test_source_card(case: str, tmp_path: Path) -> None:
-    """A source's card gives what can be used of it, and never an error."""
+    """The usable entries of a source's card are taken. A broken card gives no error."""
     content, expected = CARDS[case]
     if content is not None:
         (tmp_path / "README.md").write_bytes(content)
@@ -123,7 +123,7 @@ def test_source_card(case: str, tmp_path: Path) -> None:
 
 
 def test_command(command_line: CommandLine, pristine: Path, mla: Path, tmp_path: Path) -> None:
-    """With a measurement; and the folder is still whole."""
+    """The command adds a measurement to the card, and the folder still verifies."""
     source, report = pristine.parent / "source", tmp_path / "eval.json"
     options = ("--reference", source, "--text", CALIBRATION, "--windows", 1, "--length", 200, "--json", report)
     assert command_line("eval", mla, *options)[0] == 0
@@ -138,7 +138,7 @@ def test_command(command_line: CommandLine, pristine: Path, mla: Path, tmp_path:
 
 
 def test_only_the_card_is_blessed(command_line: CommandLine, mla: Path) -> None:
-    """Damage elsewhere stays damage."""
+    """Writing the card does not hide damage to other files."""
     (mla / "tokenizer.json").unlink()
     update_card(mla)
     code, told, _ = command_line("verify", mla)

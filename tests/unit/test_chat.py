@@ -1,4 +1,4 @@
-"""Calibration on conversations of which the model writes both sides."""
+"""Calibration on conversations in which the model writes both sides."""
 
 import re
 from pathlib import Path
@@ -42,14 +42,14 @@ def test_a_template_does_not_know_the_day(tokenizer: PreTrainedTokenizerBase, mo
 def test_conversations_are_what_the_template_makes_of_their_turns(
     smollm2: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """The template, given the turns that the model wrote, gives the text back."""
+    """Applying the template to the turns that the model wrote gives the same text."""
     with open_source(str(smollm2)) as source, Progress(disable=True) as progress:
         windows = calibration_windows(source, ("chat",), 1024, 3, progress)
     assert windows.shape == (2, 512)
     for window in windows:
-        text = re.sub(r"<\|im_start\|>\w*$", "", tokenizer.decode(window))  # without a header that is cut
+        text = re.sub(r"<\|im_start\|>\w*$", "", tokenizer.decode(window))  # without a header at the end that was cut
         begins = [part.split("\n", 1) for part in text.split("<|im_start|>")[1:]]
-        assert len(begins) >= 3  # the system's, the user's, an answer
+        assert len(begins) >= 3  # turns of the system and the user, and an answer
         turns = [{"role": role, "content": said.removesuffix("<|im_end|>\n")} for role, said in begins]
         expected = ["system", *(["user", "assistant"] * len(turns))]
         assert [turn["role"] for turn in turns] == expected[: len(turns)]
@@ -61,7 +61,7 @@ def test_a_turn_ends_with_a_special_token_or_when_it_is_long(monkeypatch: pytest
     conversations = Conversations(ChatTemplate([1, 2], ([3, 4], [5]), frozenset({3, 9})), 2)
     sampled = [[10, 10], [11, 9], [12, 12], [13, 13], [9, 14], [15, 9], [16, 16]]
     followed = [conversations.follow(torch.tensor(tokens)[:, None])[:, 0].tolist() for tokens in sampled]
-    # the template's 2 | three tokens and then the first joint | that ends an empty turn at once
+    # First: the template's 2, three sampled tokens, and the first joint. Second: a 9 ends an empty turn at once.
     assert [tokens[0] for tokens in followed] == [2, 11, 12, 13, 3, 4, 16]
     assert [tokens[1] for tokens in followed] == [2, 3, 4, 13, 14, 5, 16]
 

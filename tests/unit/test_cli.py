@@ -1,4 +1,4 @@
-"""``vllm-mla convert``: what it accepts, what it refuses, and what it leaves behind."""
+"""``vllm-mla convert``: the inputs that it accepts and refuses, and the files that it leaves."""
 
 import hashlib
 import json
@@ -21,13 +21,13 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def source(pristine: Path, tmp_path: Path) -> Path:
-    """A convertible model (6 heads, 3 KV heads of 16) that a test may damage."""
+    """A model that can be converted (6 heads, 3 KV heads of 16). A test may damage it."""
     return Path(shutil.copytree(pristine, tmp_path / "source"))
 
 
 @pytest.fixture
 def refused(refusal: Refused, tmp_path: Path) -> Refused:
-    """Runs a conversion that must be refused and leave nothing behind; returns its one sentence."""
+    """Run a conversion that must be refused and leave no files; return the sentence that it prints."""
 
     def run(source: object, *options: object) -> str:
         before = sorted(tmp_path.iterdir())
@@ -50,7 +50,7 @@ def edit_tensors(source: Path, change: Callable[[dict[str, torch.Tensor]], objec
 
 
 def test_refusal_as_users_see_it(tmp_path: Path) -> None:
-    """The installed command: exit code 2, one line, no traceback."""
+    """The installed command gives exit code 2 and one line, without a traceback."""
     result = vllm_mla("convert", tmp_path / "nowhere", tmp_path / "out")
     assert result.returncode == 2 and not list(tmp_path.iterdir())
     assert result.stderr == f"vllm-mla: error: {tmp_path / 'nowhere'} does not exist.\n"
@@ -102,7 +102,7 @@ CONFIGS = {
 }
 
 
-# As in the models' own config.json, as far as it matters.
+# The entries that matter here, from the models' own config.json.
 KINDS = {
     "DeepseekV3ForCausalLM": ({"kv_lora_rank": 512}, "uses MLA already"),
     "T5ForConditionalGeneration": ({"is_encoder_decoder": True}, "is an encoder-decoder"),
@@ -118,7 +118,7 @@ KINDS = {
 
 @pytest.mark.parametrize("architecture", KINDS)
 def test_refused_kinds(refused: Refused, architecture: str, source: Path) -> None:
-    """What MLA cannot represent is named, whatever the family."""
+    """The refusal names the feature that MLA cannot represent, in every family."""
     fields, reason = KINDS[architecture]
     edit_config(source, architectures=[architecture], **fields)
     line = refused(source)
@@ -133,7 +133,7 @@ def test_refused_configs(refused: Refused, case: str, source: Path, tmp_path: Pa
 
 
 def test_sliding_window(refused: Refused, tmp_path: Path) -> None:
-    """Refused while it is active; converted, with the limit in the configuration, while it is not."""
+    """An active window is refused. With a context up to the window, the conversion writes that limit."""
     source = RandomModel("mistral", window=64).save(tmp_path / "mistral")
     assert "--max-context 64" in refused(source, "--method", "exact")
     assert "sliding window of 64" in refused(source, "--method", "exact", "--max-context", 65)
@@ -242,7 +242,7 @@ def test_wrong_tensors(refused: Refused, source: Path, tmp_path: Path) -> None:
 
 
 def test_too_narrow_dtype(refused: Refused, source: Path) -> None:
-    """What fits into float32 may be infinite in float16."""
+    """A number that fits into float32 may be infinite in float16."""
     name = "model.layers.1.mlp.up_proj.weight"
     edit_tensors(source, lambda tensors: tensors[name][0].fill_(1e5))
     line = refused(source, "--method", "exact", "--dtype", "float16")
@@ -279,7 +279,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def test_same_seed_same_bytes(smollm2: Path, half: Path, tmp_path: Path) -> None:
-    """A second conversion of a real model equals the first to the byte."""
+    """A second conversion of a real model equals the first one to the byte."""
     assert digests(convert(smollm2, tmp_path / "again", *HALF)) == digests(half)
 
 
@@ -301,15 +301,15 @@ def test_everything_is_carried_over(smollm2: Path, half: Path) -> None:
 
 
 def core_seconds() -> float:
-    """CPU time of all processes started and finished so far."""
+    """CPU time of all child processes that have finished."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 
 
 def test_time_and_memory(smollm2: Path, tmp_path: Path) -> None:
-    """16k calibration tokens from a file: at most 60 s on two cores and 2 GB, FreqFold searched.
+    """Converting with 16k tokens from a file and a search for FreqFold takes at most 60 s on two cores, and 2 GB.
 
-    Counted in core-seconds: what else runs on the machine does not make a conversion slower.
+    Time is counted in core-seconds, because other jobs on the machine do not change these.
     """
     text = tmp_path / "text.txt"
     text.write_text((ROOT / "LICENSE").read_text() * 10)
@@ -326,7 +326,7 @@ def test_time_and_memory(smollm2: Path, tmp_path: Path) -> None:
 
 
 def test_shards(tmp_path: Path) -> None:
-    """A checkpoint in several shards reads and writes like one in a single file."""
+    """A checkpoint in several shards is read and written like one in a single file."""
     from mla_converters.checkpoints.writer import Shards
 
     tensors = {f"t{i}": torch.full((100,), float(i)) for i in range(7)}
@@ -360,7 +360,7 @@ def coded(source: Path, tmp_path: Path) -> Path:
 def test_code_runs_only_where_it_is_trusted(
     refused: Refused, refusal: Refused, source: Path, coded: Path, tmp_path: Path
 ) -> None:
-    """Converting, verifying and evaluating; the code travels with the model that needs it."""
+    """This holds for convert, verify and eval. A conversion also copies the code to the model."""
     assert "give --trust-remote-code" in refused(source, "--method", "exact")
     assert not coded.exists(), "it ran unasked"
     trust = "--trust-remote-code"

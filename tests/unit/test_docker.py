@@ -1,4 +1,4 @@
-"""The Docker images: what they copy is enough to install from, and what they install is supported."""
+"""The Docker images copy all files that an installation needs, and install supported versions."""
 
 import re
 import subprocess
@@ -20,7 +20,7 @@ def instructions(dockerfile: Path, name: str) -> list[str]:
 
 
 def copy_context(dockerfile: Path, to: Path) -> None:
-    """Do what the image's COPY instructions do, of what ``.dockerignore`` lets through."""
+    """Copy the files of the image's COPY instructions. Check that ``.dockerignore`` lets them through."""
     let_through = re.findall(r"^!(.+)$", (ROOT / ".dockerignore").read_text(), re.MULTILINE)
     for instruction in instructions(dockerfile, "COPY"):
         *sources, folder = instruction.split()

@@ -1,4 +1,4 @@
-"""The documents: links lead somewhere, commands and options exist, and quoted errors are what the code says."""
+"""The documents: links have targets, commands and options exist, and quoted errors are in the code."""
 
 import ast
 import re
@@ -23,29 +23,29 @@ OPTIONS = {
     name: {option for parameter in command.params for option in parameter.opts if option.startswith("--")}
     for name, command in typer.main.get_command(app).commands.items()
 }
-# Of other commands; the documents mention them alone, as a span of code.
+# Options of other commands, which the documents mention without the command.
 FOREIGN = {"--batch_size", "--enforce-eager", "--hf-overrides", "--kv-cache-dtype", "--tasks"}
 ERRORS = {"ConversionError", "UnfinishedError", "StoppedError"}
 MOST_WORDS = 2
-"""A message with no more than these words of its own is put together from others."""
+"""A message with at most this many fixed words is put together from other messages."""
 VARIES = "…"
-"""In a quoted error: a part that changes."""
+"""Stands in a quoted error for a part that changes."""
 
 
 @cache
 def tokens(document: Path) -> list[Token]:
-    """A document's blocks, then what is inside them."""
+    """The blocks of a document, and then the tokens inside them."""
     blocks = MarkdownIt("commonmark").enable("table").parse(document.read_text())
     return blocks + [child for block in blocks for child in block.children or ()]
 
 
 def spans(document: Path) -> list[str]:
-    """Code within a line of text, line breaks undone."""
+    """The spans of code in a document's text, without line breaks."""
     return [" ".join(token.content.split()) for token in tokens(document) if token.type == "code_inline"]
 
 
 def code(document: Path) -> Iterator[str]:
-    """Code of a document, a command at a time, without comments."""
+    """The code of a document, one command at a time, without comments."""
     yield from spans(document)
     for token in tokens(document):
         if token.type in ("code_block", "fence"):
@@ -55,7 +55,7 @@ def code(document: Path) -> Iterator[str]:
 
 @cache
 def anchors(document: Path) -> set[str]:
-    """What GitHub calls the headings of a document."""
+    """The anchors that GitHub gives to a document's headings."""
     blocks, seen, found = tokens(document), Counter[str](), set()
     for heading, content in pairwise(blocks):
         if heading.type == "heading_open":
@@ -67,7 +67,7 @@ def anchors(document: Path) -> set[str]:
 
 
 def first_cells(document: Path) -> Iterator[tuple[str, list[str]]]:
-    """Of each row of a table: the heading above it, and the spans of code in its first cell."""
+    """For each row of a table, the heading above it, and the spans of code in its first cell."""
     heading, blocks = "", tokens(document)
     for before, block, after in zip(blocks, blocks[1:], blocks[2:], strict=False):
         if before.type == "heading_open":
@@ -78,7 +78,7 @@ def first_cells(document: Path) -> Iterator[tuple[str, list[str]]]:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links(document: Path) -> None:
-    """Every link into this repository leads to a file, and to a heading of it. README is read elsewhere too."""
+    """Every link into this repository leads to a file or a heading. README must not have relative links."""
     links = [token.attrGet("href") or token.attrGet("src") for token in tokens(document)]
     for link in map(str, filter(None, links)):
         path, _, anchor = link.partition("#")
@@ -95,7 +95,7 @@ def test_links(document: Path) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_commands(document: Path) -> None:
-    """Commands, options, modules and files that a document names exist."""
+    """All commands, options, modules and files that a document names exist."""
     for line in code(document):
         for command, rest in re.findall(r"vllm-mla ([a-z]+)(?![\w-])(.*)", line):
             unknown = set(re.findall(r"--[a-z][a-z-]*", rest)) - OPTIONS[command]
@@ -111,14 +111,14 @@ def test_commands(document: Path) -> None:
 
 @pytest.mark.parametrize("command", OPTIONS)
 def test_reference_has_every_option(command: str) -> None:
-    """The tables of the reference list the options that there are, and no others."""
+    """The tables of the reference list exactly the options of the command."""
     rows = first_cells(ROOT / "docs" / "reference" / "command-line.md")
     listed = {span for heading, cell in rows if heading == f"vllm-mla {command}" for span in cell}
     assert {option for option in listed if option.startswith("--")} == OPTIONS[command]
 
 
 def sentence(node: ast.expr | None) -> str | None:
-    """A string of the source as a document quotes it, with ``…`` for what varies; None for other expressions."""
+    """A string of the source as a document quotes it, with ``…`` for parts that vary. None for other nodes."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return node.value
     if isinstance(node, ast.JoinedStr):
@@ -128,7 +128,7 @@ def sentence(node: ast.expr | None) -> str | None:
 
 @cache
 def said() -> tuple[set[str], set[str]]:
-    """All strings of the packages but docstrings; and of these, the messages of errors that users see."""
+    """All strings of the packages except docstrings, and those of them that are messages of errors for users."""
     strings, errors = set(), set()
     for package in PACKAGES:
         kinds = ERRORS if package.name == "mla_converters" else {"ValueError"}
@@ -144,14 +144,14 @@ def said() -> tuple[set[str], set[str]]:
 
 
 def quoted() -> list[tuple[str, re.Pattern[str]]]:
-    """The sentences of the troubleshooting page, and what matches them."""
+    """The sentences that the troubleshooting page quotes, each with a pattern that matches it."""
     cells = [cell for _, cell in first_cells(ROOT / "docs" / "troubleshooting.md")]
     quotes = [span for cell in cells for span in cell]
     return [(quote, re.compile(".*".join(map(re.escape, quote.split(VARIES))), re.DOTALL)) for quote in quotes]
 
 
 def test_quoted_errors_are_said() -> None:
-    """Whoever searches the page for a message finds it, for the page quotes the code."""
+    """The page quotes the code's messages, so that a user who searches it for a message finds it."""
     strings, _ = said()
     assert len(quoted()) > 100
     stale = [quote for quote, pattern in quoted() if not any(map(pattern.search, strings))]

@@ -1,4 +1,4 @@
-"""``vllm-mla convert --push-to-hub``, against a small server that speaks the hub's API."""
+"""``vllm-mla convert --push-to-hub`` with a small server that implements the hub's API."""
 
 import base64
 import hashlib
@@ -21,9 +21,9 @@ class Hub(ThreadingHTTPServer):
     """A hub with one user.
 
     Attributes:
-        repositories: from name to what it was created with; ``files`` are the bytes of the last commit.
-        uploads: large files, by SHA-256.
-        requests: every call, as ``METHOD path``.
+        repositories: for each name, the arguments of its creation; ``files`` holds the bytes of the last commit.
+        uploads: large files by their SHA-256.
+        requests: every request, as ``METHOD path``.
     """
 
     def __init__(self) -> None:
@@ -37,8 +37,8 @@ class Hub(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
     def environment(self, **changes: str) -> dict[str, str]:
-        """For a process that takes this for the hub."""
-        # Xet is a binary protocol between two other parties; without it, large files go through Git LFS.
+        """Environment of a process that uses this server as the hub."""
+        # Xet is a binary protocol with a server of its own. Without it, large files go through Git LFS.
         variables = {"HF_ENDPOINT": self.address, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
         return variables | changes
 
@@ -142,7 +142,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("options", [(), ("--public",)], ids=["private", "public"])
 def test_everything_is_uploaded(hub: Hub, options: tuple[str, ...], source: Path, tmp_path: Path) -> None:
-    """The repository holds the folder to the byte, and its card says how to serve it from there."""
+    """The repository equals the folder to the byte, and its card says how to serve the model from the hub."""
     repo, out = f"{ORGANISATION}/tiny-mla", tmp_path / "out"
     result = vllm_mla(
         "convert", source, out, "--method", "exact", "--push-to-hub", repo, *options, environment=hub.environment()
@@ -181,7 +181,7 @@ def test_refused_before_the_work(hub: Hub, case: str, source: Path, tmp_path: Pa
 
 
 def test_no_right_to_write(hub: Hub, source: Path, tmp_path: Path) -> None:
-    """What only the upload can find out leaves the conversion, and says how to upload it later."""
+    """If the upload fails, the conversion stays, and the error says how to upload it later."""
     out = tmp_path / "out"
     arguments = ("convert", source, out, "--method", "exact", "--push-to-hub", f"{READ_ONLY}/tiny-mla")
     result = vllm_mla(*arguments, environment=hub.environment())

@@ -1,4 +1,4 @@
-"""Candidate layouts and the one that ``vllm-mla plan`` recommends, by the GPUs that serve them."""
+"""Candidate layouts, and the one that ``vllm-mla plan`` recommends, depending on the GPUs that serve them."""
 
 import pytest
 
@@ -13,11 +13,11 @@ def options(kv_heads: int, head_dim: int) -> dict[int, tuple[str, ...]]:
 
 
 def test_options_keep_what_gpus_serve() -> None:
-    """``convert --cache-ratio`` may find a wider rotary part than prefill takes on GPUs, so the sizes are given."""
+    """The options name both sizes if ``--cache-ratio`` might find a rotary part too wide for prefill on GPUs."""
     assert options(8, 128)[1024] == ("--kv-lora-rank", "896", "--qk-rope-head-dim", "128")
-    # Whatever the split, a head's 64 numbers and the rotary part are at most 256.
+    # For every split, a head's 64 numbers and the rotary part are at most 256 together.
     assert options(2, 64)[128] == ("--cache-ratio", "0.5")
-    # No GPU serves rows of 4,096 numbers, however they are split.
+    # No GPU serves rows of 4,096 numbers with any split.
     assert options(32, 128)[4096] == ("--cache-ratio", "0.5")
 
 
@@ -26,8 +26,8 @@ def test_options_keep_what_gpus_serve() -> None:
     [(8, (512, 64), True), (4, (512, 64), True), (3, (256, 64), True), (2, (192, 64), False)],
 )
 def test_recommendation(kv_heads: int, sizes: tuple[int, int], own_kernels: bool) -> None:
-    """512 + 64 if it saves enough, else 256 + 64, else half, which GPUs serve by this plugin's backend."""
-    chosen, reason = recommend(kv_heads, 128, "bfloat16")  # caches 2,048, 1,024, 768 and 512 numbers
+    """512 + 64 is recommended if it saves enough, otherwise 256 + 64, otherwise half with this plugin's backend."""
+    chosen, reason = recommend(kv_heads, 128, "bfloat16")  # these sources cache 2,048, 1,024, 768 and 512 numbers
     assert (chosen.layout.kv_lora_rank, chosen.layout.qk_rope_head_dim) == sizes
     backends = serving_backends(chosen.layout, 128, "bfloat16")
     assert all((backends[gpu] != [PLUGIN_BACKEND]) == own_kernels for gpu in GPUS)
@@ -35,7 +35,7 @@ def test_recommendation(kv_heads: int, sizes: tuple[int, int], own_kernels: bool
 
 
 def test_half_is_too_wide_for_gpus() -> None:
-    """The largest share that they serve, if it keeps enough; else half, and what to take on GPUs."""
+    """The largest share that GPUs serve is recommended, if it keeps enough. Otherwise half, with advice for GPUs."""
     third, reason = recommend(18, 128, "bfloat16")
     assert third.layout.width == round(0.33 * 2 * 18 * 128)
     assert list(serving_backends(third.layout, 128, "bfloat16")) == ["CPU", HOPPER, BLACKWELL, A100]
@@ -46,7 +46,7 @@ def test_half_is_too_wide_for_gpus() -> None:
 
 
 def test_heads_too_large_for_gpus() -> None:
-    """Prefill on GPUs takes heads of 256 numbers, so that heads of 256 have no room for a rotary part."""
+    """Prefill on GPUs takes at most 256 numbers per head, so heads of 256 have no room for a rotary part."""
     for candidate in candidates(8, 256):
         assert list(serving_backends(candidate.layout, 256, "bfloat16")) == ["CPU"]
     _, reason = recommend(8, 256, "bfloat16")
@@ -54,6 +54,6 @@ def test_heads_too_large_for_gpus() -> None:
 
 
 def test_float32() -> None:
-    """No GPU takes it, so no GPU's limits count."""
+    """No GPU serves float32, so the limits of GPUs do not matter."""
     half, reason = recommend(8, 128, "float32")
     assert half.options == ("--cache-ratio", "0.5") and "In float32 only the CPU" in reason

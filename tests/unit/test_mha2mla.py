@@ -1,4 +1,4 @@
-"""Method ``mha2mla``: which pairs keep RoPE, the SVD of the weights, and both in whole models."""
+"""Method ``mha2mla``: the pairs that keep RoPE, the SVD of the weights, and whole models."""
 
 from itertools import islice
 from pathlib import Path
@@ -29,7 +29,7 @@ Weights = dict[str, torch.Tensor]
 
 @pytest.fixture
 def weights() -> Weights:
-    """One attention layer, with biases as uneven as Qwen2's: those of the keys are large."""
+    """One attention layer with large biases of the keys, as in Qwen2."""
     generator = torch.Generator().manual_seed(0)
     rows = {"q": HEADS, "k": KV_HEADS, "v": KV_HEADS}
     layer = {}
@@ -61,7 +61,7 @@ def inputs() -> torch.Tensor:
 
 
 def pairs_of(keep: Keep, pairs: int, contributions: list[list[float]] | None = None) -> list[list[int]]:
-    """The pairs that each of the KV heads keeps."""
+    """The pairs that each KV head keeps."""
     measured = None if contributions is None else torch.tensor(contributions, dtype=torch.float64)
     kv_heads, half = (2, 8) if measured is None else measured.shape
     return [head.nonzero().flatten().tolist() for head in kept_pairs(keep, pairs, kv_heads, 2 * half, measured)]
@@ -69,7 +69,7 @@ def pairs_of(keep: Keep, pairs: int, contributions: list[list[float]] | None = N
 
 @pytest.mark.parametrize("svd", Svd)
 def test_nothing_truncated(svd: Svd, weights: Weights) -> None:
-    """With all pairs kept and a latent for all values, a layer computes what its source does."""
+    """With all pairs kept and room for all values in the latent, a layer gives its source's output."""
     full = torch.ones(KV_HEADS, HEAD_DIM // 2, dtype=torch.bool)
     x = inputs()
     got = converted_attention(weights, x, full, KV_HEADS * HEAD_DIM, svd)
@@ -78,7 +78,7 @@ def test_nothing_truncated(svd: Svd, weights: Weights) -> None:
 
 @pytest.mark.parametrize("svd", Svd)
 def test_partial_rope_alone(svd: Svd, weights: Weights) -> None:
-    """At full rank only RoPE is lost: frequency zero in its place gives the same attention."""
+    """At full rank only RoPE is lost, so the source with lost frequencies set to zero gives the same attention."""
     kept = kept_pairs(Keep.HIGH, 2 * KV_HEADS, KV_HEADS, HEAD_DIM)
     x = inputs()
     got = converted_attention(weights, x, kept, 2 * KV_HEADS * HEAD_DIM - 4 * KV_HEADS, svd)
@@ -87,7 +87,7 @@ def test_partial_rope_alone(svd: Svd, weights: Weights) -> None:
 
 
 def test_every_head_keeps_its_own(weights: Weights) -> None:
-    """Different pairs in every KV head, and different numbers of them: as if each head had its own RoPE."""
+    """KV heads may keep different pairs, and different numbers of pairs, as if each had its own RoPE."""
     kept = torch.tensor([[1, 0, 0, 1], [0, 0, 0, 0], [0, 1, 1, 1]], dtype=torch.bool)
     x = inputs()
     q, k, v = project(weights, x)
@@ -102,7 +102,7 @@ def test_every_head_keeps_its_own(weights: Weights) -> None:
 
 
 def test_fixed_choices() -> None:
-    """By hand, for 2 KV heads of 8 pairs: evenly, and with one pair left over for the first head."""
+    """Choices made by hand for 2 KV heads of 8 pairs, divided evenly or with one more pair for the first head."""
     assert pairs_of(Keep.HIGH, 6) == [[0, 1, 2]] * 2
     assert pairs_of(Keep.LOW, 6) == [[5, 6, 7]] * 2
     assert pairs_of(Keep.UNIFORM, 8) == [[0, 2, 4, 6]] * 2
@@ -114,7 +114,7 @@ def test_fixed_choices() -> None:
 
 
 def test_two_norm_choice() -> None:
-    """The largest of each head; what is left over goes to the largest anywhere, even twice to one head."""
+    """Each head keeps its largest pairs. A remainder goes to the largest of all, even twice to one head."""
     contributions = [[9.0, 1.0, 8.0, 7.0], [0.1, 0.4, 0.3, 0.2], [2.0, 6.0, 3.0, 4.0]]
     assert pairs_of(Keep.TWO_NORM, 6, contributions) == [[0, 2], [1, 2], [1, 3]]
     assert pairs_of(Keep.TWO_NORM, 7, contributions) == [[0, 2, 3], [1, 2], [1, 3]]
@@ -125,7 +125,7 @@ def test_two_norm_choice() -> None:
 @settings(deadline=None)
 @given(st.data())
 def test_pairs_are_spread(data: st.DataObject) -> None:
-    """Any choice keeps exactly the pairs asked for, and every head its share."""
+    """Every rule keeps exactly the given number of pairs, and every head keeps its share."""
     kv_heads, half = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 16))
     pairs = data.draw(st.integers(1, kv_heads * half))
     contributions = torch.rand(kv_heads, half, generator=torch.Generator().manual_seed(pairs))
@@ -137,7 +137,7 @@ def test_pairs_are_spread(data: st.DataObject) -> None:
 
 
 def test_contributions() -> None:
-    """Mean norm of a pair's keys, times that of its queries over the group, whatever the batches."""
+    """A contribution is the mean norm of a pair's keys, times that of its group's queries, for any batches."""
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(4, heads, 10, HEAD_DIM, generator=generator) for heads in (HEADS, KV_HEADS))
     norms = PairNorms(HEADS, KV_HEADS, HEAD_DIM)
@@ -150,7 +150,7 @@ def test_contributions() -> None:
 
 
 def approximation(k: torch.Tensor, v: torch.Tensor, kept: torch.Tensor, rank: int, svd: Svd) -> torch.Tensor:
-    """What the map makes of the weights: those of the keys without RoPE (zero where a pair keeps it) and values."""
+    """The map's approximation of the weights of values, and of keys without RoPE (zero if a pair keeps RoPE)."""
     maps = mha2mla_map(k, v, FREQS, kept, rank, svd)
     up = torch.cat((maps.latent_to_key.flatten(0, 1), maps.latent_to_value.flatten(0, 1)))
     assert up.shape[1] == rank
@@ -164,7 +164,7 @@ def truncated(weight: torch.Tensor, rank: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("rank", [1, 7, 16, 40, 42])
 def test_joint_svd(rank: int, weights: Weights) -> None:
-    """Rank R gives the truncated SVD of both weights together, also where R is more than the hidden size."""
+    """Rank R gives the truncated SVD of both weights together, even if R is more than the hidden size."""
     k, v = weights["k_proj.weight"], weights["v_proj.weight"]
     kept = kept_pairs(Keep.HIGH, KV_HEADS, KV_HEADS, HEAD_DIM)
     keys = k.view(KV_HEADS, 2, HEAD_DIM // 2, -1).masked_fill(kept[:, None, :, None], 0).flatten(0, 2)
@@ -174,7 +174,7 @@ def test_joint_svd(rank: int, weights: Weights) -> None:
 
 @pytest.mark.parametrize(("rank", "of_keys"), [(2, 1), (9, 4), (16, 8), (36, 18), (40, 18), (42, 18), (24, 0)])
 def test_split_svd(rank: int, of_keys: int, weights: Weights) -> None:
-    """Half the rank for the keys and half for the values; what the keys cannot fill, the values get."""
+    """Keys and values get half of the rank each. The values also get the rank that the keys cannot fill."""
     k, v = weights["k_proj.weight"], weights["v_proj.weight"]
     pairs = KV_HEADS * HEAD_DIM // 2 if of_keys == 0 else KV_HEADS
     kept = kept_pairs(Keep.HIGH, pairs, KV_HEADS, HEAD_DIM)
@@ -184,7 +184,7 @@ def test_split_svd(rank: int, of_keys: int, weights: Weights) -> None:
 
 
 def test_key_bias_without_rope_is_free(weights: Weights) -> None:
-    """However narrow the latent: without RoPE a bias of the keys changes no attention and reaches no value."""
+    """Even with a narrow latent, a bias of keys without RoPE changes neither the attention nor the values."""
     kept = kept_pairs(Keep.HIGH, KV_HEADS, KV_HEADS, HEAD_DIM)
     x = inputs()
     lost = ~kept[:, None].expand(-1, 2, -1).flatten()
@@ -222,7 +222,7 @@ def test_two_norm_needs_calibration(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model", [RandomModel(bias=True), RandomModel("qwen2", heads=6, kv_heads=3, hidden=96)])
 def test_layers_of_a_model(model: RandomModel, tmp_path: Path) -> None:
-    """With nothing truncated, all choices give every layer its source's attention, biases included."""
+    """If nothing is truncated, every rule gives every layer its source's attention, including biases."""
     source = model.save(tmp_path / "source")
     width = model.kv_heads * model.head_dim
     ids = torch.randint(0, 128, (2, 50), generator=torch.Generator().manual_seed(0))
@@ -240,7 +240,7 @@ def test_layers_of_a_model(model: RandomModel, tmp_path: Path) -> None:
 
 
 def test_two_norm_beats_low_on_a_real_model(smollm2: Path) -> None:
-    """RoPE on a third of SmolLM2's pairs, no low rank: the paper's choice errs less than the slowest pairs do."""
+    """With RoPE on a third of SmolLM2's pairs and no low rank, the paper's choice beats the slowest pairs."""
     ids = AutoTokenizer.from_pretrained(smollm2)(CALIBRATION.read_text(), return_tensors="pt").input_ids
     windows = ids[:, :512].view(2, 256)
     with open_source(str(smollm2)) as source:
@@ -259,6 +259,6 @@ def test_two_norm_beats_low_on_a_real_model(smollm2: Path) -> None:
 
 
 def test_qk_norm_is_refused(refusal: Refused, tmp_path: Path) -> None:
-    """What is normalised after the projection is not the projection's to factor."""
+    """Keys that are normalised after their projection cannot be split by factoring the projection."""
     source = RandomModel("qwen3").save(tmp_path / "source")
     assert "QK-norm" in refusal("convert", source, tmp_path / "out", "--method", "mha2mla")

@@ -1,4 +1,4 @@
-"""Muon: steps in which all directions of a matrix count alike."""
+"""Muon: steps of the same size in all directions of a matrix."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ def random(*shape: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("shape", [(16, 64), (64, 16), (3, 16, 64), (1, 64)])
 def test_directions_count_alike(shape: tuple[int, ...]) -> None:
-    """Whatever they counted before, and whatever the size; left and right singular vectors stay."""
+    """All singular values become nearly equal, for every size of update. The singular vectors stay the same."""
     update = 1e-6 * random(*shape) * torch.logspace(0, -1, shape[-1])
     made = orthogonal(update)
     values = torch.linalg.svdvals(made) / max(shape[-2:]) ** 0.5
@@ -23,12 +23,12 @@ def test_directions_count_alike(shape: tuple[int, ...]) -> None:
 
 
 def test_nothing_is_made_of_nothing() -> None:
-    """No gradient, no step."""
+    """A gradient of zero gives no step."""
     assert not orthogonal(torch.zeros(4, 8)).any()
 
 
 def test_heads_are_matrices_of_their_own() -> None:
-    """A batch of them is stepped as each alone would be, on the second step too."""
+    """A batch of heads takes the same steps as each head alone, also in the second step."""
     together = torch.nn.Parameter(random(3, 8, 32))
     alone = [torch.nn.Parameter(head.clone()) for head in together.detach()]
     optimizers = [Muon([{"params": [weight], "lr": 0.1}]) for weight in (together, *alone)]
@@ -42,7 +42,7 @@ def test_heads_are_matrices_of_their_own() -> None:
 
 
 def test_a_step_is_as_long_as_its_rate() -> None:
-    """Of a matrix, of a vector, and of what has no gradient."""
+    """This holds for a matrix and for a vector. A weight without a gradient does not move."""
     weights = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((16, 64), (64,), (8,))]
     optimizer = Muon([{"params": [weight], "lr": 0.1} for weight in weights])
     for weight in weights[:2]:

@@ -1,4 +1,4 @@
-"""``vllm-mla plan``: sizes checked by hand for real shapes, what it recommends, and what it refuses."""
+"""``vllm-mla plan``: sizes checked by hand for real shapes, recommendations, and refusals."""
 
 import json
 import shlex
@@ -63,7 +63,7 @@ Planner = Callable[..., dict[str, Any]]
 
 @pytest.fixture
 def planned(command_line: CommandLine, tmp_path: Path) -> Planner:
-    """Runs ``vllm-mla plan --json`` in this process; returns the plan."""
+    """Run ``vllm-mla plan --json`` in this process; return the plan."""
 
     def run(source: object, *options: object) -> dict[str, Any]:
         out = tmp_path / "plan.json"
@@ -76,12 +76,12 @@ def planned(command_line: CommandLine, tmp_path: Path) -> Planner:
 
 @pytest.fixture
 def refused(refusal: Refused) -> Refused:
-    """Runs a plan that must be refused; returns its one sentence."""
+    """Run a plan that must be refused; return the sentence that it prints."""
     return partial(refusal, "plan")
 
 
 def write_config(folder: Path, shape: str = "llama-3-8b", **changes: Any) -> Path:
-    """A folder that holds nothing but ``config.json``."""
+    """A folder that holds only ``config.json``."""
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(LLAMA | SHAPES[shape] | changes))
     return folder
@@ -104,8 +104,8 @@ def test_llama_3_8b(planned: Planner, tmp_path: Path) -> None:
     assert deepseek["kv_bytes_per_token"] == 36_864  # 576 * 32 * 2
     assert deepseek["cache_ratio"] == 0.28125  # 576 / 2,048
     assert deepseek["tokens_in_memory"] == 466_033  # 2**34 // 36,864
-    # q_proj 32 * 192 * 4096, kv_a_proj 576 * 4096 and kv_b_proj 32 * 256 * 512 for q, k and v of 6144 * 4096: 6,553,600
-    # parameters more in each layer; and 32 float32 frequencies.
+    # q_proj 32 * 192 * 4096, kv_a_proj 576 * 4096 and kv_b_proj 32 * 256 * 512 replace q, k and v of 6144 * 4096. Each
+    # layer gets 6,553,600 more parameters and 32 float32 frequencies.
     assert plan["conversion"]["weights_bytes"] == 2 * (8_030_261_248 + 32 * 6_553_600) + 32 * 32 * 4
     assert (plan["recommended"]["kv_lora_rank"], plan["recommended"]["qk_rope_head_dim"]) == (512, 64)
     assert "28.1% of the cache" in plan["recommended"]["reason"]
@@ -119,18 +119,18 @@ def test_llama_3_70b(planned: Planner, tmp_path: Path) -> None:
     assert plan["source"]["tokens_in_memory"] == 244_140  # 80e9 // 327,680
     assert layout(plan, 512, 64)["kv_bytes_per_token"] == 92_160
     assert plan["recommended"]["kv_lora_rank"] == 512
-    # The model cannot write its own calibration text without being in memory as a whole.
+    # To write its own calibration text, the model must be in memory as a whole.
     assert plan["conversion"]["peak_memory_bytes"]["self"] > 2 * 70_553_706_496
     assert plan["conversion"]["peak_memory_bytes"]["file"] < 16e9
 
 
 def test_llama_2_7b(planned: Planner, tmp_path: Path) -> None:
-    """Where 512 + 64 is TransMLA's 93% compression, too little without training, and half is too wide for GPUs: the
-    largest share that they serve is recommended."""
+    """512 + 64 is TransMLA's 93% compression, which needs training, and half is too wide for GPUs. The recommendation is
+    therefore the largest share that GPUs serve."""
     plan = planned(write_config(tmp_path / "Llama-2-7B", "llama-2-7b"))
     assert plan["source"]["parameters"] == 6_738_415_616
     assert plan["source"]["kv_bytes_per_token"] == 524_288
-    assert layout(plan, 512, 64)["cache_ratio"] == 0.070312  # 576 / 8,192, and six digits
+    assert layout(plan, 512, 64)["cache_ratio"] == 0.070312  # 576 / 8,192, to six digits
     recommended = plan["recommended"]
     assert (recommended["kv_lora_rank"], recommended["qk_rope_head_dim"]) == (1920, 128)
     assert "25.0% of the cache, and on some GPUs (NVIDIA Hopper, " in recommended["reason"]
@@ -156,12 +156,12 @@ def test_smollm2(planned: Planner, smollm2: Path) -> None:
     assert recommended["kv_lora_rank"] + recommended["qk_rope_head_dim"] == 192
     assert "caches only 384 numbers" in recommended["reason"]
     assert f"on GPUs {PLUGIN_BACKEND} serves it" in recommended["reason"]
-    # Every split that convert may search through is served, so the search is left to it.
+    # GPUs serve every split that convert may find, so the command leaves the split open.
     assert plan["command"].endswith(" --cache-ratio 0.5")
 
 
 def test_weights_are_those_of_a_conversion(planned: Planner, smollm2: Path) -> None:
-    """What ``convert`` wrote for SmolLM2 at 128 + 64, to the byte."""
+    """The bytes are exactly those that ``convert`` wrote for SmolLM2 at 128 + 64."""
     assert written_bytes(read_source(str(smollm2)).shape, CacheBudget(128, 64), nope_dim=64) == 582_300_672
 
 
@@ -196,13 +196,13 @@ def test_backends(planned: Planner, tmp_path: Path) -> None:
         OTHER_GPU: ["TRITON_MLA"],
     }
     assert layout(plan, 256, 64)["backends"][HOPPER] == ["FLASH_ATTN_MLA", "TRITON_MLA"]
-    # Sizes that vLLM has no GPU kernels for are this plugin's.
+    # This plugin's backend serves sizes for which vLLM has no GPU kernels.
     for sizes in ((896, 128), (548, 128), (384, 128), (192, 64)):
         assert layout(plan, *sizes)["backends"] == {
             "CPU": ["any-size backend of this plugin"],
             **{gpu: [PLUGIN_BACKEND] for gpu in GPUS},
         }
-    # Rows of up to 2,048 numbers take 160 KiB of shared memory.
+    # Rows of up to 2,048 numbers need 160 KiB of shared memory.
     assert list(layout(plan, 1408, 128)["backends"]) == ["CPU", HOPPER, BLACKWELL, A100]
     # GPU backends take 16-bit numbers only.
     in_float32 = planned(folder, "--dtype", "float32")
@@ -213,7 +213,7 @@ def test_backends(planned: Planner, tmp_path: Path) -> None:
 
 
 def test_table(command_line: CommandLine, tmp_path: Path) -> None:
-    """For people: the numbers, and last the command, on a line of its own."""
+    """The table for people shows the numbers, and ends with the command on its own line."""
     folder = write_config(tmp_path / "my model")
     _, output, _ = command_line("plan", folder, "--calibration-tokens", 4096)
     for text in (
@@ -228,7 +228,7 @@ def test_table(command_line: CommandLine, tmp_path: Path) -> None:
 
 
 def test_bare_config_file(planned: Planner, tmp_path: Path) -> None:
-    """``convert`` takes the folder, so that is what the command names."""
+    """The command names the folder, because ``convert`` takes a folder."""
     folder = write_config(tmp_path / "model")
     assert planned(folder / "config.json") == planned(folder)
 
@@ -262,10 +262,10 @@ def test_cost_grows_with_what_it_should(planned: Planner, tmp_path: Path) -> Non
     few, many = (planned(folder, "--calibration-tokens", n)["conversion"] for n in (16384, 32768))
     assert AttentionAwareOptions.name in many["core_seconds"]
     for method, seconds in many["core_seconds"].items():
-        # An exact conversion looks at no text.
+        # An exact conversion needs no text.
         assert seconds > few["core_seconds"][method] or (method == "exact" and seconds == few["core_seconds"][method])
     assert many["sampling_core_seconds"] == pytest.approx(2 * few["sampling_core_seconds"], abs=1)
-    # Two streams of hidden states of 4,096 float32 numbers a token; as many random tokens with both.
+    # Two streams of hidden states have 4,096 float32 numbers per token. The random tokens are the same in both plans.
     assert many["peak_memory_bytes"]["file"] - few["peak_memory_bytes"]["file"] == 2 * 16384 * 4096 * 4
     assert many["weights_bytes"] == few["weights_bytes"]
 
@@ -334,13 +334,13 @@ def test_refit_costs_time_and_memory(planned: Planner, tmp_path: Path) -> None:
     assert few["core_seconds"][AttentionAwareOptions.name] < many["core_seconds"][AttentionAwareOptions.name]
     assert few["core_seconds"]["transmla"] == many["core_seconds"]["transmla"]
     assert few["peak_memory_bytes"]["file"] < many["peak_memory_bytes"]["file"]
-    # The converted model's hidden states too: 4,096 float32 numbers a token, twice while a new copy is written.
+    # The converted model's hidden states add 4,096 float32 numbers per token, twice while a new copy is written.
     assert many["peak_disk_bytes"] - few["peak_disk_bytes"] == 2 * 16384 * 4096 * 4
 
 
 def test_least_squares_cost_where_they_are_fitted(planned: Planner, tmp_path: Path) -> None:
-    """From eight tokens for each of 4,096 numbers that heads read, 2,048 of them random: the converted model's hidden
-    states pass through the layers too."""
+    """The fit needs 8 tokens for each of the 4,096 numbers that heads read; 2,048 of the tokens are random. With
+    it, the converted model's hidden states pass through the layers too."""
     folder = write_config(tmp_path / "model")
     plans = [planned(folder, "--refit-steps", 0, "--calibration-tokens", tokens) for tokens in (30_719, 30_720)]
     assert "--calibration-tokens 30720 " in plans[0]["warnings"][0]

@@ -44,7 +44,7 @@ print("LlamaMLAForCausalLM" in ModelRegistry.get_supported_archs(), AutoConfig.f
 
 
 def test_every_family_has_its_classes() -> None:
-    """Each row of the table: a configuration and a model in transformers; and in vLLM a model, under its own name."""
+    """Each family has a configuration and a model in transformers, and a model under its own name in vLLM."""
     code = """
 import pkgutil
 import vllm_mla_plugin, vllm_mla_plugin.hf
@@ -67,7 +67,7 @@ print(len(FAMILIES))
 
 @pytest.mark.parametrize("version", ["0.28.0", "0.33.0", "0.33.0rc1", "1.0", "0.5.4+cpu", None])
 def test_unsupported_vllm(version: str | None) -> None:
-    """One sentence that names the range and what is installed."""
+    """The problem is one sentence with the supported range and the installed version."""
     problem = vllm_mla_plugin.unsupported_vllm(version)
     assert problem is not None and ">=0.29,<0.33" in problem and "\n" not in problem
     assert version is None or version in problem
@@ -79,7 +79,7 @@ def test_supported_vllm(version: str) -> None:
 
 
 def test_register_survives_unsupported_vllm(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """vLLM does not guard the call: an exception would end a server that does not even use us."""
+    """vLLM does not catch exceptions of this call, so one would end even a server that does not use this plugin."""
     monkeypatch.setattr(vllm_mla_plugin, "_vllm_version", lambda: "0.12.0")
     vllm_mla_plugin.register()
     assert "supports vLLM >=0.29,<0.33, but 0.12.0 is installed" in caplog.text

@@ -1,4 +1,4 @@
-"""Calibration text: what the model writes itself, alone and beside a file."""
+"""Calibration text that the model writes itself, alone and together with a file."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ LENGTH = 20
 def test_texts_are_drawn_from_what_the_model_predicts(
     random: RandomModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the same random numbers, drawing from predictions for the whole text gives the text; also in batches."""
+    """Drawing from predictions without a cache, with the same random numbers, gives the same text in each batch."""
     monkeypatch.setattr(sampling, "TOKENS", 3 * LENGTH)
     monkeypatch.setattr(sampling, "sampling_dtype", lambda: torch.float32)
     folder = random.save(tmp_path / "source")
@@ -42,7 +42,7 @@ def test_texts_are_drawn_from_what_the_model_predicts(
 
 
 def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
-    """Each within four standard deviations; what cannot be, never, first and last tokens among them."""
+    """Each token's share is within 4 standard deviations. Impossible tokens, even first and last, never occur."""
     likely = torch.tensor([0.0, 0.5, 0.2, 0.0, 0.29, 0.01, 0.0])
     texts = 100_000
     ids = drawn(likely.double().cumsum(-1).expand(texts, -1).contiguous(), torch.Generator().manual_seed(0))
@@ -52,7 +52,7 @@ def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
 
 
 def test_a_window_holds_several_texts(tmp_path: Path) -> None:
-    """A random token begins each; the same seed gives the same windows, another seed others."""
+    """A random token begins each text. The same seed gives the same windows; another seed gives others."""
     folder = RandomModel().save(tmp_path / "source")
     with open_source(str(folder)) as source, Progress(disable=True) as progress:
         source.config.max_position_embeddings = 1200
@@ -65,7 +65,7 @@ def test_a_window_holds_several_texts(tmp_path: Path) -> None:
 
 
 def test_healing_takes_more_texts_that_are_shorter(tmp_path: Path) -> None:
-    """A random token begins every 256 tokens of a window."""
+    """A new text begins with a random token after every 256 tokens of a window."""
     folder = RandomModel().save(tmp_path / "source")
     with open_source(str(folder)) as source, Progress(disable=True) as progress:
         source.config.max_position_embeddings = 512
@@ -75,7 +75,7 @@ def test_healing_takes_more_texts_that_are_shorter(tmp_path: Path) -> None:
 
 
 def test_what_is_held_out_stands_for_all_texts(tmp_path: Path) -> None:
-    """Any number of first windows has its share of each text, to within one, and none is lost or there twice."""
+    """Every prefix of the windows has each text's share, to within one. No window is lost or occurs twice."""
     folder = RandomModel().save(tmp_path / "source")
     short = tmp_path / "short.txt"
     with open_source(str(folder)) as source, Progress(disable=True) as progress:
@@ -92,7 +92,7 @@ def test_what_is_held_out_stands_for_all_texts(tmp_path: Path) -> None:
 
 
 def test_texts_share_the_windows(tmp_path: Path) -> None:
-    """Texts take turns, so that those who take the first windows have some of each, and each has what it has alone."""
+    """Texts take turns, so that the first windows have some of each. Each text has the windows that it has alone."""
     folder = RandomModel().save(tmp_path / "source")
     origins = ("self", str(CALIBRATION))
     with open_source(str(folder)) as source, Progress(disable=True) as progress:

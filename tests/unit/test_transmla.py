@@ -1,4 +1,4 @@
-"""The method ``transmla``: its two streams of hidden states."""
+"""Method ``transmla``: its two streams of hidden states."""
 
 from pathlib import Path
 
@@ -18,14 +18,14 @@ KV_HEADS, HEAD_DIM, ROPE_DIM = 3, 16, 24
 
 @pytest.fixture(params=["llama", "qwen3"])
 def layer(request: pytest.FixtureRequest, tmp_path: Path) -> SourceLayer:
-    """The first layer of a model, with biases, without and with QK-norm."""
+    """The first layer of a model with biases, without QK-norm and with it."""
     model = RandomModel(request.param, heads=6, kv_heads=KV_HEADS, head_dim=HEAD_DIM, hidden=96, bias=True)
     with open_source(str(model.save(tmp_path / "source"))) as source:
         return next(source_layers(source, "cpu"))
 
 
 def test_partial_rope_is_the_map_of_full_rank(layer: SourceLayer) -> None:
-    """What TransMLA's own code computes: every component that loses RoPE is in the latent."""
+    """As in TransMLA's own code, the latent holds every component that loses RoPE."""
     x = torch.randn(2, 70, 96, generator=torch.Generator().manual_seed(0))
     moments = layer.moments(x)
     rotation = rotate_keys(moments, ROPE_DIM, freqfold=2)
@@ -40,7 +40,7 @@ def test_partial_rope_is_the_map_of_full_rank(layer: SourceLayer) -> None:
 
 
 def test_moments_corrected_on_a_part() -> None:
-    """Of keys that are off by a fixed map, a tenth of the tokens tell most of the error."""
+    """If keys are off by a fixed factor, a tenth of the tokens is enough to correct most of the error."""
     generator = torch.Generator().manual_seed(0)
     k, v = torch.randn(2, 5000, KV_HEADS * HEAD_DIM, generator=generator)
     k = k @ torch.randn(k.shape[1], k.shape[1], generator=generator)
