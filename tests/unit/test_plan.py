@@ -125,8 +125,8 @@ def test_llama_3_70b(planned: Planner, tmp_path: Path) -> None:
 
 
 def test_llama_2_7b(planned: Planner, tmp_path: Path) -> None:
-    """512 + 64 is TransMLA's 93% compression, which needs training, and half is too wide for GPUs. The recommendation is
-    therefore the largest share that GPUs serve."""
+    """512 + 64 is TransMLA's 93% compression, which needs training, and half is too wide for GPUs. The largest share
+    that GPUs serve is therefore recommended."""
     plan = planned(write_config(tmp_path / "Llama-2-7B", "llama-2-7b"))
     assert plan["source"]["parameters"] == 6_738_415_616
     assert plan["source"]["kv_bytes_per_token"] == 524_288
