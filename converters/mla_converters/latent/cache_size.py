@@ -68,8 +68,8 @@ def resolve_budget(
     largest = 2 * width - rope
     if not 1 <= rank <= largest:
         raise ConversionError(
-            f"A latent of {rank} numbers does not fit: a cache has at most the source's {2 * width} numbers, and {rope} "
-            f"of them are rotary, so --kv-lora-rank can be 1 to {largest}."
+            f"A latent of {rank} numbers does not fit: a cache has at most the source's {2 * width} numbers, and "
+            f"{rope} of them are rotary, so --kv-lora-rank can be 1 to {largest}."
         )
     return CacheBudget(rank, rope)
 
