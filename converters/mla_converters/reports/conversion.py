@@ -87,6 +87,27 @@ class Healing(Part):
     versions: dict[str, str]
 
 
+class SelfCheck(Part):
+    """A short text through source and conversion, with transformers; see :mod:`mla_converters.proof`.
+
+    Attributes:
+        tokens: of the probe.
+        text: whether the probe is text; else token ids without meaning, for a source without tokenizer.
+        source_perplexity, perplexity: of both models.
+        kl: divergence from the source, nats per token.
+        top1_agreement: share of positions, 0 to 1, where both models find the same token likeliest.
+        worst_layer_error: of all layers' attention outputs, relative and squared.
+    """
+
+    tokens: int
+    text: bool
+    source_perplexity: float
+    perplexity: float
+    kl: float
+    top1_agreement: float
+    worst_layer_error: float
+
+
 class ConversionReport(Report):
     """What was converted, how, and what it measured.
 
@@ -108,6 +129,7 @@ class ConversionReport(Report):
         dtype, weights_bytes: of the written weights.
         per_layer: measures of each layer; None for a method without calibration.
         healing: what healing did; None before.
+        self_check: the short proof that was made before the model got its name.
         out, seconds, peak_rss_bytes: of this run; not in the model's folder.
     """
 
@@ -135,6 +157,7 @@ class ConversionReport(Report):
     weights_bytes: int
     per_layer: list[LayerMeasures] | None = None
     healing: Healing | None = None
+    self_check: SelfCheck | None = None
     out: str | None = None
     seconds: float | None = None
     peak_rss_bytes: int | None = None
