@@ -1,4 +1,4 @@
-"""The picture: throughput against length, for all models."""
+"""The picture of a benchmark: throughput against length, for all models."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from mla_converters.support.plots import png
 
 
 def plot_report(report: dict[str, Any], path: Path) -> None:
-    """Draw output tokens per second against input + output length, a line per model and number of requests.
+    """Draw output tokens per second against input + output length: one line for each model and number of requests.
 
     Args:
         report: of :func:`mla_converters.bench.run.bench`.
