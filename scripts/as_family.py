@@ -1,4 +1,7 @@
-"""A pretrained model as another family, its function unchanged: what a family's own layout must not change."""
+"""Turns a pretrained model into one of another family that computes the same.
+
+Tests convert both, because the layout of a family must not change a conversion.
+"""
 
 import json
 import shutil
@@ -11,14 +14,14 @@ from mla_converters.checkpoints.families import FAMILIES
 
 
 def as_family(source: Path, model_type: str, folder: Path, experts: int = 2, gate_scale: float = 0.0) -> Path:
-    """Copy a model's folder and make it another family.
+    """Copy a model's folder and make the copy a model of another family.
 
     Args:
-        source: a Llama, or a Qwen3 to become a mixture of its kind; its weights in one file.
-        model_type: of the copy. Qwen2 gets the biases it must have, all zero; of a mixture, each expert is the MLP.
+        source: a Llama, or a Qwen3 for a Qwen3 mixture; its weights are in one file.
+        model_type: of the copy. Qwen2 gets its biases, all zero. Every expert of a mixture is the source's MLP.
         folder: to create.
-        experts: in a mixture, two of which see a token.
-        gate_scale: spread of the random weights that choose them; with 0, experts count alike.
+        experts: number of experts of a mixture; each token is seen by two of them.
+        gate_scale: standard deviation of the random weights that choose experts; with 0, all have equal weight.
     """
     (family,) = (family for family in FAMILIES.values() if family.model_type == model_type)
     shutil.copytree(source, folder)

@@ -12,12 +12,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT
-from support.backend_cpu import Projection, Sizes
 from test_backend_cpu import PREFILLS, check_prefill
 from vllm.v1.attention.backends.mla.prefill.cpu_sdpa import CPUSDPAMLAPrefillBackend
 
 from vllm_mla_plugin.backends.gpu import AnySizeTritonMLAImpl, scratch_rows
 from vllm_mla_plugin.backends.gpu_decode import suited_parts, suited_tiles
+from vllm_mla_plugin.testing.layer import Projection, Sizes
 
 pytest.importorskip("triton", reason="without Triton, vLLM has no such kernel")
 

@@ -2,14 +2,17 @@
 
 import re
 
-EXCEPTION = re.compile(r"\b[\w.]*(?:Error|Exception): .+")
+# "Value error, " begins what pydantic finds wrong with vLLM's configuration; " [type=" begins its details.
+EXCEPTION = re.compile(r"\b(?:[\w.]*(?:Error|Exception): |Value error, ).+?(?= \[type=|$)")
+HARMLESS = " WARNING "  # vLLM logs exceptions at this level, too, and goes on
 ELSEWHERE = "root cause"  # "See root cause above", says an exception that vLLM raises because another process failed
 
 
 def last_words(log: str) -> str:
     """The last exception and its reason or, if the log has none, the last line that is not empty."""
-    exceptions = [match[0].strip() for match in EXCEPTION.finditer(log) if ELSEWHERE not in match[0]]
     lines = [line.strip() for line in log.splitlines() if line.strip()]
+    grave = [line for line in lines if HARMLESS not in line and ELSEWHERE not in line]
+    exceptions = [match[0] for line in grave if (match := EXCEPTION.search(line))]
     return (exceptions or lines or ["none"])[-1]
 
 

@@ -56,7 +56,7 @@ class Engine:
         self._environment = {**ENVIRONMENT, **(environment or {}), **os.environ}
 
     def __enter__(self) -> "Engine":
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
+        self._log = tempfile.TemporaryFile()
         self._process = start_group(
             [sys.executable, "-m", WORKER],
             self._environment,

@@ -15,12 +15,13 @@ This happens even if the process that started it was killed.
 import json
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from mla_converters.engines.measuring import measure
 from mla_converters.engines.scoring import score
 
-JOBS = {"measure": measure, "score": score}
+JOBS: dict[str, Callable[..., dict[str, Any]]] = {"measure": measure, "score": score}
 
 
 def main() -> None:
