@@ -37,9 +37,18 @@ def plain_text(tokenised: Path) -> str:
     return content
 
 
+def plain_parser(description: str | None) -> argparse.ArgumentParser:
+    """A command line without options, whose help says how benchmarks are run."""
+    return argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{Path(sys.argv[0]).stem}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
 def text_parser(description: str | None) -> argparse.ArgumentParser:
     """A command line with options for the files of WikiText-2."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = plain_parser(description)
     parser.add_argument("--valid", type=Path, required=True, help="wiki.valid.tokens")
     parser.add_argument("--test", type=Path, required=True, help="wiki.test.raw")
     return parser

@@ -8,7 +8,6 @@ counts, because other jobs may share the machine. Every call reads the next of s
 do, so that no cache stays in the processor's own.
 """
 
-import argparse
 import itertools
 import time
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from vllm.model_executor.layers.attention.mla_attention import MLACommonPrefillM
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-from benchmarks.common import write_result
+from benchmarks.common import plain_parser, write_result
 from vllm_mla_plugin.testing.cpu import make_impl
 from vllm_mla_plugin.testing.layer import Sizes
 
@@ -126,7 +125,7 @@ def compare(source: Callable[[], Any], ours: Callable[[], Any], repeats: int) ->
 
 def main() -> None:
     """Measure, print, and write the result file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = plain_parser(__doc__)
     parser.add_argument("--repeats", type=int, default=15)
     arguments = parser.parse_args()
     current_platform.import_kernels()

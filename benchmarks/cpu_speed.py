@@ -7,13 +7,12 @@ speed does not depend on quality. `--model` names a conversion to use instead. T
 side in bfloat16, with 16 requests of 2,048 and of 6,144 tokens.
 """
 
-import argparse
 import json
 import subprocess
 import tempfile
 from pathlib import Path
 
-from benchmarks.common import VLLM_MLA, convert, write_result
+from benchmarks.common import VLLM_MLA, convert, plain_parser, write_result
 from scripts.demo_model import demo_folder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,7 +25,7 @@ LENGTHS = "2048:40,6144:40"
 
 def main() -> None:
     """Measure, print, and write the result file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = plain_parser(__doc__)
     parser.add_argument("source", nargs="?", type=Path, help="a GQA model that caches 384 numbers per token and layer")
     parser.add_argument("--model", type=Path, help="its conversion, if there is one already")
     parser.add_argument("--rounds", type=int, default=3)

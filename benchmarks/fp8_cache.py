@@ -8,7 +8,6 @@ by a random factor between 10 ** -4 and 10 ** 4, which the up-projection takes b
 is the same, but nobody chose the scale of its latents.
 """
 
-import argparse
 import math
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import vllm_mla_plugin.hf  # noqa: F401 - registers the MLA models
-from benchmarks.common import write_result
+from benchmarks.common import plain_parser, write_result
 
 
 def rounded(x: torch.Tensor) -> torch.Tensor:
@@ -64,7 +63,7 @@ def scramble(model: torch.nn.Module) -> None:
 
 def main() -> None:
     """Measure, print, and write the result file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = plain_parser(__doc__)
     parser.add_argument("models", nargs="+", type=Path, metavar="MODEL", help="converted checkpoints")
     parser.add_argument("--test", type=Path, required=True, help="text to score")
     arguments = parser.parse_args()

@@ -10,7 +10,6 @@ of pairs and whether they reach their targets. Rows that are in the file already
 `--try` runs one layer on short prompts, which shows whether everything works.
 """
 
-import argparse
 import itertools
 import json
 import shlex
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig
 
-from benchmarks.common import RESULTS, write_result
+from benchmarks.common import RESULTS, plain_parser, write_result
 from mla_converters.bench.run import MOST, BenchOptions, Workload, bench
 from vllm_mla_plugin.checkpoint.config import LlamaMLAConfig
 
@@ -127,7 +126,7 @@ def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Measure, print, and write the result file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = plain_parser(__doc__)
     parser.add_argument("--only", choices=CASES, help="one pair instead of all")
     # Two requests of 8K + 8K fill 16.5 GiB for Llama-2-7B, and eight for Llama-3-8B; a little is left.
     parser.add_argument("--cache", type=float, default=16.5, help="memory of each engine's cache in GiB")

@@ -7,7 +7,6 @@ do not serve. The dtype is bfloat16, pages are in random order, and calls run in
 of every cached token count once; of a copy, the bytes read and the bytes written count.
 """
 
-import argparse
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 import triton.testing
 import vllm
 
-from benchmarks.common import RESULTS, write_result
+from benchmarks.common import RESULTS, plain_parser, write_result
 from vllm_mla_plugin.testing.gpu import BLOCK, Case, impl_for
 
 CASES = {
@@ -59,7 +58,7 @@ def decode(case: Case, sequences: int, length: int) -> tuple[str, float]:
 
 def main() -> None:
     """Measure, print, and write the result file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = plain_parser(__doc__)
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--length", type=int, default=8192)
     arguments = parser.parse_args()

@@ -10,7 +10,6 @@ Llama-3-70B's shape is not converted but projected: the estimate of ``plan`` for
 estimate of the model that was converted.
 """
 
-import argparse
 import json
 import shutil
 import subprocess
@@ -26,7 +25,7 @@ from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from benchmarks.common import VLLM_MLA, write_result
+from benchmarks.common import VLLM_MLA, plain_parser, write_result
 from mla_converters.checkpoints.writer import Shards
 from mla_converters.options import Options
 from scripts.demo_model import ROOT, demo_folder
@@ -166,7 +165,7 @@ def planned_figures(planned: dict[str, Any], measured: dict[str, Any]) -> dict[s
 
 def main() -> None:
     """Measure, project, print, and write the result file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = plain_parser(__doc__)
     parser.add_argument("--folder", type=Path, required=True, help="for large files, which are removed at the end")
     parser.add_argument("--layers", type=int, default=SMALL["num_hidden_layers"], help="fewer make a quick trial")
     parser.add_argument("--refit-steps", type=int, default=Options.refit_steps, help="of each layer")

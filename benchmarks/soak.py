@@ -17,7 +17,6 @@ The server runs with thresholds that make glibc give freed memory back. By defau
 memory grows even if nothing leaks. The server's log is `soak.log` in the system's folder for temporary files.
 """
 
-import argparse
 import asyncio
 import collections
 import contextlib
@@ -36,7 +35,7 @@ import psutil
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.common import write_result
+from benchmarks.common import plain_parser, write_result
 from mla_converters.engines.server import serve
 
 CONTEXT = 2048
@@ -260,7 +259,7 @@ async def soak(model: Path, url: str, minutes: float, overload: float) -> dict[s
 
 def main() -> None:
     """Measure, print, and write the result file; end with exit code 1 if anything went wrong."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = plain_parser(__doc__)
     parser.add_argument("model", type=Path, help="converted checkpoint with the demo model's tokenizer")
     parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--overload", type=float, default=1.5, help="requests sent for each that the server completes")
