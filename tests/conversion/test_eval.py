@@ -137,8 +137,11 @@ def test_vllm_failure(refused: Refused, random_model: Path, monkeypatch: pytest.
 
 
 def test_vllm_that_dies(refused: Refused, random_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mla_converters.evaluation.vllm_engine.WORKER", "no.such.module")
-    assert "exit code 1" in refused(random_model, *CUT, "--engine", "vllm")
+    """The last words of the engine's process are in the one sentence, and what to do."""
+    monkeypatch.setattr("mla_converters.engines.process.WORKER", "no.such.module")
+    line = refused(random_model, *CUT, "--engine", "vllm")
+    assert "exit code 1" in line and "try --engine hf" in line
+    assert "its last words were: ModuleNotFoundError: No module named 'no'" in line
 
 
 def test_wikitext2_protocol(run: Run, random_model: Path, tmp_path: Path) -> None:

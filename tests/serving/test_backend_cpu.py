@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import TEXT, run_engine
-from support.backend_cpu import Sizes, cached_tokens, make_cache, make_impl, reference
 from transformers import AutoTokenizer
 from vllm.model_executor.layers.attention.mla_attention import (
     MLACommonBaseImpl,
@@ -20,6 +19,8 @@ from vllm.v1.attention.backends.mla.prefill.base import MLAPrefillBackend
 
 from vllm_mla_plugin.backends import cpu, cpu_kernel
 from vllm_mla_plugin.backends.cpu import AnySizeCPUMLAImpl
+from vllm_mla_plugin.testing.cpu import make_impl
+from vllm_mla_plugin.testing.layer import Sizes, cached_tokens, make_cache, reference
 
 current_platform.import_kernels()
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}

@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT
-from support.backend_cpu import Projection, Sizes
 from test_backend_cpu import PREFILLS, check_prefill
 from vllm.v1.attention.backends.mla.prefill.cpu_sdpa import CPUSDPAMLAPrefillBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -30,6 +29,7 @@ from vllm_mla_plugin.checkpoint.layouts import (
     gpu_backends,
     suited_tiles,
 )
+from vllm_mla_plugin.testing.layer import Projection, Sizes
 
 pytest.importorskip("triton", reason="without Triton, vLLM has no such kernel")
 

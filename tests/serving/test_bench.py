@@ -8,7 +8,7 @@ import pytest
 from conftest import CommandLine, RandomModel, Refused, convert
 
 from mla_converters.bench.run import medians
-from mla_converters.engines.worker import Step, decode_rate, peak_concurrency, spread
+from mla_converters.engines.measuring import Step, decode_rate, peak_concurrency, spread
 
 ENGINE = json.dumps({"enforce_eager": True})
 

@@ -1,4 +1,4 @@
-"""The real OpenAI-compatible server on a converted model, without any flag that a user would not give."""
+"""The real OpenAI-compatible server on a converted model, with no flags but those that users give."""
 
 import json
 from collections.abc import Iterator
@@ -10,6 +10,7 @@ import openai
 import pytest
 from conftest import TEXT
 
+from mla_converters.engines.server import serve
 from scripts import demo
 
 SCHEMA = {
@@ -23,12 +24,12 @@ SCHEMA = {
 @pytest.fixture(scope="module")
 def served(exact: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
     """A running server: its URL, log, model name, and OpenAI's client."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "DEMO", tmp_path_factory.mktemp("server"))
-        # In float32: in 16 bits, the rounding of a batch depends on who else is in it, and with it the likeliest token.
-        with demo.server(exact, "float32") as (url, log):
-            client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-            yield SimpleNamespace(url=url, log=log, model=str(exact), client=client)
+    log = tmp_path_factory.mktemp("server") / "log"
+    # In 16 bits, rounding depends on the other requests of the batch, and with it the likeliest token.
+    options = ("--dtype", "float32", "--max-model-len", "2048", "--enforce-eager")
+    with serve(exact, log, *options, environment={"VLLM_CPU_KVCACHE_SPACE": "1"}) as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        yield SimpleNamespace(url=url, log=log, model=str(exact), client=client)
 
 
 def complete(served: SimpleNamespace, prompt: object, **options: object) -> openai.types.Completion:
