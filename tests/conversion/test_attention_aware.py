@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CALIBRATION, MIXTRAL_EXPERTS, RandomModel, load
 from safetensors.torch import load_file
-from test_exact import attend
+from support.files import CALIBRATION
+from support.latent import attend
+from support.models import MIXTRAL_EXPERTS, RandomModel, load
 
 from mla_converters.checkpoints.source import open_source
 from mla_converters.convert import convert

@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, CommandLine, RandomModel, Refused, load
+from support.commands import CommandLine, Refused
+from support.files import ROOT
+from support.models import RandomModel, load
 from transformers import AutoTokenizer
 
 from mla_converters.evaluation.hf_engine import kl_per_token

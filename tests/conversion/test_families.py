@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CALIBRATION, SPLIT, convert, converted_layers, load, run_engine
 from support.agreement import assert_agrees, text_prompts
+from support.commands import SPLIT, convert
+from support.engine import run_engine
+from support.files import CALIBRATION
+from support.models import converted_layers, load
 from transformers import AutoTokenizer
 
 from mla_converters.checkpoints.source import open_source

@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CALIBRATION, RandomModel, convert, load, run_engine
 from safetensors.torch import load_file, save_file
 from support.agreement import assert_agrees
+from support.commands import convert
+from support.engine import run_engine
+from support.files import CALIBRATION
+from support.models import RandomModel, load
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mla_converters.methods.attention_aware.layer_sizes import spread

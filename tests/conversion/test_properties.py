@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import CALIBRATION, QWEN3_EXPERTS, RandomModel, load, run_engine
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.agreement import assert_agrees
+from support.engine import run_engine
+from support.files import CALIBRATION
+from support.models import QWEN3_EXPERTS, RandomModel, load
 
 from mla_converters.convert import convert
 from mla_converters.options import Method, Options

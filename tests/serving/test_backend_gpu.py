@@ -11,9 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from support.attention import PREFILLS, check_prefill
 from support.backend_cpu import Projection, Sizes
-from test_backend_cpu import PREFILLS, check_prefill
+from support.files import ROOT
 from vllm.v1.attention.backends.mla.prefill.cpu_sdpa import CPUSDPAMLAPrefillBackend
 
 from vllm_mla_plugin.backends.gpu import AnySizeTritonMLAImpl, scratch_rows

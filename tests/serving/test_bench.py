@@ -5,7 +5,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import CommandLine, RandomModel, Refused, convert
+from support.commands import CommandLine, Refused, convert
+from support.models import RandomModel
 
 from mla_converters.bench.run import medians
 from mla_converters.engines.worker import Step, decode_rate, peak_concurrency, spread

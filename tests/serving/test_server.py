@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import openai
 import pytest
-from conftest import TEXT
+from support.files import TEXT
 
 from scripts import demo
 

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import RandomModel, Refused
 from rich.progress import Progress
+from support.commands import Refused
+from support.models import RandomModel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mla_converters.checkpoints.source import open_source

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CALIBRATION, HALF, ROOT, RandomModel, Refused, convert, convert_alone, vllm_mla
 from safetensors.torch import load_file, save_file
+from support.commands import HALF, Refused, convert, convert_alone, vllm_mla
+from support.files import CALIBRATION, ROOT
+from support.models import RandomModel
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 

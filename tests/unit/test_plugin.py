@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import vllm_mla
+from support.commands import vllm_mla
 
 import vllm_mla_plugin
 
