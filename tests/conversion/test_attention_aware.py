@@ -361,6 +361,7 @@ def weights(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_every_ingredient_does_something(tmp_path: Path) -> None:
     source = RandomModel(heads=HEADS, kv_heads=KV_HEADS, head_dim=32, hidden=96).save(tmp_path / "source")
     ids = torch.randint(0, 128, (1, 64), generator=torch.Generator().manual_seed(1))

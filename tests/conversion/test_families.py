@@ -18,6 +18,8 @@ from mla_converters.methods.transmla.run import transmla
 from scripts.as_family import as_family
 
 
+@pytest.mark.engine
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "mixtral"])
 def test_real_weights(family: str, smollm2: Path, tmp_path: Path) -> None:
     """At half the cache, the conversion is the one that Llama gets; vLLM equals transformers."""

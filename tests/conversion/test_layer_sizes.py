@@ -57,6 +57,7 @@ def random_prompts(*lengths: int) -> list[list[int]]:
     return [torch.randint(0, 199, (length,), generator=generator).tolist() for length in lengths]
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize(("case", "eager"), [("widths", False), ("one-width-many-splits", True)])
 def test_sizes_per_layer(case: str, eager: bool, tmp_path: Path) -> None:
     """The engine computes what transformers does, and memory pays for each layer's own width."""

@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -66,6 +67,7 @@ def test_nothing_truncated_nothing_changed(model: RandomModel, method: Method) -
     assert (got - expected).norm() / expected.norm() < 1e-4
 
 
+@pytest.mark.engine
 @settings(max_examples=max(2, EXAMPLES // 12), **SETTINGS)
 @given(model=random_models(), data=st.data())
 def test_vllm_equals_transformers(model: RandomModel, data: st.DataObject) -> None:

@@ -12,6 +12,8 @@ if not torch.cuda.is_available():
 from support.commands import SPLIT, convert
 from support.models import RandomModel
 
+pytestmark = pytest.mark.gpu
+
 METHODS = {
     "attention-aware": ("--refit-steps", 8),
     "closed-form": ("--refit-steps", 0),

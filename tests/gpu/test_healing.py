@@ -13,6 +13,8 @@ from support.commands import SPLIT, convert, heal
 from support.files import CALIBRATION
 from support.models import RandomModel
 
+pytestmark = pytest.mark.gpu
+
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_same_quality_as_on_cpu(tmp_path: Path, family: str) -> None:

@@ -14,6 +14,8 @@ from vllm.platforms import current_platform
 
 from vllm_mla_plugin.backends import select_backend
 
+pytestmark = pytest.mark.gpu
+
 CASES = {
     # vLLM's own choices, untouched
     "deepseek": Case(512, 64, nope=128, v=128),

@@ -15,6 +15,8 @@ from support.engine import run_engine
 from support.files import CALIBRATION
 from support.models import RandomModel, load
 
+pytestmark = pytest.mark.gpu
+
 # Sizes of heads that FlashAttention has kernels for; weights that keep numbers in size, for larger ones would make
 # rounding to 16 bits grow from layer to layer, in the source as in the conversion.
 SHAPE = {"heads": 8, "hidden": 256, "std": 256**-0.5, "dtype": torch.bfloat16}

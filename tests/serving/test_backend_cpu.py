@@ -105,6 +105,7 @@ def text_prompts(folder: Path) -> list[list[int]]:
     return [*(ids[:200] + ids[300 + i : 340 + i] for i in range(0, 60, 15)), ids[5:500], ids[7:20]]
 
 
+@pytest.mark.engine
 def test_chunked_prefill_and_prefix_caching(half: Path) -> None:
     """Prompts in pieces of 64 tokens, and from the cache where they begin alike: the same tokens."""
     prompts = text_prompts(half)
@@ -117,6 +118,7 @@ def test_chunked_prefill_and_prefix_caching(half: Path) -> None:
     assert pieces["cached_tokens"][3] >= 192 and pieces["cached_tokens"][-1] >= 224
 
 
+@pytest.mark.engine
 def test_speculative_decoding(half: Path) -> None:
     """Several tokens of a request at once, guessed from its prompt: the same tokens."""
     prompts = text_prompts(half)

@@ -44,6 +44,7 @@ def errors() -> dict[str, float]:
     return json.loads(result.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_decode_kernel(errors: dict[str, float], case: tuple) -> None:
     """Right for every layout and number of heads, and for several new tokens of a request at once."""

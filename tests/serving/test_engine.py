@@ -12,6 +12,8 @@ from support.files import CALIBRATION, TEXT
 from support.models import LLAMA3, MIXTRAL_EXPERTS, QWEN3_EXPERTS, YARN, RandomModel, load
 from transformers import AutoTokenizer
 
+pytestmark = pytest.mark.engine
+
 
 def perplexity(logprobs: list[float]) -> float:
     return math.exp(-sum(logprobs) / len(logprobs))

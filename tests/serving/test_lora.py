@@ -11,6 +11,8 @@ from support.commands import convert
 from support.engine import run_engine
 from support.models import RandomModel, load
 
+pytestmark = pytest.mark.engine
+
 RANK = 4
 PROMPTS = [list(range(5, 45)), [7], list(range(100, 117))]
 

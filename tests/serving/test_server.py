@@ -12,6 +12,8 @@ from support.files import TEXT
 
 from scripts import demo
 
+pytestmark = pytest.mark.server
+
 SCHEMA = {
     "type": "object",
     "properties": {"city": {"type": "string", "maxLength": 20}, "capital": {"type": "boolean"}},

@@ -308,6 +308,7 @@ def core_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
+@pytest.mark.slow
 def test_time_and_memory(smollm2: Path, tmp_path: Path) -> None:
     """16k calibration tokens from a file: at most 60 s on two cores and 2 GB, FreqFold searched.
 
@@ -358,6 +359,7 @@ def coded(source: Path, tmp_path: Path) -> Path:
     return mark
 
 
+@pytest.mark.slow
 def test_code_runs_only_where_it_is_trusted(
     refused: Refused, refusal: Refused, source: Path, coded: Path, tmp_path: Path
 ) -> None:
