@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from benchmarks.common import convert, evaluate, heal, measured_rows, plain_text, row_parser, write_result
 from mla_converters.methods.attention_aware.refit import relative_rates
-from mla_converters.streaming.layers import calibration_autocast
+from mla_converters.support.devices import calibration_autocast
 from scripts.demo_model import demo_folder
 
 COMMAND = "python -m benchmarks.families --valid wiki.valid.tokens --test wiki.test.raw"

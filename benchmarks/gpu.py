@@ -23,7 +23,8 @@ import torch
 from transformers import LlamaConfig
 
 from benchmarks.common import RESULTS, write_result
-from mla_converters.bench.run import MOST, BenchOptions, Workload, bench
+from mla_converters.bench.run import bench
+from mla_converters.options import MOST, BenchOptions, Workload
 from vllm_mla_plugin.checkpoint.config import LlamaMLAConfig
 
 LLAMA_2_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
@@ -92,7 +93,7 @@ def measure(
         workloads=(Workload(2, 32, 8),) if trial else workloads,
         rounds=rounds,
         load_format="dummy",
-        kv_cache_bytes=round(cache * 2**30),
+        cache=round(cache * 2**30),
     )
     with tempfile.TemporaryDirectory(prefix="vllm-mla-gpu-") as folder:
         write_configs(case, 1 if trial else None, Path(folder))

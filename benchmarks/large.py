@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.common import VLLM_MLA, write_result
 from mla_converters.checkpoints.writer import Shards
-from mla_converters.options import Options
+from mla_converters.options import AttentionAwareOptions
 from scripts.demo_model import ROOT, demo_folder
 
 TOKENS = 4096
@@ -166,7 +166,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="scratch; what this leaves there is removed")
     parser.add_argument("--layers", type=int, default=SMALL["num_hidden_layers"], help="fewer, for a try")
-    parser.add_argument("--refit-steps", type=int, default=Options.refit_steps, help="of each layer")
+    parser.add_argument("--refit-steps", type=int, default=AttentionAwareOptions().refit_steps, help="of each layer")
     arguments, options = parser.parse_known_args()
     options += ["--refit-steps", str(arguments.refit_steps)]
     source, out, large = (arguments.folder / f"large-{name}" for name in ("source", "mla", "70b"))

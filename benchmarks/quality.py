@@ -35,7 +35,7 @@ from benchmarks.common import (
     row_parser,
     write_result,
 )
-from mla_converters.methods.attention_aware.run import Ingredient
+from mla_converters.options import Ingredient
 from mla_converters.support.plots import png
 from scripts.demo_model import demo_folder
 
@@ -190,7 +190,7 @@ def main() -> None:
             rows[name] = {
                 "cached": job.width,
                 "split": f"{report['kv_lora_rank']}+{report['qk_rope_head_dim']}",
-                **({"freqfold": report["freqfold"]} if "freqfold" in report else {}),
+                **{name: value for name, value in report["settings"].items() if name == "freqfold"},
                 "options": shown(job.options, text),
                 **scores(model, arguments.test, long_windows=not name.startswith("without")),
                 **cost(report),

@@ -1,4 +1,7 @@
-"""A pretrained model as another family, its function unchanged: what a family's own layout must not change."""
+"""Makes a pretrained model one of another family without changing its function.
+
+So a test can show that a family's own layout changes nothing.
+"""
 
 import json
 import shutil
@@ -7,18 +10,19 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from mla_converters.checkpoints.families import FAMILIES
+from vllm_mla_plugin.checkpoint.families import FAMILIES
 
 
 def as_family(source: Path, model_type: str, folder: Path, experts: int = 2, gate_scale: float = 0.0) -> Path:
     """Copy a model's folder and make it another family.
 
     Args:
-        source: a Llama, or a Qwen3 to become a mixture of its kind; its weights in one file.
-        model_type: of the copy. Qwen2 gets the biases it must have, all zero; of a mixture, each expert is the MLP.
-        folder: to create.
-        experts: in a mixture, two of which see a token.
-        gate_scale: spread of the random weights that choose them; with 0, experts count alike.
+        source: folder of a Llama, or of a Qwen3 that becomes a Qwen3-MoE; its weights are in one file.
+        model_type: ``model_type`` of the copy. Qwen2 must have biases, which are all zero. In a mixture of experts,
+            each expert is the source's MLP.
+        folder: the folder to create.
+        experts: number of experts in a mixture; a token uses two of them.
+        gate_scale: spread of the random weights that choose the experts; with 0, all experts have the same weight.
     """
     (family,) = (family for family in FAMILIES.values() if family.model_type == model_type)
     shutil.copytree(source, folder)

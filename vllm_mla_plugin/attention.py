@@ -1,4 +1,7 @@
-"""The MLA self-attention that every family shares, on vLLM's MLA attention layer."""
+"""The two MLA self-attentions on vLLM's MLA attention layer: one for models without QK-norm, one for models with it.
+
+QK-norm normalises each head's query and key before RoPE.
+"""
 
 from collections.abc import Iterable
 from typing import ClassVar
@@ -9,6 +12,7 @@ from transformers import PretrainedConfig
 from vllm.config import CacheConfig, get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import MLAAttention
+from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     MergedColumnParallelLinear,
@@ -22,33 +26,38 @@ from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.mla.prefill.base import MLADimensions
 
 from vllm_mla_plugin.backends import select_backend, select_prefill_backend
+from vllm_mla_plugin.checkpoint.query_norm import norm_queries
 from vllm_mla_plugin.rope import FrequencyRotaryEmbedding
 
 ROW_MULTIPLE = 16
-"""Columns of a product that all fast kernels take: cuBLAS wants rows of whole 16 bytes, AMX whole tiles."""
+"""Fast kernels want products whose columns are a multiple of this: cuBLAS wants rows of whole 16 bytes, AMX whole
+tiles."""
 
 
 class MLASelfAttention(nn.Module):
     """Drop-in for ``LlamaAttention``: same constructor, MLA inside (DeepSeek-V2, section 2.1).
 
-    Unlike DeepSeek's, it has no norm on the latent (a converted model would compute another
-    function), takes the RoPE frequencies from the checkpoint, and may carry biases.
+    It differs from DeepSeek's in three ways:
+
+    - It has no norm on the latent, because a converted model would then compute another function.
+    - It takes the RoPE frequencies from the checkpoint.
+    - It may have biases.
 
     Args:
         config: an MLA configuration (:class:`vllm_mla_plugin.checkpoint.config.MLAFields`).
         num_heads: query heads over all tensor-parallel ranks.
         bias: whether ``q_proj`` and ``kv_a_proj_with_mqa`` have a bias.
         bias_o_proj: whether ``o_proj`` has one.
-        prefix: the module's name, which tells the layer and with it the sizes of the cache.
+        prefix: the module's name. It contains the number of the layer, which decides the sizes of the cache.
 
     Raises:
-        ValueError: MLA is disabled, or the attention is not causal.
+        ValueError: MLA is disabled, or the attention is not causal, or no backend serves the sizes on this device.
     """
 
     product: ClassVar[str] = "query_latent_proj"
-    """What multiplies the layer's input, where one product does."""
+    """The name of the module that multiplies the layer's input, where one product does."""
     parts: ClassVar[tuple[str, str]] = ("q_proj", "kv_a_proj_with_mqa")
-    """What the checkpoint calls its parts: the queries, and what every tensor-parallel rank needs whole."""
+    """The checkpoint's names of its parts: the queries, and the part that every tensor-parallel rank needs whole."""
 
     def __init__(
         self,
@@ -92,7 +101,7 @@ class MLASelfAttention(nn.Module):
             prefix=f"{prefix}.o_proj",
         )
 
-        # Plain RoPE frequencies until weights are loaded: `--load-format dummy` never loads them.
+        # These are plain RoPE frequencies until weights are loaded, because `--load-format dummy` never loads them.
         theta = config.rope_parameters["rope_theta"]
         exponents = torch.arange(0, self.rope_dim, 2, dtype=torch.float32) / self.rope_dim
         self.rope_freqs = nn.Parameter(theta**-exponents, requires_grad=False)
@@ -127,7 +136,7 @@ class MLASelfAttention(nn.Module):
         quant_config: QuantizationConfig | None,
         prefix: str,
     ) -> None:
-        """Make what :meth:`project` needs; arguments as for the class."""
+        """Make the modules that :meth:`project` needs; arguments as for the class."""
         # Every rank caches the whole latent, so every rank computes it.
         sizes = [num_heads * (self.nope_dim + self.rope_dim), self.latent_dim + self.rope_dim]
         self.make_input_projections(sizes, config.hidden_size, bias, quant_config, prefix)
@@ -135,10 +144,15 @@ class MLASelfAttention(nn.Module):
     def make_input_projections(
         self, sizes: list[int], hidden_size: int, bias: bool, quant_config: QuantizationConfig | None, prefix: str
     ) -> None:
-        """Make what multiplies the layer's input: one product, for at small batches a second costs its launch.
+        """Make the projections of the layer's input.
 
-        The two ``parts`` stay apart over several ranks, which share the queries out and not the other; quantised, for
-        each has its own scales; and where the second would take the first out of the reach of fast kernels.
+        They are one product where possible, because at small batches a second product costs its launch. The two
+        ``parts`` stay apart in three cases:
+
+        - With several ranks, because these share out the queries but not the other part.
+        - When quantised, because each part has its own scales.
+        - Where the second part would make the columns of the product no multiple of :data:`ROW_MULTIPLE`, so that fast
+          kernels would no longer take the first.
 
         Args:
             sizes: columns of the parts, over all ranks.
@@ -167,13 +181,16 @@ class MLASelfAttention(nn.Module):
         return q.unflatten(-1, (self.num_heads, -1)), other
 
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries ``[tokens, heads, nope + rope]``, and what is cached ``[tokens, latent + rope]``, before RoPE."""
+        """Queries ``[tokens, heads, nope + rope]``, and the row to cache ``[tokens, latent + rope]``, before RoPE."""
         return self.project_input(hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load weights under the checkpoint's names, relative to this module; returns the names of what they went to.
+        """Load weights; their names are the checkpoint's, relative to this module.
 
-        Called by vLLM's loader of the model, possibly for a few weights at a time.
+        vLLM's loader of the model calls this, possibly for a few weights at a time.
+
+        Returns:
+            The names of the parameters that got the weights.
         """
         stacked = {
             f"{part}.": (f"{product}.", shard)
@@ -201,11 +218,55 @@ class MLASelfAttention(nn.Module):
         q_nope, q_rope = q.split([self.nope_dim, self.rope_dim], dim=-1)
         q_rope, k_rope = self.rotary_emb(positions, q_rope, k_rope.unsqueeze(1))
         output = self.attn(
-            # Written in place, it would be strided, which not all kernels read; and torch.compile, which makes a new
-            # tensor in either case, would copy the latent beside it too.
+            # The rotated part is not written into q in place, because the query would then be strided, which not all
+            # kernels read. And torch.compile, which makes a new tensor in either case, would also copy the latent.
             torch.cat((q_nope, q_rope), dim=-1),
             latent,
             k_rope,  # [tokens, 1, rope]: one rotary key for all heads
             output_shape=(hidden_states.shape[0], self.num_heads * self.v_dim),
         )
         return self.o_proj(output)[0]
+
+
+class QKNormMLASelfAttention(MLASelfAttention):
+    """MLA for models with QK-norm: the latent is a linear map of normalised keys and of the layer's input.
+
+    The norm comes before anything is cached, so it is computed as in the source, once for each new token.
+
+    - ``kv_a_proj_with_mqa`` maps ``[k; x]`` to the row to cache. The source's projection to values is folded into the
+      part for ``x``.
+    - ``q_proj`` gives each head the source's query and, below it, the rotary part. Both are divided by the root mean
+      square of the query.
+    - The weight of the query's norm, and the map of the part without RoPE, are folded into ``kv_b_proj``.
+    """
+
+    product: ClassVar[str] = "query_key_proj"
+    parts: ClassVar[tuple[str, str]] = ("q_proj", "k_proj")
+
+    def make_projections(
+        self,
+        config: PretrainedConfig,
+        num_heads: int,
+        bias: bool,
+        quant_config: QuantizationConfig | None,
+        prefix: str,
+    ) -> None:
+        hidden, kv_width = config.hidden_size, config.num_key_value_heads * self.v_dim
+        # Every rank caches the whole latent, so every rank computes all keys.
+        sizes = [num_heads * (self.v_dim + self.rope_dim), kv_width]
+        self.make_input_projections(sizes, hidden, bias, quant_config, prefix)
+        self.eps = config.rms_norm_eps
+        self.k_norm = RMSNorm(self.v_dim, eps=config.rms_norm_eps)
+        self.kv_a_proj_with_mqa = ReplicatedLinear(
+            kv_width + hidden,
+            self.latent_dim + self.rope_dim,
+            bias=bias,
+            quant_config=quant_config,
+            prefix=f"{prefix}.kv_a_proj_with_mqa",
+        )
+
+    def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        q, k = self.project_input(hidden_states)
+        k = self.k_norm(k.unflatten(-1, (-1, self.v_dim))).flatten(1)
+        cached = self.kv_a_proj_with_mqa(torch.cat((k, hidden_states), dim=-1))[0]
+        return norm_queries(q, self.v_dim, self.nope_dim, self.eps), cached

@@ -1,21 +1,21 @@
-"""vLLM's CPU platform, with chunked prefill and prefix caching left on for the models of this plugin.
+"""vLLM's CPU platform, which leaves chunked prefill and prefix caching on for the models of this plugin.
 
-vLLM switches both off for every MLA model on CPU, for its own CPU backend cannot attend to earlier context in prefill.
-Ours can. A platform plugin is the only place that comes after that decision.
+vLLM switches both off for every MLA model on CPU, because its own CPU backend cannot attend to earlier context in
+prefill. Ours can. A platform plugin is the only place that comes after that decision.
 """
 
 from typing import TYPE_CHECKING
 
 from vllm.platforms.cpu import CpuPlatform
 
-from vllm_mla_plugin.checkpoint.config import CONFIG_CLASSES
+from vllm_mla_plugin.checkpoint.families import FAMILIES
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 
 class MLACpuPlatform(CpuPlatform):
-    """The CPU platform; other models see no difference."""
+    """The CPU platform; nothing changes for other models."""
 
     @classmethod
     def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:
@@ -27,7 +27,7 @@ class MLACpuPlatform(CpuPlatform):
         )
         super().check_and_update_config(vllm_config)
         model = vllm_config.model_config
-        if model is not None and model.hf_config.model_type in {family.model_type for family in CONFIG_CLASSES}:
+        if model is not None and model.hf_config.model_type in {family.mla_model_type for family in FAMILIES.values()}:
             scheduler.enable_chunked_prefill = chunked
             scheduler.max_num_batched_tokens = tokens
             cache.enable_prefix_caching = cached

@@ -1,24 +1,24 @@
-"""Rotary embedding from explicit frequencies, which a converted layer carries in ``rope_freqs``."""
+"""Rotary embedding from the frequencies that a converted layer carries in ``rope_freqs``."""
 
 from weakref import WeakValueDictionary
 
 import torch
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 
-# cos/sin tables by everything that determines them: layers that keep the same frequencies share one.
+# cos/sin tables, by everything that determines them, so that layers with the same frequencies share one.
 _TABLES: WeakValueDictionary[tuple, torch.Tensor] = WeakValueDictionary()
 
 
 class FrequencyRotaryEmbedding(RotaryEmbedding):
     """RoPE whose ``rotary_dim / 2`` frequencies come from the checkpoint instead of a base.
 
-    The pairs are laid out in halves (component ``i`` is dimensions ``i`` and ``i + dim / 2``).
+    The pairs are laid out in halves: component ``i`` is dimensions ``i`` and ``i + dim / 2``.
     vLLM's own kernels do the rotation; only the cos/sin table is ours.
 
     Args:
         freqs: ``[dim / 2]`` radians per position.
         max_position: number of positions in the table.
-        dtype: of the table, as vLLM does: the model's.
+        dtype: dtype of the table; it is the model's, as in vLLM.
     """
 
     def __init__(self, freqs: torch.Tensor, max_position: int, dtype: torch.dtype) -> None:
@@ -35,7 +35,7 @@ class FrequencyRotaryEmbedding(RotaryEmbedding):
         self.set_frequencies(freqs)
 
     def set_frequencies(self, freqs: torch.Tensor) -> None:
-        """Point this module at the table of ``freqs`` (``[dim / 2]``, float32), made if it is new."""
+        """Use the table of ``freqs`` (``[dim / 2]``, float32), which is made if no layer has it yet."""
         device = freqs.device
         key = (tuple(freqs.tolist()), self.max_position_embeddings, self.dtype, device)
         table = _TABLES.get(key)
@@ -49,6 +49,8 @@ class FrequencyRotaryEmbedding(RotaryEmbedding):
     def forward_cpu(
         self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """vLLM's CPU kernel (0.32) reads a query ``[tokens, heads, dim]`` wrongly: it wants two
-        dimensions, which a slice of MLA's query cannot have without a copy."""
+        """Rotate with torch, because vLLM's CPU kernel (0.32) reads a query ``[tokens, heads, dim]`` wrongly.
+
+        That kernel wants two dimensions, which a slice of MLA's query cannot have without a copy.
+        """
         return self.forward_native(positions, query, key)

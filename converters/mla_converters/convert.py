@@ -2,50 +2,61 @@
 
 import shutil
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from math import isnan
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.progress import Progress
 
 from mla_converters.cards.card import source_card
-from mla_converters.cards.describe import describe_model, outcome, progress_bars
+from mla_converters.cards.describe import describe_model, outcome
 from mla_converters.checkpoints.families import active_window, window_refusal
 from mla_converters.checkpoints.locate import local_path
+from mla_converters.checkpoints.mla_config import mla_config, per_layer_sizes
 from mla_converters.checkpoints.source import Source, open_source
 from mla_converters.checkpoints.writer import Shards
 from mla_converters.errors import ConversionError
 from mla_converters.latent.cache_size import CacheBudget
-from mla_converters.methods.attention_aware.run import random_count
-from mla_converters.methods.registry import Prepared, asked_budget, prepare
-from mla_converters.options import DTYPES, Method, Options, check_options, command_line
+from mla_converters.methods.base import Job, Method, Prepared
+from mla_converters.methods.layer_conversion import ConvertedLayer, Measured
+from mla_converters.methods.registry import method_of
+from mla_converters.options import ConvertOptions, command_line
+from mla_converters.reports.conversion import (
+    CachedNumbers,
+    CalibrationText,
+    ConversionReport,
+    LayerMeasures,
+    SourceCard,
+)
 from mla_converters.resume.identity import VERSIONS, conversion_identity
-from mla_converters.resume.layer_pass import record_bytes
+from mla_converters.resume.layer_pass import Record, Streams
 from mla_converters.resume.work_folder import Work, work_folder
-from mla_converters.streaming.planned import planned_tensors, write_weights
+from mla_converters.streaming.planned import LAYERS, planned_tensors
+from mla_converters.support.devices import usable_device
+from mla_converters.support.dtypes import DTYPES
+from mla_converters.support.progress import progress_bars
+from mla_converters.text.calibration import Calibration, calibrate, calibration_windows
 
-STREAMS = 2  # of hidden states, at most, that pass through the layers
+MEASURES = 2  # numbers of a :class:`Measured`
 
 
 def convert(
     source: str,
     out: Path,
-    options: Options,
+    options: ConvertOptions | None = None,
     *,
-    revision: str | None = None,
     force: bool = False,
     quiet: bool = False,
-) -> dict[str, Any]:
+) -> ConversionReport:
     """Convert a GQA or MHA checkpoint to MLA.
 
     Args:
         source: a Hugging Face folder, a hub id, or a ``.gguf`` file.
         out: folder to create; appears when it is complete.
-        options: method, cache size, calibration.
-        revision: of a hub id.
+        options: method, cache size, calibration; None for the defaults.
         force: replace ``out``.
-        quiet: no progress bars.
+        quiet: no progress.
 
     Returns:
         The report: what was converted, sizes, seconds, peak memory.
@@ -55,28 +66,57 @@ def convert(
         UnfinishedError: interrupted, or out of disk space; called again with the same arguments, it goes on.
     """
     started = time.monotonic()
-    check_options(options)
+    options = options or ConvertOptions()
+    options = options.model_copy(update={"device": usable_device(options.device)})
+    method = method_of(options.method)
     with (
         progress_bars(quiet) as progress,
-        open_source(source, revision, options.trust_remote_code) as opened,
+        open_source(source, options.revision, options.trust_remote_code) as opened,
     ):
-        context, budget = _context(opened, options), asked_budget(opened, options)
+        context, budget = _context(opened, options), method.budget(opened.shape, options)
         with work_folder(out, force, conversion_identity(opened, options)) as work:
-            work.check_space(_disk_bytes(opened, budget, options))
-            try:
-                prepared = prepare(opened, budget, options, work, progress)
-                details = prepared.details | _convert_weights(opened, prepared, work, options, progress)
-            except torch.linalg.LinAlgError as error:
-                raise ConversionError(
-                    f"{source} gives numbers out of range on the calibration text: its weights are broken."
-                ) from error
-            _copy_side_files(opened, work.model)
-            config = _mla_config(opened, prepared.budget, context, options, details)
-            describe_model(work.model, config)
-    return outcome(config["mla_conversion"], out, started)
+            work.check_space(_disk_bytes(opened, method, budget, options))
+            report = _convert(opened, method, budget, options, context, work, progress)
+    return outcome(report, out, started)
 
 
-def _context(source: Source, options: Options) -> int:
+def _convert(
+    source: Source,
+    method: Method,
+    budget: CacheBudget,
+    options: ConvertOptions,
+    context: int,
+    work: Work,
+    progress: Progress,
+) -> ConversionReport:
+    """Calibrate, convert all layers, and write the model with its report."""
+    dtype, nope_dim = _dtype(source, options), method.nope_dim(source.shape)
+    try:
+        calibration = _calibrate(source, options, method.window, work, progress) if method.window else None
+        job = Job(source, options, budget, calibration, options.seed, options.device or "cpu", work, progress)
+        prepared = method.prepare(job)
+        shards = Shards(work.model, planned_tensors(source, prepared.budgets, nope_dim, dtype))
+        measured = _write_weights(source, prepared, shards, work.record("layers"), job.device, progress)
+    except torch.linalg.LinAlgError as error:
+        raise ConversionError(
+            f"{source.name} gives numbers out of range on the calibration text: its weights are broken."
+        ) from error
+    for path in source.side_files():
+        shutil.copyfile(path, work.model / path.name)
+    sizes, dtype_name = per_layer_sizes(prepared.budgets), str(dtype).removeprefix("torch.")
+    report = _report(source, method, prepared, calibration, options).model_copy(
+        update={
+            **sizes,
+            "dtype": dtype_name,
+            "weights_bytes": shards.total_bytes,
+            "per_layer": _rounded(measured) if measured else None,
+        }
+    )
+    describe_model(work.model, mla_config(source, prepared.budget, sizes, nope_dim, context, dtype_name), report)
+    return report
+
+
+def _context(source: Source, options: ConvertOptions) -> int:
     """The converted model's context: within it, no sliding window of the source is active."""
     longest = source.config.max_position_embeddings
     if options.max_context is not None and not 1 <= options.max_context <= longest:
@@ -88,86 +128,103 @@ def _context(source: Source, options: Options) -> int:
     return context
 
 
-def _convert_weights(
-    source: Source, prepared: Prepared, work: Work, options: Options, progress: Progress
-) -> dict[str, Any]:
-    """Write all weights; return what the report says of them."""
-    shards = Shards(work.model, _planned(source, prepared.budgets, options))
-    measured = write_weights(source, prepared, shards, work.record("layers"), options.device, progress)
-    dtype = str(_dtype(source, options)).removeprefix("torch.")
-    details: dict[str, Any] = {"dtype": dtype, "weights_bytes": shards.total_bytes}
-    if measured:
-        details["per_layer"] = [{key: round(value, 6) for key, value in asdict(row).items()} for row in measured]
-    return details
-
-
-def _planned(source: Source, budgets: list[CacheBudget], options: Options) -> dict[str, torch.Tensor]:
-    return planned_tensors(source, budgets, _nope_dim(source, options), _dtype(source, options))
-
-
-def _dtype(source: Source, options: Options) -> torch.dtype:
+def _dtype(source: Source, options: ConvertOptions) -> torch.dtype:
     return DTYPES[options.dtype] if options.dtype else source.dtype()
 
 
-def _disk_bytes(source: Source, budget: CacheBudget, options: Options) -> int:
-    """What a conversion takes on disk: the weights, and the records of what passes through the layers."""
-    planned = _planned(source, [budget] * source.config.num_hidden_layers, options)
-    weights = sum(tensor.numel() * tensor.element_size() for tensor in planned.values())
-    tokens = STREAMS * options.calibration_tokens + random_count(options.calibration_tokens)
-    return weights + record_bytes(tokens, source.config.hidden_size)
+def _disk_bytes(source: Source, method: Method, budget: CacheBudget, options: ConvertOptions) -> int:
+    """What the conversion takes on disk, by the estimate that ``plan`` shows."""
+    shape = replace(source.shape, weight_bytes=_dtype(source, options).itemsize)
+    return method.cost(shape, budget, options.calibration_tokens).disk_bytes
 
 
-def _nope_dim(source: Source, options: Options) -> int:
-    return 0 if options.method == Method.EXACT else source.head_dim
+def _calibrate(source: Source, options: ConvertOptions, window: int, work: Work, progress: Progress) -> Calibration:
+    """Text to calibrate on, or the text of an earlier run."""
+    text = work.remembered(
+        "calibration",
+        lambda: calibration_windows(
+            source, options.calibration, options.calibration_tokens, options.seed, progress, window
+        ),
+    )
+    return calibrate(text, source, options.seed)
 
 
-def _copy_side_files(source: Source, folder: Path) -> None:
-    for path in source.side_files():
-        shutil.copyfile(path, folder / path.name)
+def _write_weights(
+    source: Source, prepared: Prepared, shards: Shards, record: Record, device: str, progress: Progress
+) -> list[Measured]:
+    """Convert all layers and write all tensors; the layers that an earlier run has written stay.
+
+    Returns:
+        The measures of each layer; nothing without calibration.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    if shards.allocate():
+        record.forget()
+    for name in source.names():
+        if not name.startswith(LAYERS):
+            shards.write(name, source.tensor(name))
+    count = source.config.num_hidden_layers
+
+    def start() -> Streams:
+        return prepared.conversion.start() | {"measured": torch.full((count, MEASURES), torch.nan, dtype=torch.float64)}
+
+    streams = record.begin(start)
+    for index in range(record.done):
+        shards.written_before(f"{LAYERS}{index}.")
+    for layer in record.layers(source, device, progress, "Converting"):
+        converted = prepared.conversion.convert(layer, streams)
+        _write_layer(shards, source, layer.index, converted)
+        if converted.measured is not None:
+            row = converted.measured
+            streams["measured"][layer.index] = torch.tensor((row.energy_kept, row.output_error), dtype=torch.float64)
+    shards.finish()
+    return [Measured(*row) for row in streams["measured"].tolist() if not any(map(isnan, row))]
 
 
-def _mla_config(
-    source: Source, budget: CacheBudget, context: int, options: Options, details: dict[str, Any]
-) -> dict[str, Any]:
-    """``config.json`` of the converted model; its block ``mla_conversion`` is the report."""
-    head_dim = source.head_dim
-    cached, width = 2 * source.config.num_key_value_heads * head_dim, float(budget.width)
-    sizes: dict[str, list[int]] = {
-        name: details[name] for name in ("kv_lora_ranks", "qk_rope_head_dims") if name in details
-    }
-    if sizes:
-        width = sum(map(sum, sizes.values())) / source.config.num_hidden_layers
-    config: dict[str, Any] = {name: value for name, value in source.raw_config.items() if not name.startswith("_")}
-    for stale in ("torch_dtype", "layer_types", "max_window_layers"):  # dtype's older name; sliding windows
-        config.pop(stale, None)
-    config |= {
-        "architectures": [source.family.mla_architecture],
-        "model_type": source.family.mla_model_type,
-        "dtype": details["dtype"],
-        "head_dim": head_dim,
-        "max_position_embeddings": context,
-        "sliding_window": None,
-        "use_sliding_window": False,
-        "kv_lora_rank": budget.kv_lora_rank,
-        "q_lora_rank": None,
-        "qk_rope_head_dim": budget.qk_rope_head_dim,
-        "qk_nope_head_dim": _nope_dim(source, options),
-        "v_head_dim": head_dim,
-        "softmax_scale": source.softmax_scale,
-        **sizes,
-        "mla_conversion": {
-            "method": options.method.value,
-            "source": source.name,
-            "revision": source.revision,
-            "kv_lora_rank": budget.kv_lora_rank,
-            "qk_rope_head_dim": budget.qk_rope_head_dim,
-            "cached_per_token_and_layer": {"source": cached, "mla": round(width, 3) if width % 1 else int(width)},
-            "cache_ratio": round(width / cached, 6),
-            "layers": source.config.num_hidden_layers,
-            "command": command_line(source.name, source.revision, options),
-            "versions": VERSIONS,
-            "source_card": source_card(source.folder, source.name if local_path(source.name) is None else None),
-            **details,
-        },
-    }
-    return config
+def _write_layer(shards: Shards, source: Source, index: int, converted: ConvertedLayer) -> None:
+    for name, tensor in converted.weights.items():
+        shards.write(f"{LAYERS}{index}.self_attn.{name}", tensor)
+    for name in source.other_names(index):
+        shards.write(f"{LAYERS}{index}.{name}", source.layer_tensor(index, name))
+
+
+def _rounded(measured: list[Measured]) -> list[LayerMeasures]:
+    return [LayerMeasures(**{name: round(value, 6) for name, value in asdict(row).items()}) for row in measured]
+
+
+def _report(
+    source: Source, method: Method, prepared: Prepared, calibration: Calibration | None, options: ConvertOptions
+) -> ConversionReport:
+    """The report, before the weights are written."""
+    budgets, cached = prepared.budgets, source.shape.cached
+    width = sum(budget.width for budget in budgets) / len(budgets)
+    return ConversionReport(
+        method=method.options.name,
+        method_summary=method.options.summary,
+        method_reference=method.options.reference,
+        lossless=method.lossless,
+        settings=prepared.settings,
+        source=source.name,
+        revision=source.revision,
+        kv_lora_rank=prepared.budget.kv_lora_rank,
+        qk_rope_head_dim=prepared.budget.qk_rope_head_dim,
+        cached_per_token_and_layer=CachedNumbers(source=cached, mla=round(width, 3) if width % 1 else int(width)),
+        cache_ratio=round(width / cached, 6),
+        layers=len(budgets),
+        command=command_line(source.name, options),
+        versions=VERSIONS,
+        source_card=SourceCard(**source_card(source.folder, source.name if local_path(source.name) is None else None)),
+        calibration=None
+        if calibration is None
+        else CalibrationText(
+            origins=[Path(origin).name for origin in options.calibration],
+            tokens=calibration.text.numel(),
+            seed=options.seed,
+        ),
+        searches=prepared.searches,
+        warnings=prepared.warnings,
+        dtype="",
+        weights_bytes=0,
+    )

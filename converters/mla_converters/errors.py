@@ -2,11 +2,15 @@
 
 
 class ConversionError(Exception):
-    """Input that cannot be converted."""
+    """Input that cannot be used."""
+
+
+class OptionError(ConversionError):
+    """An option has a wrong value, or contradicts another."""
 
 
 class UnfinishedError(ConversionError):
-    """Stopped by something outside the input; the work so far is kept, and the same command goes on from it."""
+    """Stopped by something outside the input. The work so far is kept, and the same command goes on from it."""
 
 
 class StoppedError(UnfinishedError):

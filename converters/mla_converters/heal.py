@@ -9,34 +9,26 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
-from mla_converters.cards.card import CARD, REPORT
-from mla_converters.cards.describe import describe_model, outcome, progress_bars
+from mla_converters.cards.card import CARD, REPORT, read_report
+from mla_converters.cards.describe import describe_model, outcome
 from mla_converters.checkpoints.families import architecture_names
 from mla_converters.checkpoints.locate import local_path
 from mla_converters.checkpoints.manifest import MANIFEST
-from mla_converters.checkpoints.models import Model, read_config
+from mla_converters.checkpoints.models import Model, converted_config, load_model, read_config
 from mla_converters.checkpoints.reader import INDEX, Checkpoint
 from mla_converters.checkpoints.source import Source, open_source
 from mla_converters.checkpoints.writer import Shards
 from mla_converters.errors import ConversionError
-from mla_converters.evaluation.hf_engine import load_model
-from mla_converters.options import HealOptions, Method, check_heal_options, given_options
+from mla_converters.options import HealOptions, given_options
+from mla_converters.reports.conversion import ConversionReport, Divergence, Healing
 from mla_converters.resume.identity import VERSIONS, healing_identity
 from mla_converters.resume.work_folder import Work, work_folder
-from mla_converters.streaming.layers import native_bfloat16
-from mla_converters.support.json_files import read_json_object
+from mla_converters.support.devices import native_bfloat16, usable_device
+from mla_converters.support.progress import progress_bars
 from mla_converters.text.healing import divided, hold_out, training_windows
-from mla_converters.training.distillation import (
-    LONGEST,
-    SAVED_BYTES,
-    distillation,
-    held_out_kl,
-    suited_length,
-    suited_passes,
-    suited_rate,
-    train,
-)
-from mla_converters.verify import converted_config
+from mla_converters.training.distillation import distillation, held_out_kl
+from mla_converters.training.schedule import LONGEST, suited_length, suited_passes, suited_rate
+from mla_converters.training.trainer import SAVED_BYTES, train
 
 # Nats per token from the source that are no more than rounding; a small model that lost nothing has 2e-9 and 7e-4.
 NOTHING = {torch.float32: 1e-5, torch.bfloat16: 1e-3}
@@ -47,21 +39,19 @@ ATTENTION = ".self_attn."  # in the names of what is trained
 def heal(
     model: Path,
     out: Path,
-    options: HealOptions,
+    options: HealOptions | None = None,
     *,
-    source: str | None = None,
     force: bool = False,
     quiet: bool = False,
-) -> dict[str, Any]:
+) -> ConversionReport:
     """Train the attentions of a converted model on what its source predicts; all other weights stay.
 
     Args:
         model: a folder that ``vllm-mla convert`` wrote.
         out: folder to create; appears when it is complete.
-        options: text, steps.
-        source: what the model was converted from; None for what its configuration names.
+        options: text, steps, source; None for the defaults.
         force: replace ``out``.
-        quiet: no progress bars.
+        quiet: no progress.
 
     Returns:
         The conversion's report, with what healing did under ``healing``.
@@ -71,11 +61,13 @@ def heal(
         UnfinishedError: interrupted, or out of disk space; called again with the same arguments, it goes on.
     """
     started = time.monotonic()
-    check_heal_options(options)
+    options = options or HealOptions()
+    device = usable_device(options.device)
+    options = options.model_copy(update={"device": device})
     config, report = _converted(model)
     if out.resolve() == model.resolve():
         raise ConversionError(f"OUT is {out}, which is MODEL: give a folder of its own.")
-    name, revision = (source, None) if source else _recorded_source(model, report)
+    name, revision = (options.source, None) if options.source else _recorded_source(model, report)
     with (
         progress_bars(quiet) as progress,
         open_source(name, revision, options.trust_remote_code) as teacher,
@@ -84,37 +76,35 @@ def heal(
         checkpoint = Checkpoint(model)
         with work_folder(out, force, healing_identity(model, teacher, options)) as work:
             work.check_space(_disk_bytes(checkpoint))
-            healed, details = _train(model, teacher, options, work, progress)
+            healed, healing = _train(model, teacher, options, device, work, progress)
             _write_weights(checkpoint, healed, work.model)
             _copy_others(model, checkpoint, work.model)
-            report["healing"] = {"command": _command_line(model, source, options), **details}
-            describe_model(work.model, config | {"mla_conversion": report})
+            report = report.model_copy(update={"healing": healing})
+            describe_model(work.model, config, report)
     return outcome(report, out, started)
 
 
-def _converted(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def _converted(folder: Path) -> tuple[dict[str, Any], ConversionReport]:
     """A converted model's configuration and report.
 
     Raises:
         ConversionError: it is none, or lost nothing.
     """
-    config, report = converted_config(folder), read_json_object(folder / REPORT)
-    if not isinstance(report.get("source"), str):
-        raise ConversionError(f"{folder / REPORT} is not a report that vllm-mla convert wrote.")
-    if report.get("method") == Method.EXACT:
+    config, report = converted_config(folder), read_report(folder)
+    if report.lossless:
         raise ConversionError(f"{folder} is an exact conversion: nothing was lost that could be healed.")
     return config, report
 
 
-def _recorded_source(model: Path, report: dict[str, Any]) -> tuple[str, str | None]:
+def _recorded_source(model: Path, report: ConversionReport) -> tuple[str, str | None]:
     """What a model says it was converted from, and the revision."""
     try:
-        local_path(report["source"])
+        local_path(report.source)
     except ConversionError as error:
         raise ConversionError(
-            f"{model} was converted from {report['source']}, which is gone: say where with --source."
+            f"{model} was converted from {report.source}, which is gone: say where with --source."
         ) from error
-    return report["source"], report.get("revision")
+    return report.source, report.revision
 
 
 def _check_pair(model: Path, config: dict[str, Any], source: Source) -> None:
@@ -137,24 +127,24 @@ def _disk_bytes(checkpoint: Checkpoint) -> int:
 
 
 def _train(
-    model: Path, source: Source, options: HealOptions, work: Work, progress: Progress
-) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    model: Path, source: Source, options: HealOptions, device: str, work: Work, progress: Progress
+) -> tuple[dict[str, torch.Tensor], Healing]:
     """The trained tensors by name, and what the report says of the training."""
     length = options.length or LONGEST
     windows = work.remembered(
         "text", lambda: training_windows(source, options.text, options.tokens, length, options.seed, progress)
     )
     trained_on, held_out = hold_out(windows)
-    dtype = torch.bfloat16 if native_bfloat16(options.device) else torch.float32
-    student = load_model(Model(str(model), str(model), read_config(model, False)), dtype, options.device)
-    teacher = load_model(Model(source.name, str(source.folder), source.config), dtype, options.device)
+    dtype = torch.bfloat16 if native_bfloat16(device) else torch.float32
+    student = load_model(Model(str(model), str(model), read_config(model, False)), dtype, device)
+    teacher = load_model(Model(source.name, str(source.folder), source.config), dtype, device)
     task = progress.add_task("Healing", total=None)
 
     def advance(step: int, loss: float) -> None:
         progress.update(task, completed=step, description=f"Healing, KL {loss:.4f}")
 
     with distillation(student, teacher) as distilled:
-        before = work.remembered("before", lambda: torch.tensor([held_out_kl(distilled, held_out, options.device)]))
+        before = work.remembered("before", lambda: torch.tensor([held_out_kl(distilled, held_out, device)]))
         if before.item() < NOTHING[dtype]:
             raise ConversionError(
                 f"{model} predicts what its source predicts, to {before.item():.0e} nats per token on text held out: "
@@ -165,25 +155,26 @@ def _train(
         steps = options.steps or -(-suited_passes(before.item()) * len(trained_on) // options.batch_size)
         progress.update(task, total=steps)
         rate = options.learning_rate or suited_rate(before.item(), trained_on[: options.batch_size].numel())
-        train(distilled, trained_on, steps, rate, options, work.folder / "trainer", advance)
-        after = held_out_kl(distilled, held_out, options.device)
+        train(distilled, trained_on, steps, rate, options, device, work.folder / "trainer", advance)
+        after = held_out_kl(distilled, held_out, device)
     if not after < before.item():
         raise ConversionError(
             f"Training made the model worse on text held out ({before.item():.4f} to {after:.4f} nats per token from "
             "the source): lower --learning-rate, or give more --tokens."
         )
     healed = {name: tensor for name, tensor in student.named_parameters() if ATTENTION in name}
-    return healed, {
-        "text": [Path(origin).name for origin in options.text],
-        "tokens": windows.numel(),
-        "window": trained_on.shape[1],
-        "steps": steps,
-        "batch_size": options.batch_size,
-        "learning_rate": rate,
-        "seed": options.seed,
-        "kl_held_out": {"before": round(before.item(), 6), "after": round(after, 6)},
-        "versions": VERSIONS,
-    }
+    return healed, Healing(
+        command=_command_line(model, options),
+        text=[Path(origin).name for origin in options.text],
+        tokens=windows.numel(),
+        window=trained_on.shape[1],
+        steps=steps,
+        batch_size=options.batch_size,
+        learning_rate=rate,
+        seed=options.seed,
+        kl_held_out=Divergence(before=round(before.item(), 6), after=round(after, 6)),
+        versions=VERSIONS,
+    )
 
 
 def _write_weights(checkpoint: Checkpoint, healed: dict[str, torch.Tensor], folder: Path) -> None:
@@ -202,6 +193,5 @@ def _copy_others(model: Path, checkpoint: Checkpoint, folder: Path) -> None:
             shutil.copyfile(path, folder / path.name)
 
 
-def _command_line(model: Path, source: str | None, options: HealOptions) -> str:
-    named = ["--source", source] if source else []
-    return shlex.join(["vllm-mla", "heal", str(model), f"./{model.name}-healed", *named, *given_options(options)])
+def _command_line(model: Path, options: HealOptions) -> str:
+    return shlex.join(["vllm-mla", "heal", str(model), f"./{model.name}-healed", *given_options(options)])

@@ -2,7 +2,6 @@
 
 import functools
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +29,10 @@ from mla_converters.methods.attention_aware.map import (
     score_model,
 )
 from mla_converters.methods.attention_aware.refit import Refit, parts_apart, refit_layer, relative_weights
-from mla_converters.methods.attention_aware.run import Ingredient, widest_latent
+from mla_converters.methods.attention_aware.split import widest_latent
 from mla_converters.methods.attention_aware.statistics import AttentionStatistics, attention_statistics
-from mla_converters.options import Options
+from mla_converters.options import AttentionAwareOptions, ConvertOptions, Ingredient
+from mla_converters.reports.conversion import ConversionReport
 from mla_converters.streaming.layers import SourceLayer, source_layers
 
 HEADS, KV_HEADS, HEAD_DIM = 6, 3, 16
@@ -318,7 +318,7 @@ def test_mixtures_are_refitted_without_their_mlp(tmp_path: Path) -> None:
     folder, files = source.save(tmp_path / "source"), []
     for without in (frozenset(), frozenset({Ingredient.MLP})):
         out = tmp_path / f"without {len(without)}"
-        options = Options(calibration=(str(CALIBRATION),), calibration_tokens=512, refit_steps=3, without=without)
+        options = asked(512, refit_steps=3, without=without)
         convert(str(folder), out, options, quiet=True)
         files.append(weights(out))
     assert files[0] == files[1]
@@ -328,7 +328,7 @@ def test_refit_of_a_single_window(tmp_path: Path) -> None:
     """The last window of text is refitted on too, so one is enough."""
     source = RandomModel(heads=HEADS, kv_heads=KV_HEADS, head_dim=32, hidden=96).save(tmp_path / "source")
     for steps in (0, 3):
-        options = Options(calibration=(str(CALIBRATION),), calibration_tokens=512, refit_steps=steps)
+        options = asked(512, refit_steps=steps)
         convert(str(source), tmp_path / f"{steps}", options, quiet=True)
     closed_form, refitted = (load_file(tmp_path / f"{steps}" / "model.safetensors") for steps in (0, 3))
     name = "model.layers.0.self_attn.kv_b_proj.weight"
@@ -340,21 +340,27 @@ def test_too_few_tokens_for_least_squares(tmp_path: Path) -> None:
     is nothing to be fitted."""
     source = RandomModel(heads=HEADS, kv_heads=KV_HEADS, head_dim=32, hidden=96).save(tmp_path / "source")
 
-    def report(name: str, tokens: int, **options: Any) -> dict[str, Any]:
-        options = {"refit_steps": 0, "cache_ratio": 0.5} | options
-        chosen = Options(calibration=(str(CALIBRATION),), calibration_tokens=tokens, **options)
-        return convert(str(source), tmp_path / name, chosen, quiet=True)
+    def report(name: str, tokens: int, cache_ratio: float = 0.5, **method: Any) -> ConversionReport:
+        options = asked(tokens, **{"refit_steps": 0} | method).model_copy(update={"cache_ratio": cache_ratio})
+        return convert(str(source), tmp_path / name, options, quiet=True)
 
     few = report("few", 512)
-    assert "--calibration-tokens 2048 " in few["warnings"][0]
-    assert json.loads((tmp_path / "few" / "conversion_report.json").read_text())["warnings"] == few["warnings"]
+    assert "--calibration-tokens 2048 " in few.warnings[0]
+    assert json.loads((tmp_path / "few" / "conversion_report.json").read_text())["warnings"] == few.warnings
     report("few, map alone", 512, without=frozenset({Ingredient.LEAST_SQUARES}))
     assert weights(tmp_path / "few") == weights(tmp_path / "few, map alone")
-    assert "warnings" not in report("enough", 1024)
+    assert not report("enough", 1024).warnings
     report("enough, map alone", 1024, without=frozenset({Ingredient.LEAST_SQUARES}))
     assert weights(tmp_path / "enough") != weights(tmp_path / "enough, map alone")
-    assert "warnings" not in report("refit", 512, refit_steps=1)
-    assert "warnings" not in report("whole", 512, cache_ratio=1.0)
+    assert not report("refit", 512, refit_steps=1).warnings
+    assert not report("whole", 512, cache_ratio=1.0).warnings
+
+
+def asked(tokens: int, **method: Any) -> ConvertOptions:
+    """Options of a conversion that is calibrated on this many tokens."""
+    return ConvertOptions(
+        method=AttentionAwareOptions(**method), calibration=(str(CALIBRATION),), calibration_tokens=tokens
+    )
 
 
 def weights(folder: Path) -> bytes:
@@ -365,13 +371,12 @@ def weights(folder: Path) -> bytes:
 def test_every_ingredient_does_something(tmp_path: Path) -> None:
     source = RandomModel(heads=HEADS, kv_heads=KV_HEADS, head_dim=32, hidden=96).save(tmp_path / "source")
     ids = torch.randint(0, 128, (1, 64), generator=torch.Generator().manual_seed(1))
-    common = Options(calibration=(str(CALIBRATION),), calibration_tokens=2048)
 
     @functools.cache
     def logits(steps: int, without: frozenset[Ingredient]) -> torch.Tensor:
         out = tmp_path / "-".join([str(steps), *sorted(without)])
-        report = convert(str(source), out, replace(common, refit_steps=steps, without=without), quiet=True)
-        assert report["without"] == sorted(without)
+        report = convert(str(source), out, asked(2048, refit_steps=steps, without=without), quiet=True)
+        assert report.settings["without"] == sorted(without)
         with torch.inference_mode():
             return load(out)(ids).logits
 
@@ -390,9 +395,8 @@ def test_random_tokens_help_where_the_text_says_nothing(tmp_path: Path) -> None:
     ids = torch.randint(0, 128, (4, 64), generator=torch.Generator().manual_seed(1))
 
     def error(name: str, without: frozenset[Ingredient]) -> float:
-        options = Options(
-            calibration=(str(tmp_path / "text.txt"),), calibration_tokens=512, refit_steps=0, without=without
-        )
+        options = asked(512, refit_steps=0, without=without)
+        options = options.model_copy(update={"calibration": (str(tmp_path / "text.txt"),)})
         convert(str(source), tmp_path / name, options, quiet=True)
         with torch.inference_mode():
             difference = load(tmp_path / name)(ids).logits - load(source)(ids).logits

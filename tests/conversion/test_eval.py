@@ -315,7 +315,7 @@ metric_list: [{{metric: acc}}]
 @pytest.mark.engine
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm_eval is not installed")
 def test_lm_eval(exact: Path, tmp_path: Path) -> None:
-    """lm-eval's vLLM model runs a converted checkpoint; the command is the one in ``docs/eval.md``."""
+    """lm-eval's vLLM model runs a converted checkpoint; the command is the one in ``docs/evaluating.md``."""
     questions = [
         {"question": "The capital of France is", "choices": [" Paris", " seven"], "answer": 0},
         {"question": "Two plus two equals", "choices": [" banana", " four"], "answer": 1},

@@ -353,7 +353,7 @@ def test_dead_layer(pristine: Path, tmp_path: Path, dead: str, options: tuple[ob
     tensors[f"model.layers.0.{dead}.weight"].zero_()
     save_file(tensors, source / WEIGHTS)
     assert command_line("convert", source, tmp_path / "out", *options) == (0, "")
-    assert verify(tmp_path / "out")["ok"]
+    assert verify(tmp_path / "out").ok
 
 
 @settings(

@@ -15,7 +15,13 @@ from support.files import CALIBRATION
 from support.models import QWEN3_EXPERTS, RandomModel, load
 
 from mla_converters.convert import convert
-from mla_converters.options import Method, Options
+from mla_converters.options import (
+    AttentionAwareOptions,
+    ConvertOptions,
+    ExactOptions,
+    MethodOptions,
+    TransmlaOptions,
+)
 
 EXAMPLES = int(os.environ.get("PROPERTY_EXAMPLES", "24"))
 SETTINGS: dict[str, Any] = {
@@ -51,16 +57,18 @@ def random_models(draw: st.DrawFn) -> RandomModel:
 
 
 @settings(max_examples=EXAMPLES, **SETTINGS)
-@given(model=random_models(), method=st.sampled_from((Method.EXACT, Method.TRANSMLA, Method.ATTENTION_AWARE)))
-def test_nothing_truncated_nothing_changed(model: RandomModel, method: Method) -> None:
+@given(
+    model=random_models(),
+    method=st.sampled_from((ExactOptions(), TransmlaOptions(freqfold=1), AttentionAwareOptions(refit_steps=0))),
+)
+def test_nothing_truncated_nothing_changed(model: RandomModel, method: MethodOptions) -> None:
     """With room for everything, every method gives the source's logits."""
     width = model.kv_heads * model.head_dim
-    sizes = {} if method == Method.EXACT else {"kv_lora_rank": width, "qk_rope_head_dim": width}
-    options = {"calibration": (str(CALIBRATION),), "calibration_tokens": 2048, "refit_steps": 0, **sizes}
-    fold = {"freqfold": 1} if method == Method.TRANSMLA else {}
+    sizes = {} if isinstance(method, ExactOptions) else {"kv_lora_rank": width, "qk_rope_head_dim": width}
+    options = ConvertOptions(method=method, calibration=(str(CALIBRATION),), calibration_tokens=2048, **sizes)
     with tempfile.TemporaryDirectory() as folder:
         source, out = model.save(Path(folder, "source")), Path(folder, "mla")
-        convert(str(source), out, Options(method=method, **options, **fold), quiet=True)
+        convert(str(source), out, options, quiet=True)
         ids = torch.randint(0, 199, (2, 60), generator=torch.Generator().manual_seed(1))
         with torch.inference_mode():
             expected, got = (load(path)(ids).logits for path in (source, out))
@@ -75,10 +83,16 @@ def test_vllm_equals_transformers(model: RandomModel, data: st.DataObject) -> No
     width = model.kv_heads * model.head_dim
     rope = 2 * data.draw(st.integers(1, width // 2), label="qk_rope_head_dim / 2")
     rank = data.draw(st.integers(1, 2 * width - rope), label="kv_lora_rank")
-    options = {"calibration": (str(CALIBRATION),), "calibration_tokens": 2048, "refit_steps": 0}
+    options = ConvertOptions(
+        method=AttentionAwareOptions(refit_steps=0),
+        calibration=(str(CALIBRATION),),
+        calibration_tokens=2048,
+        kv_lora_rank=rank,
+        qk_rope_head_dim=rope,
+    )
     prompts = [list(range(5, 45)), [7], list(range(100, 117))]
     with tempfile.TemporaryDirectory() as folder:
         source, out = model.save(Path(folder, "source")), Path(folder, "mla")
-        convert(str(source), out, Options(kv_lora_rank=rank, qk_rope_head_dim=rope, **options), quiet=True)
+        convert(str(source), out, options, quiet=True)
         job = {"max_tokens": 8, "prompt_logprobs": True, "no_tokenizer": True, "engine": {"max_model_len": 128}}
         assert_agrees(run_engine(out, prompts, **job), load(out), prompts)

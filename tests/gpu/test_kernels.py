@@ -11,8 +11,18 @@ if not torch.cuda.is_available():
 from support.backend_cpu import cached_tokens, make_cache, reference
 from support.gpu_backends import Case, configured, impl_for, make_prefill
 from vllm.platforms import current_platform
+from vllm.triton_utils import triton
 
 from vllm_mla_plugin.backends import select_backend
+from vllm_mla_plugin.checkpoint.layouts import (
+    A100,
+    BLACKWELL,
+    HOPPER,
+    OTHER_GPU,
+    PLUGIN_BACKEND,
+    SHARED_BYTES,
+    gpu_backends,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -81,6 +91,19 @@ def test_choices() -> None:
         vllm_config.model_config.hf_text_config.kv_lora_ranks = [half.latent]
         with pytest.raises(ValueError, match="--layer-sizes same"):
             select_backend(half.latent, half.rope)
+
+
+def test_plan_knows_this_gpu() -> None:
+    """Its shared memory, and for each size the backend that a layer gets here."""
+    capability = torch.cuda.get_device_capability()
+    gpu = A100 if capability == (8, 0) else {9: HOPPER, 10: BLACKWELL}.get(capability[0], OTHER_GPU)
+    properties = triton.runtime.driver.active.utils.get_device_properties(torch.cuda.current_device())
+    assert properties["max_shared_mem"] == SHARED_BYTES[gpu]
+    for case in CASES.values():
+        planned = gpu_backends((case.latent, case.rope), case.v, "bfloat16", gpu)
+        with configured(case, torch.bfloat16):
+            backend = select_backend(case.latent, case.rope)
+        assert planned and (planned == [PLUGIN_BACKEND]) == (backend is not None), case
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

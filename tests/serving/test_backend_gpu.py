@@ -15,9 +15,21 @@ from support.attention import PREFILLS, check_prefill
 from support.backend_cpu import Projection, Sizes
 from support.files import ROOT
 from vllm.v1.attention.backends.mla.prefill.cpu_sdpa import CPUSDPAMLAPrefillBackend
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from vllm_mla_plugin.backends.gpu import AnySizeTritonMLAImpl, scratch_rows
-from vllm_mla_plugin.backends.gpu_decode import suited_parts, suited_tiles
+from vllm_mla_plugin.backends.gpu import AnySizeTritonMLABackend, AnySizeTritonMLAImpl, scratch_rows
+from vllm_mla_plugin.backends.gpu_decode import suited_parts
+from vllm_mla_plugin.checkpoint.layouts import (
+    GPUS,
+    MAX_PREFILL_HEAD_SIZE,
+    PLUGIN_BACKEND,
+    SHARED_BYTES,
+    VLLM_BACKENDS,
+    VLLM_FP8_LAYOUTS,
+    VLLM_LAYOUTS,
+    gpu_backends,
+    suited_tiles,
+)
 
 pytest.importorskip("triton", reason="without Triton, vLLM has no such kernel")
 
@@ -70,6 +82,53 @@ def test_a_latent_too_wide_for_the_gpu() -> None:
         suited_tiles(1984, 64, 32, False, 99 << 10)
     with pytest.raises(ValueError, match="smaller --kv-lora-rank"):
         suited_tiles(4032, 64, 1, False, 227 << 10)
+
+
+def takes(layout: tuple[int, int], heads: int, shared_bytes: int) -> bool:
+    """Whether the decode kernel takes 16-bit rows of these sizes."""
+    try:
+        suited_tiles(*layout, heads, False, shared_bytes)
+    except ValueError as refusal:
+        assert "smaller --kv-lora-rank" in str(refusal)
+        return False
+    return True
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_plan_names_this_backend_where_it_serves(gpu: str) -> None:
+    """Over a grid of sizes: for every number of heads the kernel takes what ``vllm-mla plan`` says that it serves, and
+    refuses the rest."""
+    answers = set()
+    for latent in (1, 15, 64, 192, 256, 448, 511, 512, 513, 960, 1024, 1408, 1920, 1984, 2048, 4032):
+        for rope in (2, 8, 48, 64, 128, 160):
+            layout = (latent, rope)
+            served = gpu_backends(layout, 64, "bfloat16", gpu) == [PLUGIN_BACKEND]
+            answers.add(served)
+            expected = layout not in VLLM_LAYOUTS
+            for heads in (1, 9, 32, 40, 128):
+                assert served == (expected and takes(layout, heads, SHARED_BYTES[gpu])), (layout, heads)
+    assert answers == {True, False}
+
+
+def test_backends_of_vllms_layouts() -> None:
+    """On every GPU vLLM has a backend of its own for its layouts; nothing takes float32, or heads beyond prefill's."""
+    assert set(VLLM_FP8_LAYOUTS) < set(VLLM_LAYOUTS)
+    names = {backend.name for backend in VLLM_BACKENDS}
+    for gpu in GPUS:
+        for layout in VLLM_LAYOUTS:
+            served = gpu_backends(layout, 128, "bfloat16", gpu)
+            assert served and set(served) <= names
+            assert served == gpu_backends(layout, 128, "float16", gpu)
+            assert gpu_backends(layout, MAX_PREFILL_HEAD_SIZE - layout[1] + 1, "bfloat16", gpu) == []
+        for layout in (*VLLM_LAYOUTS, (128, 64)):
+            assert gpu_backends(layout, 128, "float32", gpu) == []
+
+
+def test_vllm_has_these_backends() -> None:
+    """The names are those of ``--attention-backend``. vLLM's Triton backend, and so ours, takes 16 bits and fp8."""
+    assert all(backend.name in AttentionBackendEnum.__members__ for backend in VLLM_BACKENDS)
+    assert torch.float32 not in AnySizeTritonMLABackend.supported_dtypes
+    assert {"auto", "bfloat16", "float16", "fp8"} <= set(AnySizeTritonMLABackend.supported_kv_cache_dtypes)
 
 
 @pytest.mark.parametrize("layout", [(128, 64), (512, 64), (960, 64)], ids=str)

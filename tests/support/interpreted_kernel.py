@@ -16,7 +16,8 @@ vllm.triton_utils.triton, vllm.triton_utils.tl = triton, triton.language
 
 from support.backend_cpu import Sizes, cached_tokens, make_cache, reference
 
-from vllm_mla_plugin.backends.gpu_decode import decode, suited_tiles
+from vllm_mla_plugin.backends.gpu_decode import decode
+from vllm_mla_plugin.checkpoint.layouts import suited_tiles
 
 LENGTHS = [5, 170, 97]
 PARTS = 3

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import vllm_mla_plugin.hf  # noqa: F401 - registers the MLA models with transformers
 from mla_converters.checkpoints.source import Source
-from mla_converters.methods.base import LayerConversion
+from mla_converters.methods.layer_conversion import LayerConversion
 from mla_converters.streaming.layers import source_layers
 
 YARN = {

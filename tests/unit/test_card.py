@@ -149,7 +149,10 @@ def test_only_the_card_is_blessed(command_line: CommandLine, mla: Path) -> None:
 
 def of_another_model(folder: Path) -> tuple[object, ...]:
     report = folder.parent / "eval.json"
-    report.write_text(json.dumps({"models": [{"name": "other/model"}]}))
+    text = {"name": "t", "sha256": "", "protocol": "stream", "windows": 1, "length": 2, "tokens_scored": 1}
+    model = {"name": "other/model", "perplexity": 2.0, "loss_by_position": {"1-1": 0.7}}
+    run = {"engine": "hf", "dtype": "float32", "versions": {}, "seconds": 1.0, "peak_rss_bytes": 1}
+    report.write_text(json.dumps({"text": text, "models": [model], **run}))
     return (folder, "--eval", report)
 
 

@@ -323,8 +323,9 @@ def test_time_and_memory(smollm2: Path, tmp_path: Path) -> None:
     measured = json.loads(report.read_text())
     assert measured["calibration"]["tokens"] == 16384
     assert measured["peak_rss_bytes"] < 2e9
-    errors = measured["freqfold_errors"]
-    assert measured["freqfold"] == int(min(errors, key=errors.get))
+    (searched,) = measured["searches"]
+    errors = searched["errors"]
+    assert searched["title"] == "FreqFold" and measured["settings"]["freqfold"] == int(min(errors, key=errors.get))
 
 
 def test_shards(tmp_path: Path) -> None:

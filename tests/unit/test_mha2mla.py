@@ -17,8 +17,10 @@ from mla_converters.errors import ConversionError
 from mla_converters.latent.attention import gqa_attention
 from mla_converters.latent.cache_size import CacheBudget
 from mla_converters.latent.module import LatentAttention
-from mla_converters.methods.mha2mla.map import Keep, PairNorms, Svd, check_sizes, kept_pairs, mha2mla_map
-from mla_converters.methods.mha2mla.run import Mha2mlaOptions, layer_weights, mha2mla
+from mla_converters.methods.mha2mla.map import PairNorms, check_sizes, kept_pairs, mha2mla_map
+from mla_converters.methods.mha2mla.method import Mha2mla
+from mla_converters.methods.mha2mla.run import layer_weights, mha2mla
+from mla_converters.options import Keep, Mha2mlaOptions, Svd
 from mla_converters.streaming.layers import embed, source_layers
 
 HEADS, KV_HEADS, HEAD_DIM, WIDTH, SCALE = 6, 3, 8, 40, 0.3
@@ -229,8 +231,8 @@ def test_layers_of_a_model(model: RandomModel, tmp_path: Path) -> None:
     with open_source(str(source)) as opened, torch.inference_mode():
         hidden = embed(opened, ids)
         for keep in Keep:
-            windows = ids if Mha2mlaOptions(keep).calibrated else None
-            conversion = mha2mla(opened, windows, CacheBudget(width, width), Mha2mlaOptions(keep))
+            windows = ids if Mha2mla(Mha2mlaOptions(rope_keep=keep)).window else None
+            conversion = mha2mla(opened, windows, CacheBudget(width, width), Mha2mlaOptions(rope_keep=keep))
             layers = source_layers(opened, "cpu")
             for layer, weights in zip(layers, converted_layers(opened, conversion), strict=True):
                 x = layer.normed(hidden)
@@ -246,7 +248,7 @@ def test_two_norm_beats_low_on_a_real_model(smollm2: Path) -> None:
     with open_source(str(smollm2)) as source:
         budget = CacheBudget(kv_lora_rank=320, qk_rope_head_dim=64)
         runs = {
-            keep: converted_layers(source, mha2mla(source, windows, budget, Mha2mlaOptions(keep)))
+            keep: converted_layers(source, mha2mla(source, windows, budget, Mha2mlaOptions(rope_keep=keep)))
             for keep in (Keep.TWO_NORM, Keep.LOW)
         }
         errors = dict.fromkeys(runs, 0.0)

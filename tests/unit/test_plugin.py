@@ -8,6 +8,7 @@ import pytest
 from support.commands import vllm_mla
 
 import vllm_mla_plugin
+from vllm_mla_plugin.checkpoint.families import FAMILIES
 
 
 def run_python(code: str, **environment: str) -> str:
@@ -34,6 +35,28 @@ from transformers import AutoConfig
 print("LlamaMLAForCausalLM" in ModelRegistry.get_supported_archs(), AutoConfig.for_model("llama_mla").model_type)
 """
     assert run_python(code) == "True llama_mla"
+
+
+def test_every_family_has_its_classes() -> None:
+    """Each row of the table: a configuration and a model in transformers; and in vLLM a model, under its own name."""
+    code = """
+import pkgutil
+import vllm_mla_plugin, vllm_mla_plugin.hf
+from vllm_mla_plugin.checkpoint.families import FAMILIES
+vllm_mla_plugin.register()
+from transformers import AutoConfig, AutoModelForCausalLM
+from vllm import ModelRegistry
+from vllm_mla_plugin.models.llama import LlamaMLAForCausalLM
+for family in FAMILIES.values():
+    config = AutoConfig.for_model(family.mla_model_type, num_hidden_layers=1)
+    assert type(config).__mro__[2].model_type == family.model_type, "built on the source's"
+    assert AutoModelForCausalLM._model_mapping[type(config)].__name__ == family.mla_architecture
+    registered = ModelRegistry.models[family.mla_architecture]
+    assert f"{registered.module_name}:{registered.class_name}" == family.vllm_model
+    assert issubclass(pkgutil.resolve_name(family.vllm_model), LlamaMLAForCausalLM)
+print(len(FAMILIES))
+"""
+    assert run_python(code) == str(len(FAMILIES)) == "6"
 
 
 @pytest.mark.parametrize("version", ["0.28.0", "0.33.0", "0.33.0rc1", "1.0", "0.5.4+cpu", None])

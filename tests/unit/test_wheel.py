@@ -82,7 +82,7 @@ def test_contents(wheel: Path) -> None:
         str(package / path.relative_to(folder))
         for package, folder in ((Path(name), folder) for name, folder in PACKAGES.items())
         for path in folder.rglob("*")
-        if path.suffix in (".py", ".cpp") or path.name == "py.typed"
+        if path.is_file() and "__pycache__" not in path.parts
     }
     assert {f"{name}/py.typed" for name in PACKAGES} <= expected
     assert contents == expected

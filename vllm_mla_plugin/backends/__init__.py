@@ -1,4 +1,4 @@
-"""MLA attention backends for sizes that vLLM's own do not serve."""
+"""MLA attention backends for the sizes that vLLM's own do not serve, and the choice between them."""
 
 import torch
 from vllm.config import VllmConfig, get_current_vllm_config
@@ -7,10 +7,7 @@ from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.backends.mla.prefill.base import MLADimensions, MLAPrefillBackend
 from vllm.v1.attention.backends.mla.prefill.selector import get_mla_prefill_backend
 
-VLLM_LAYOUTS = ((512, 64), (256, 64))
-"""Latent and rope that vLLM's own GPU backends decode; it chooses the fastest for the GPU."""
-VLLM_FP8_LAYOUTS = ((512, 64),)
-"""Likewise from a cache of 8-bit floats: on Hopper, vLLM would choose FlashMLA for 256 + 64, which then refuses it."""
+from vllm_mla_plugin.checkpoint.layouts import MAX_PREFILL_HEAD_SIZE, VLLM_FP8_LAYOUTS, VLLM_LAYOUTS
 
 
 def select_backend(latent: int, rope: int) -> type[AttentionBackend] | None:
@@ -23,7 +20,7 @@ def select_backend(latent: int, rope: int) -> type[AttentionBackend] | None:
         rope: its ``qk_rope_head_dim``.
 
     Raises:
-        ValueError: no GPU kernel takes the sizes, the dtype or the cache's dtype.
+        ValueError: no GPU kernel takes the sizes, the model's dtype or the cache's dtype, or layers differ in size.
     """
     if current_platform.is_cpu():
         from vllm_mla_plugin.backends.cpu import AnySizeCPUMLABackend
@@ -40,7 +37,7 @@ def select_backend(latent: int, rope: int) -> type[AttentionBackend] | None:
         raise ValueError(f"vLLM's GPU kernels for MLA take 16-bit numbers, not {dtype}: give --dtype bfloat16.")
     from vllm_mla_plugin.backends.gpu import AnySizeTritonMLABackend, gpu_tiles
 
-    # A backend that is given to a layer is not asked by vLLM whether it serves what it is asked for.
+    # vLLM does not ask a backend that is given to a layer whether it serves the cache's dtype.
     if cache_dtype not in (served := AnySizeTritonMLABackend.supported_kv_cache_dtypes):
         raise ValueError(
             f"A cache of {latent} + {rope} numbers per token is kept on GPUs as {', '.join(served)}, not as "
@@ -51,7 +48,8 @@ def select_backend(latent: int, rope: int) -> type[AttentionBackend] | None:
 
 
 def _refuse_mixed_sizes(config: VllmConfig) -> None:
-    """vLLM's GPU code takes one model-wide size in places (metadata checks, choice of prefill, shared workspaces)."""
+    """Refuse layers that differ in size, because vLLM's GPU code takes one size for the whole model in some places: its
+    checks of metadata, its choice of prefill, its shared workspaces."""
     fields = config.model_config.hf_text_config
     if fields.kv_lora_ranks is not None or fields.qk_rope_head_dims is not None:
         raise ValueError(
@@ -61,7 +59,7 @@ def _refuse_mixed_sizes(config: VllmConfig) -> None:
 
 
 def select_prefill_backend(dims: MLADimensions) -> type[MLAPrefillBackend] | None:
-    """The prefill backend of a layer, or None to let vLLM choose: ours only where it has none.
+    """The prefill backend of a layer, or None to let vLLM choose. Ours serves only where vLLM has none.
 
     Raises:
         ValueError: nothing on this GPU takes heads of these sizes.
@@ -69,12 +67,12 @@ def select_prefill_backend(dims: MLADimensions) -> type[MLAPrefillBackend] | Non
     config = get_current_vllm_config()
     if not current_platform.is_cuda_alike() or config.attention_config.mla_prefill_backend or _vllm_has_one(config):
         return None
-    from vllm_mla_plugin.backends.gpu_prefill import MAX_HEAD_SIZE, AnySizeFlashAttnPrefillBackend
+    from vllm_mla_plugin.backends.gpu_prefill import AnySizeFlashAttnPrefillBackend
 
     if not AnySizeFlashAttnPrefillBackend.supports_mla_dimensions(dims):
         raise ValueError(
-            f"On a GPU, prefill takes heads of at most {MAX_HEAD_SIZE} numbers, but this checkpoint's have {dims}: "
-            "convert with a smaller --qk-rope-head-dim."
+            f"On a GPU, prefill takes heads of at most {MAX_PREFILL_HEAD_SIZE} numbers, but this checkpoint's have "
+            f"{dims}: convert with a smaller --qk-rope-head-dim."
         )
     return AnySizeFlashAttnPrefillBackend
 

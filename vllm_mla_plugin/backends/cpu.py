@@ -1,7 +1,7 @@
 """MLA on CPU for any ``kv_lora_rank + qk_rope_head_dim``.
 
-Decode is multi-query attention on the latents, in a kernel of ours. Prefill expands keys and values from the latents,
-for vLLM's kernel where it runs and for torch's elsewhere.
+Decode is multi-query attention on the latents, by a kernel of ours. Prefill expands keys and values from the latents,
+then attends by vLLM's kernel where that runs, and by torch's elsewhere.
 """
 
 from typing import Any
@@ -22,7 +22,8 @@ from vllm_mla_plugin.backends.cpu_prefill import MULTIPLE, extend, has_extend_ke
 from vllm_mla_plugin.backends.metadata import AnySizeMLAMetadata, page_slots
 
 MAX_EXPANDED_BYTES = 256 * 2**20
-"""Of keys and values expanded from earlier context; beyond it, prefill attends to the latents themselves."""
+"""Prefill expands keys and values of earlier context up to this size. Beyond it, prefill attends to the latents
+themselves."""
 
 
 class AnySizeMLAMetadataBuilder(MLACommonMetadataBuilder[AnySizeMLAMetadata]):
@@ -65,21 +66,21 @@ def gather_pages(cache: torch.Tensor, block_table: torch.Tensor, length: int) ->
         length: tokens wanted of every sequence.
 
     Returns:
-        ``[sequences, length, width]``; what lies beyond a sequence's own length is arbitrary.
+        ``[sequences, length, width]``. Rows beyond a sequence's own length are arbitrary.
     """
     blocks = block_table[:, : -(-length // cache.shape[1])].long()
     return cache[blocks].flatten(1, 2)[:, :length]
 
 
 class AnySizeCPUMLAImpl(CPUMLAImpl):
-    """Attention on latents; the cache write is vLLM's."""
+    """Attention on latents. vLLM's code writes the cache."""
 
     kernel: DecodeKernel | None
     w_uk: torch.Tensor  # [heads, nope, latent]
     w_uv: torch.Tensor  # [heads, latent, v]
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        """Take the two halves of ``kv_b_proj`` apart, and compile the decode kernel."""
+        """Split ``kv_b_proj`` into its two halves, and compile the decode kernel."""
         weight = get_and_maybe_dequant_weights(self.kv_b_proj, out_dtype=act_dtype)
         weight = weight.view(self.num_heads, self.qk_nope_head_dim + self.v_head_dim, self.kv_lora_rank)
         w_uk, w_uv = weight.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
@@ -114,15 +115,15 @@ class AnySizeCPUMLAImpl(CPUMLAImpl):
     def _decode_with_torch(
         self, q: torch.Tensor, cache: torch.Tensor, block_table: torch.Tensor, lengths: torch.Tensor
     ) -> torch.Tensor:
-        """As the kernel does, in one padded tensor."""
+        """Compute the kernel's result in one padded tensor; shapes as in :class:`DecodeKernel`."""
         longest = int(lengths.max())
         cached = gather_pages(cache, block_table, longest)
-        # The latent is key and value at once. The rope part of a page beyond a sequence's end can hold
-        # anything, NaN included, which no mask removes from a product with zero: clear it.
+        # The latent is key and value at once. Beyond a sequence's end a page can hold anything. If it holds NaN, no
+        # mask helps, because NaN times zero is NaN. So clear these rows.
         beyond = torch.arange(longest) >= lengths[:, None]  # [sequences, longest]
         cached = cached.masked_fill_(beyond[..., None], 0)
         mask = torch.zeros(beyond.shape, dtype=q.dtype).masked_fill_(beyond, float("-inf"))
-        # The heads of a sequence share its one key, so they can stand where queries stand.
+        # All heads of a sequence share its one key, so they can take the place of several queries of one head.
         output = F.scaled_dot_product_attention(
             q[:, None], cached[:, None], cached[:, None], attn_mask=mask[:, None, None], scale=self.scale
         )
@@ -142,7 +143,7 @@ class AnySizeCPUMLAImpl(CPUMLAImpl):
         """Prefill: attend causally to the new tokens, and to all earlier ones of the same request.
 
         Args:
-            q: ``[tokens, heads, nope + rope]`` of all prefilling requests, end to end.
+            q: ``[tokens, heads, nope + rope]`` of all prefilling requests, request after request.
             kv_c_normed: ``[tokens, latent]`` of the same tokens.
             k_pe: ``[tokens, 1, rope]``, rotated.
             kv_c_and_k_pe_cache: ``[blocks, block_size, latent + rope]``; holds earlier chunks.
@@ -159,7 +160,8 @@ class AnySizeCPUMLAImpl(CPUMLAImpl):
             output.copy_(self._extend_expanded(q, new, kv_c_and_k_pe_cache, prefill).flatten(1))
 
     def _latents_are_cheaper(self, prefill: MLACommonPrefillMetadata) -> bool:
-        """Whether to attend to the latents: for few new tokens after much context, or where its keys would not fit."""
+        """Whether to attend to the latents: because that is cheaper, with few new tokens after much context; or because
+        expanded keys and values would be larger than :data:`MAX_EXPANDED_BYTES`."""
         if prefill.chunked_context is None or self.kv_lora_rank % MULTIPLE or self.qk_rope_head_dim % MULTIPLE:
             return False
         lengths = prefill.query_start_loc.diff().tolist()
@@ -168,7 +170,7 @@ class AnySizeCPUMLAImpl(CPUMLAImpl):
         expanded_width = self.qk_head_dim + self.v_head_dim
         if cached * self.num_heads * expanded_width * 2 > MAX_EXPANDED_BYTES:
             return True
-        # Multiplications per head: of scores and values for each pair of tokens, and of the up-projections.
+        # Multiplications per head: for scores and values, of each pair of tokens; and for the up-projections.
         pairs = sum(length * (context + length / 2) for length, context in zip(lengths, contexts, strict=True))
         projection = self.kv_lora_rank * (self.qk_nope_head_dim + self.v_head_dim)
         latents = pairs * (2 * self.kv_lora_rank + self.qk_rope_head_dim) + new * projection
@@ -178,7 +180,7 @@ class AnySizeCPUMLAImpl(CPUMLAImpl):
     def _extend_latents(
         self, q: torch.Tensor, new: torch.Tensor, cache: torch.Tensor, prefill: MLACommonPrefillMetadata
     ) -> torch.Tensor:
-        """Attend to latents where they are, with the up-projections absorbed into queries and outputs."""
+        """Attend to the latents where they lie, with the up-projections absorbed into queries and outputs."""
         chunked = prefill.chunked_context
         assert chunked is not None
         q_nope, q_rope = q.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
@@ -200,13 +202,13 @@ class AnySizeCPUMLAImpl(CPUMLAImpl):
     def _extend_expanded(
         self, q: torch.Tensor, new: torch.Tensor, cache: torch.Tensor, prefill: MLACommonPrefillMetadata
     ) -> torch.Tensor:
-        """Attend per head, to keys and values expanded from latents old and new."""
+        """Attend head by head to keys and values, which are expanded from cached latents and from new ones."""
         starts, chunked = prefill.query_start_loc, prefill.chunked_context
         contexts = torch.zeros_like(starts[1:]) if chunked is None else chunked.context_lens.int()
         k, v = self._expand(new)
         cached_k, cached_v, slots = k, v, starts.new_zeros(len(contexts), 0)
         if chunked is not None:
-            # Expanded context lies end to end.
+            # The expanded context has no pages: it lies request after request.
             longest = max(chunked.context_lens_list)
             present = torch.arange(longest) < contexts[:, None]
             rows = page_slots(prefill.block_table, cache.shape[1], longest)[present]
@@ -215,7 +217,7 @@ class AnySizeCPUMLAImpl(CPUMLAImpl):
         return extend(q, k, v, starts, contexts, cached_k, cached_v, slots, self.scale)
 
     def _expand(self, cached: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys ``[tokens, heads, nope + rope]`` and values ``[tokens, heads, v]`` of ``[tokens, latent + rope]``."""
+        """Keys ``[tokens, heads, nope + rope]`` and values ``[tokens, heads, v]``, from ``[tokens, latent + rope]``."""
         latent, k_rope = cached.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
         kv = self.kv_b_proj(latent)[0].view(-1, self.num_heads, self.qk_nope_head_dim + self.v_head_dim)
         k_nope, v = kv.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
@@ -230,7 +232,7 @@ class AnySizeCPUMLAImpl(CPUMLAImpl):
         prefill: MLACommonPrefillMetadata,
         output: torch.Tensor,
     ) -> None:
-        """Request by request."""
+        """Prefill one request after another, with torch's kernel."""
         starts = prefill.query_start_loc.tolist()
         chunked = prefill.chunked_context
         contexts = chunked.context_lens_list if chunked is not None else [0] * (len(starts) - 1)
@@ -253,7 +255,7 @@ class AnySizeCPUMLAImpl(CPUMLAImpl):
             ``[new, heads * v]``.
         """
         k, v = self._expand(cached)
-        # torch's fused CPU kernel wants one head size; without it, all scores would be materialised.
+        # torch's fused CPU kernel wants one head size. Without that kernel, all scores would be kept in memory at once.
         width = max(self.qk_head_dim, self.v_head_dim)
         q, k, v = (F.pad(x, (0, width - x.shape[-1])).transpose(0, 1)[None] for x in (q, k, v))
         new, total = q.shape[-2], cached.shape[0]

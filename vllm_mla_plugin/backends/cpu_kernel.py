@@ -1,7 +1,7 @@
 """The decode kernel of the CPU backend, compiled for a model's sizes when it is first served.
 
-Its inner loops have constant bounds, which is where their speed comes from, and use whatever vector instructions the
-processor has. vLLM needs a C++ compiler on CPU in any case, unless it is told ``--enforce-eager``.
+Its inner loops are fast because their bounds are constants. They use whatever vector instructions the processor has.
+vLLM needs a C++ compiler on CPU in any case, unless it is given ``--enforce-eager``.
 """
 
 import ctypes
@@ -29,7 +29,7 @@ class DecodeKernel:
     """MLA decode for one model's sizes.
 
     Args:
-        library: what :func:`compile_kernel` made.
+        library: the library that :func:`compile_kernel` made.
         latent: width of the output.
         scale: factor on the scores.
     """
@@ -56,7 +56,7 @@ class DecodeKernel:
             lengths: ``[sequences]`` int32, cached tokens of each.
 
         Returns:
-            ``[sequences, heads, latent]``, of ``q``'s dtype.
+            ``[sequences, heads, latent]`` in ``q``'s dtype.
         """
         q, lengths = q.contiguous(), lengths.contiguous()
         sequences, heads, _ = q.shape
@@ -78,7 +78,11 @@ class DecodeKernel:
 
 @cache
 def compile_kernel(heads: int, latent: int, rope: int, dtype: torch.dtype) -> ctypes.CDLL | None:
-    """The kernel for these sizes, from the cache on disk or compiled; None, after a warning, without a compiler."""
+    """The kernel for these sizes, from the cache on disk or newly compiled.
+
+    Returns:
+        None, after a warning, if it cannot be compiled or loaded.
+    """
     compiler = os.environ.get("CXX", "g++")
     sizes = (f"-DHEADS={heads}", f"-DLATENT={latent}", f"-DROPE={rope}", f"-DSCALAR={SCALARS[dtype]}")
     recipe = (compiler, *FLAGS, *sizes)
@@ -88,18 +92,18 @@ def compile_kernel(heads: int, latent: int, rope: int, dtype: torch.dtype) -> ct
         problem = None if library.exists() else run_compiler(recipe, library)
         if problem is None:
             return ctypes.CDLL(str(library))
-    except OSError as error:  # a cache folder that cannot be written, or from which nothing can be loaded
+    except OSError as error:  # the cache folder cannot be written, or nothing can be loaded from it
         problem = str(error)
     logger.warning("MLA decodes several times slower than it could: %s", problem)
     return None
 
 
 def run_compiler(recipe: tuple[str, ...], library: Path) -> str | None:
-    """Compile ``SOURCE``; what went wrong in one sentence, or None."""
+    """Compile ``SOURCE``. Returns one sentence that says what went wrong, or None."""
     if shutil.which(recipe[0]) is None:
         return f"the C++ compiler {recipe[0]!r} is not installed (another can be named in CXX)."
     library.parent.mkdir(parents=True, exist_ok=True)
-    # Renamed when complete: several processes may compile the same kernel at the same time.
+    # The library is renamed when it is complete, because several processes may compile the same kernel at once.
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         unfinished = Path(folder, library.name)
         command = [*recipe, str(SOURCE), "-o", str(unfinished)]
@@ -112,7 +116,8 @@ def run_compiler(recipe: tuple[str, ...], library: Path) -> str | None:
 
 
 def processor() -> str:
-    """What ``-march=native`` means here: a cache may be shared by machines."""
+    """The processor that ``-march=native`` compiles for. It is part of a kernel's key, because machines may share a
+    cache."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     wanted = ("flags", "Features", "model name", "CPU part")

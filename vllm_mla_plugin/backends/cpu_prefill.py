@@ -1,7 +1,7 @@
 """MLA prefill on CPU by vLLM's kernel for extending sequences, which takes all requests of a batch at once.
 
-The kernel (``extend_attention_cpu``) exists in builds for x86 with AVX-512, for bfloat16. It attends without a mask to
-tokens that are cached, wherever they lie, and causally to the new ones.
+The kernel (``extend_attention_cpu``) exists in builds for x86 with AVX-512, for bfloat16. It attends to cached tokens
+without a mask, wherever they lie, and to the new tokens causally.
 """
 
 import torch
@@ -35,13 +35,14 @@ def extend(
     """Attention of the new tokens of some requests.
 
     Args:
-        q: ``[tokens, heads, size]``, the requests end to end.
+        q: ``[tokens, heads, size]``, request after request.
         k: ``[tokens, kv heads, size]`` of the same tokens.
         v: ``[tokens, kv heads, value size]``.
-        starts: ``[requests + 1]`` int32, where each request's tokens begin.
+        starts: ``[requests + 1]`` int32, the position where each request's tokens begin.
         contexts: ``[requests]`` int32, how many cached tokens each request has.
         cached_k, cached_v: ``[anything, kv heads, size]`` and ``[…, value size]``.
-        slots: ``[requests, >= longest context]`` int32, rows of these two.
+        slots: ``[requests, >= longest context]`` int32, the rows of ``cached_k`` and ``cached_v`` that hold a
+            request's tokens.
         scale: factor on the scores.
 
     Returns:
@@ -51,7 +52,7 @@ def extend(
     q, k, v, cached_k, cached_v = (_padded(x) for x in (q, k, v, cached_k, cached_v))
     lengths = starts.diff()
     totals = (contexts + lengths).long()
-    # The kernel wants a slot for every token, also for the new ones, where it reads none.
+    # The kernel wants a slot for every token, even for the new ones, whose slots it does not read.
     slots = F.pad(slots, (0, max(0, int(totals.max()) - slots.shape[1]))).contiguous()
     output = q.new_empty(*q.shape[:2], v.shape[-1])
     ops.cpu_mla_extend(

@@ -1,6 +1,6 @@
 """MLA on GPUs for any ``kv_lora_rank + qk_rope_head_dim``: this plugin's decode kernel in vLLM's Triton backend.
 
-``tests/gpu`` says what has to hold.
+``tests/gpu`` has its tests.
 """
 
 from functools import cache
@@ -20,16 +20,22 @@ from vllm.v1.attention.backend import AttentionLayer
 from vllm.v1.attention.backends.mla.triton_mla import TritonMLABackend, TritonMLAImpl, TritonMLAMetadataBuilder
 from vllm.v1.worker.workspace import current_workspace_manager, is_workspace_manager_initialized
 
-from vllm_mla_plugin.backends.gpu_decode import Tiles, decode, suited_parts, suited_tiles
+from vllm_mla_plugin.backends.gpu_decode import decode, suited_parts
 from vllm_mla_plugin.backends.metadata import AnySizeMLAMetadata
+from vllm_mla_plugin.checkpoint.layouts import Tiles, suited_tiles
 
 
 @cache
 def gpu_tiles(latent: int, rope: int, heads: int, cache_dtype: str) -> Tiles:
-    """Tiles of the decode kernel on this GPU; ``cache_dtype`` as vLLM names it.
+    """Tiles of the decode kernel on this GPU.
+
+    Args:
+        latent, rope: sizes of a cached row.
+        heads: query heads.
+        cache_dtype: the cache's dtype as vLLM names it.
 
     Raises:
-        ValueError: a row is too wide for it.
+        ValueError: a row is too wide for this GPU.
     """
     device = torch.cuda.current_device()
     properties = triton.runtime.driver.active.utils.get_device_properties(device)
@@ -37,7 +43,14 @@ def gpu_tiles(latent: int, rope: int, heads: int, cache_dtype: str) -> Tiles:
 
 
 def scratch_rows(most: int, heads: int, tiles: Tiles, units: int) -> int:
-    """Rows times parts for which a batch of at most so many rows needs scratch at once."""
+    """The largest number of rows times parts that a batch needs scratch for.
+
+    Args:
+        most: the batch has at most this many rows.
+        heads: query heads of each.
+        tiles: tiles of the kernel.
+        units: the GPU's units (SMs).
+    """
     return max(rows * suited_parts(rows, heads, tiles, units) for rows in range(1, most + 1))
 
 
@@ -49,7 +62,7 @@ class AnySizeTritonMLAMetadataBuilder(TritonMLAMetadataBuilder):
         self.metadata_cls = AnySizeMLAMetadata
 
     def _reserve_attn_logits_workspace(self) -> None:
-        """For the decode kernel: it must not grow once graphs are captured."""
+        """Reserve the decode kernel's scratch now, because it must not grow once graphs are captured."""
         if not is_workspace_manager_initialized():
             return
         sizes, heads = self.mla_dims, self.num_heads * self.dcp_world_size
@@ -61,7 +74,8 @@ class AnySizeTritonMLAMetadataBuilder(TritonMLAMetadataBuilder):
 
     @staticmethod
     def determine_prefill_query_data_type(vllm_config: VllmConfig, model_dtype: torch.dtype) -> torch.dtype:
-        """Never fp8: vLLM's looks for a prefill backend of its own, and may find none for these sizes."""
+        """The model's dtype, never fp8: vLLM's method looks for a prefill backend of its own, and may find none for
+        these sizes."""
         return model_dtype
 
 
@@ -80,16 +94,16 @@ class AnySizeTritonMLABackend(TritonMLABackend):
 def gather_context(
     cache: torch.Tensor, block_table: torch.Tensor, chunk: Any, dtype: torch.dtype, scale: torch.Tensor
 ) -> torch.Tensor:
-    """Cached rows of one chunk of earlier context, its requests end to end.
+    """Cached rows of one chunk of earlier context, request after request.
 
     vLLM's own kernel for this takes rows of 320 and 576 numbers only.
 
     Args:
-        cache: ``[blocks, block_size, width]``, of ``dtype`` or fp8.
+        cache: ``[blocks, block_size, width]``, in ``dtype`` or fp8.
         block_table: ``[requests of the chunk, blocks]``.
         chunk: vLLM's ``ContextChunk``.
-        dtype: of the result.
-        scale: of fp8 numbers.
+        dtype: dtype of the result.
+        scale: scale of fp8 numbers.
 
     Returns:
         ``[tokens of the chunk, width]``.
@@ -102,7 +116,7 @@ def gather_context(
 
 
 class AnySizeTritonMLAImpl(TritonMLAImpl):
-    """Decode by this plugin's kernel; prefill by vLLM's code, with a gather for every size."""
+    """Decodes with this plugin's kernel. Prefill is vLLM's code, with a gather of context for every size."""
 
     def forward_mqa(
         self,
@@ -116,7 +130,7 @@ class AnySizeTritonMLAImpl(TritonMLAImpl):
         q_latent, q_rope = q if isinstance(q, tuple) else q.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
         rows, heads, latent = q_latent.shape
         tiles = gpu_tiles(latent, self.qk_rope_head_dim, heads, self.kv_cache_dtype)
-        # One part, and a result does not depend on what else is in the batch.
+        # With one part, a result does not depend on the rest of the batch.
         parts = 1 if envs.VLLM_BATCH_INVARIANT else suited_parts(rows, heads, tiles, self._sm_count)
         shape = (rows, heads, parts, latent + 1)
         if is_workspace_manager_initialized():

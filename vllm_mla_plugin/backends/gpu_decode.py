@@ -1,94 +1,37 @@
-# ruff: noqa: N803, N806 - what is constant to a Triton kernel is written in capitals
+# ruff: noqa: N803, N806 - the constants of a Triton kernel are written in capitals
 """MLA decode in Triton for any ``kv_lora_rank + qk_rope_head_dim``: each cached row is read once for all heads.
 
-Contexts are cut into parts, whose results :func:`_merge_parts` weighs by their sums of exponentials (Flash-Decoding,
-arXiv 2307.08691, section 3). Scores and results are transposed, tokens and latent along the rows: a GPU's matrix
-instructions take 64 rows or 16 at a time, which queries of a few heads would leave empty.
+Contexts are cut into parts. :func:`_merge_parts` weighs the results of the parts by their sums of exponentials
+(Flash-Decoding, arXiv 2307.08691, section 3).
+
+Scores and results are transposed: their rows are tokens and latent. A GPU's matrix instructions take 64 rows or 16 at a
+time, and if the rows were the queries of a few heads, most of them would be empty.
+
+Which layouts the kernel serves is decided in :mod:`vllm_mla_plugin.checkpoint.layouts`.
 """
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from vllm.triton_utils import tl, triton
-from vllm.utils.math_utils import cdiv, next_power_of_2
+from vllm.utils.math_utils import cdiv
 
-MIN_TILE = 16  # Triton multiplies no smaller tiles
-MAX_HEADS = 32  # of a program; more do not fit the registers
-PARTS_TILE, VALUES_TILE = 16, 128  # of a step of merging
+from vllm_mla_plugin.checkpoint.layouts import Tiles
 
-
-@dataclass(frozen=True)
-class Tiles:
-    """What one program of the kernel works on.
-
-    Attributes:
-        latent: columns of the first tile of cached rows, a power of 2; values are a part of it.
-        rope: of the second, 0 if the first takes whole rows.
-        tokens: rows of both.
-        heads: queries, of one token.
-    """
-
-    latent: int
-    rope: int
-    tokens: int
-    heads: int
-
-    def shared_bytes(self, fp8: bool) -> int:
-        """Shared memory that the kernel takes, as compiled for compute capability 8; for 9, wide rows take less.
-
-        Args:
-            fp8: whether numbers are cached so, for they are widened first.
-        """
-        width = self.latent + self.rope
-        widened = 2 * width * self.tokens + 16 * self.latent if fp8 else 0
-        return 2 * width * (self.tokens + self.heads) + 16 * self.latent + widened
-
-    @property
-    def warps(self) -> int:
-        """Of a program: results of a wide latent do not fit the registers of four."""
-        return 8 if self.latent >= 1024 else 4
-
-    @property
-    def programs_per_unit(self) -> int:
-        """How many programs keep each of the GPU's units (SMs) busy."""
-        return 4 if self.latent <= 256 else 2
-
-
-def _tile(size: int) -> int:
-    """Triton's tiles have sizes that are powers of 2."""
-    return max(MIN_TILE, next_power_of_2(size))
-
-
-def suited_tiles(latent: int, rope: int, heads: int, fp8: bool, shared_bytes: int) -> Tiles:
-    """The fastest tiles on an H200, or as many tokens and heads as the shared memory of a smaller GPU takes.
-
-    Raises:
-        ValueError: a row is too wide.
-    """
-    first = _tile(latent)
-    second = 0 if latent + rope <= first else _tile(rope)
-    most = min(MAX_HEADS, _tile(heads))
-    for tokens, together in ((64 if first <= 128 else 32, most), (32, MIN_TILE), (16, MIN_TILE)):
-        tiles = Tiles(first, second, tokens, together)
-        if tiles.shared_bytes(fp8) <= shared_bytes:
-            return tiles
-    raise ValueError(
-        f"A token's cache of {latent} + {rope}{' fp8' if fp8 else ''} numbers in a layer is too wide for this GPU's "
-        f"shared memory of {shared_bytes >> 10} KiB: convert with a smaller --kv-lora-rank."
-    )
+PARTS_TILE, VALUES_TILE = 16, 128  # parts and values that one step of merging takes
 
 
 def suited_parts(rows: int, heads: int, tiles: Tiles, units: int) -> int:
-    """Into how many parts contexts are cut, so that every one of the GPU's ``units`` is busy; at most one for each, for
-    all parts of a long context are written and read again.
+    """The number of parts into which contexts are cut, so that every one of the GPU's units is busy.
+
+    It is at most the number of units, because all parts of a long context are written and read again.
 
     Args:
-        rows: queries of the batch, each of a token.
-        heads: of each.
-        tiles: of the kernel.
-        units: SMs.
+        rows: queries of the batch, each of one token.
+        heads: query heads of each.
+        tiles: tiles of the kernel.
+        units: the GPU's units (SMs).
     """
     programs = rows * cdiv(heads, tiles.heads)
     return max(1, min(units, tiles.programs_per_unit * units // programs))
@@ -96,14 +39,14 @@ def suited_parts(rows: int, heads: int, tiles: Tiles, units: int) -> int:
 
 @triton.jit
 def _row_length(Lengths, row, queries, lag):
-    """Tokens that a row attends to: the newer tokens of its own request come after it."""
+    """How many tokens a row attends to: all of its request's except those newer than itself."""
     length = tl.load(Lengths + row // queries) - lag * (queries - 1 - row % queries)
     return tl.maximum(length, 0)
 
 
 @triton.jit
 def _part_length(length, parts, TILE_TOKENS: tl.constexpr):
-    """Whole tiles, and at least one."""
+    """Tokens of a part: whole tiles, and at least one."""
     return tl.maximum(1, tl.cdiv(tl.cdiv(length, parts), TILE_TOKENS)) * TILE_TOKENS
 
 
@@ -229,7 +172,7 @@ def _merge_parts(
         total = total * shrink + tl.sum(weights, 0)
         values = values * shrink + tl.sum(value * weights[:, None], 0)
         top = new_top
-    # Rows that only fill a CUDA graph have no tokens, and no values.
+    # Some rows only fill up a CUDA graph: they have no tokens, so their values are zero.
     tl.store(Out + result * LATENT + columns, values / tl.maximum(total, 1.0), mask=columns < LATENT)
     if tl.program_id(2) == 0:
         tl.store(Lse + result, (top + tl.log2(total)) * 0.6931471805599453)  # log 2
@@ -252,20 +195,22 @@ def decode(
     """Attention of each query to its request's cached tokens.
 
     Args:
-        q_latent: ``[rows, heads, latent]``, 16-bit; the rows of a request are its newest tokens, as many of each.
+        q_latent: ``[rows, heads, latent]``, 16-bit. The rows of a request are its newest tokens; every request has the
+            same number of rows.
         q_rope: ``[rows, heads, rope]``.
-        cache: ``[pages, tokens of a page, latent + rope]``, dtype of the queries or fp8.
+        cache: ``[pages, tokens of a page, latent + rope]``, in the dtype of the queries or fp8.
         table: ``[requests, pages of each]`` int32.
         lengths: ``[requests]`` int32, tokens cached; 0 gives zeros.
         scratch: float32, at least ``rows * heads * parts * (latent + 1)``.
-        cache_scale: float32, one number; of fp8 numbers.
-        scale: of the scores.
+        cache_scale: one float32 number, the scale of fp8 numbers.
+        scale: factor on the scores.
         causal: whether a request's newest tokens do not attend to those after them.
-        tiles: of :func:`suited_tiles`.
-        parts: of :func:`suited_parts`.
+        tiles: from :func:`vllm_mla_plugin.checkpoint.layouts.suited_tiles`.
+        parts: from :func:`suited_parts`.
 
     Returns:
-        ``[rows, heads, latent]``, dtype of the queries, and the log-sum-exp of the scores ``[rows, heads]``, float32.
+        ``[rows, heads, latent]`` in the dtype of the queries, and the log-sum-exp of the scores ``[rows, heads]``,
+        float32.
     """
     rows, heads, latent = q_latent.shape
     shared: dict[str, Any] = {"HEADS": heads, "LATENT": latent, "TILE_TOKENS": tiles.tokens}
@@ -280,7 +225,7 @@ def decode(
         lengths,
         scratch,
         cache_scale,
-        scale * math.log2(math.e),  # exponentials are of base 2, which GPUs have an instruction for
+        scale * math.log2(math.e),  # exponentials have base 2, because GPUs have an instruction for it
         parts,
         queries,
         lag,

@@ -1,4 +1,4 @@
-"""What the backends of this plugin share: metadata without vLLM's list of cached sizes, and access to pages."""
+"""Shared by the backends of this plugin: metadata without vLLM's list of cached sizes, and access to pages."""
 
 import torch
 from vllm.model_executor.layers.attention.mla_attention import MLACommonMetadata
@@ -12,13 +12,15 @@ class AnySizeMLAMetadata(MLACommonMetadata):
 
 
 def page_slots(block_table: torch.Tensor, block_size: int, length: int) -> torch.Tensor:
-    """Where the first ``length`` tokens of some sequences lie in the cache, counted in tokens.
+    """The positions in the cache of the first ``length`` tokens of some sequences, counted in tokens.
 
     Args:
         block_table: ``[sequences, >= ceil(length / block_size)]`` block numbers.
+        block_size: tokens of a block.
+        length: how many tokens of every sequence.
 
     Returns:
-        ``[sequences, length]``, of the table's dtype; what lies beyond a sequence's own length is arbitrary.
+        ``[sequences, length]`` in the table's dtype. Entries beyond a sequence's own length are arbitrary.
     """
     blocks = block_table[:, : -(-length // block_size)]
     offsets = torch.arange(block_size, dtype=block_table.dtype, device=block_table.device)

@@ -5,6 +5,8 @@ from typing import Any, ClassVar
 
 from transformers import LlamaConfig, MistralConfig, MixtralConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
+from vllm_mla_plugin.checkpoint.families import FAMILIES
+
 MLA_TP_PLAN = {
     "layers.*.self_attn.q_proj": "colwise",
     "layers.*.self_attn.kv_b_proj": "colwise",
@@ -21,22 +23,24 @@ class MLAFields:
 
     Attributes:
         kv_lora_rank: width ``R`` of the latent that is cached for keys and values.
-        q_lora_rank: rank of the query projection; None, for queries are not cached.
-        qk_rope_head_dim: width ``r`` of the rotary key that all heads share. Cached too, so a
+        q_lora_rank: rank of the query projection. It is None because queries are not cached.
+        qk_rope_head_dim: width ``r`` of the rotary key that all heads share. It is cached too, so a
             token costs ``R + r`` numbers in each layer.
-        kv_lora_ranks, qk_rope_head_dims: ``R`` and ``r`` of each layer, where layers differ: the two
-            fields above are then the maxima, whatever was given for them. None: all layers alike.
+        kv_lora_ranks, qk_rope_head_dims: ``R`` and ``r`` of each layer, where layers differ. The two
+            fields above are then the maxima, whatever was given for them. None: all layers have the same sizes.
         qk_nope_head_dim: per-head width of queries and keys without RoPE (0 for a model whose
             whole key keeps RoPE).
         v_head_dim: per-head width of the values.
         softmax_scale: factor on attention scores: ``head_dim ** -0.5`` of the source, times the
             square of its RoPE attention factor (YaRN).
+        qk_norm: whether the family normalises each head's query and key before RoPE.
         mla_conversion: how the checkpoint was made: method, source, calibration, versions.
 
     Raises:
         ValueError: sizes per layer are given, but not one for each layer.
     """
 
+    model_type: ClassVar[str]
     kv_lora_rank: int = 512
     q_lora_rank: int | None = None
     qk_rope_head_dim: int = 64
@@ -45,7 +49,7 @@ class MLAFields:
     qk_nope_head_dim: int = 128
     v_head_dim: int = 128
     softmax_scale: float | None = None
-    qk_norm: ClassVar[bool] = False  # whether each head's query and key are normalised before RoPE
+    qk_norm: ClassVar[bool] = False
     mla_conversion: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -122,11 +126,6 @@ class MixtralMLAConfig(MLAFields, MixtralConfig):
     sliding_window: int | None = None
 
 
-CONFIG_CLASSES = (
-    LlamaMLAConfig,
-    MistralMLAConfig,
-    Qwen2MLAConfig,
-    Qwen3MLAConfig,
-    Qwen3MoeMLAConfig,
-    MixtralMLAConfig,
-)
+_BY_MODEL_TYPE = {config_class.model_type: config_class for config_class in MLAFields.__subclasses__()}
+CONFIG_CLASSES = tuple(_BY_MODEL_TYPE[family.mla_model_type] for family in FAMILIES.values())
+"""The configuration class of every family, in the order of the table."""

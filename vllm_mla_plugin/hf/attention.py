@@ -32,8 +32,8 @@ def apply_rope(x: torch.Tensor, freqs: torch.Tensor, position_ids: torch.Tensor)
 class MLASelfAttention(nn.Module):
     """Multi-head latent attention (DeepSeek-V2, section 2.1) that caches latents only.
 
-    The cache holds, per layer, the latent ``[batch, 1, tokens, R]`` where transformers keeps keys
-    and the rotated shared key ``[batch, 1, tokens, r]`` where it keeps values.
+    In the place of a layer's keys, transformers' cache holds the latent ``[batch, 1, tokens, R]``; in the place of its
+    values, the rotated shared key ``[batch, 1, tokens, r]``.
     """
 
     rope_freqs: torch.Tensor
@@ -57,13 +57,13 @@ class MLASelfAttention(nn.Module):
         self.register_buffer("rope_freqs", torch.ones(self.rope_dim // 2))
 
     def make_projections(self, config: PretrainedConfig, bias: bool) -> None:
-        """Make what :meth:`project` needs."""
+        """Make the modules that :meth:`project` needs."""
         query_width = config.num_attention_heads * (self.nope_dim + self.rope_dim)
         self.q_proj = nn.Linear(config.hidden_size, query_width, bias=bias)
         self.kv_a_proj_with_mqa = nn.Linear(config.hidden_size, self.latent_dim + self.rope_dim, bias=bias)
 
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries ``[batch, tokens, heads, nope + rope]``, and what is cached ``[batch, tokens, latent + rope]``,
+        """Queries ``[batch, tokens, heads, nope + rope]``, and the rows to cache ``[batch, tokens, latent + rope]``,
         before RoPE."""
         q = self.q_proj(hidden_states).unflatten(-1, (-1, self.nope_dim + self.rope_dim))
         return q, self.kv_a_proj_with_mqa(hidden_states)
@@ -83,14 +83,14 @@ class MLASelfAttention(nn.Module):
             hidden_states: ``[batch, tokens, hidden]``.
             position_ids: ``[batch or 1, tokens]``.
             attention_mask: as transformers builds it for the chosen attention implementation.
-            cache: latents of earlier tokens; updated.
-            past_key_values: what transformers before 5.24 calls ``cache``.
+            cache: latents of earlier tokens; the new ones are added.
+            past_key_values: the name of ``cache`` in transformers before 5.24.
 
         Returns:
             ``[batch, tokens, hidden]``, and the attention weights if the implementation has them.
         """
         batch, tokens, _ = hidden_states.shape
-        kwargs.pop("position_embeddings", None)  # the source's frequencies; each layer has its own here
+        kwargs.pop("position_embeddings", None)  # made from the source's frequencies; here each layer has its own
         q, cached = self.project(hidden_states)
         q_nope, q_rope = q.transpose(1, 2).split([self.nope_dim, self.rope_dim], dim=-1)
         latent, k_rope = cached.unsqueeze(1).split([self.latent_dim, self.rope_dim], dim=-1)
@@ -103,7 +103,7 @@ class MLASelfAttention(nn.Module):
         kv = self.kv_b_proj(latent.squeeze(1)).view(batch, latent.shape[2], -1, self.nope_dim + self.v_dim)
         k_nope, v = kv.transpose(1, 2).split([self.nope_dim, self.v_dim], dim=-1)
         k = torch.cat((k_nope, k_rope.expand(-1, k_nope.shape[1], -1, -1)), dim=-1)
-        # torch's fused CPU kernel wants one head size; without it, all scores would be materialised.
+        # torch's fused CPU kernel wants one head size. Without that kernel, all scores would be kept in memory at once.
         width = max(q.shape[-1], self.v_dim)
         q, k, v = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
@@ -121,13 +121,15 @@ class MLASelfAttention(nn.Module):
 
 
 class QKNormMLASelfAttention(MLASelfAttention):
-    """MLA whose latent is a linear map of normalised keys and of the layer's input.
+    """MLA for models with QK-norm: the latent is a linear map of normalised keys and of the layer's input.
 
     The norm of each head's query and key comes before anything is cached, so it is computed as in the source.
-    ``kv_a_proj_with_mqa`` maps ``[k; x]`` to what is cached, the source's projection to values folded into its part for
-    ``x``. ``q_proj`` gives each head the source's query and, below it, the rotary part, to be divided by the query's
-    root mean square like the query itself; the weight of the norm and the map of the part without RoPE are folded into
-    ``kv_b_proj``.
+
+    - ``kv_a_proj_with_mqa`` maps ``[k; x]`` to the row to cache. The source's projection to values is folded into the
+      part for ``x``.
+    - ``q_proj`` gives each head the source's query and, below it, the rotary part. Both are divided by the root mean
+      square of the query.
+    - The weight of the query's norm, and the map of the part without RoPE, are folded into ``kv_b_proj``.
     """
 
     def make_projections(self, config: PretrainedConfig, bias: bool) -> None:
@@ -147,7 +149,7 @@ class QKNormMLASelfAttention(MLASelfAttention):
 class MLAModel:
     """Mixed into a family's ``ForCausalLM``: replaces every ``self_attn`` by MLA."""
 
-    # Rounded to bfloat16, a frequency is off by whole turns after a few hundred tokens.
+    # If a frequency were rounded to bfloat16, it would be off by whole turns after a few hundred tokens.
     _keep_in_fp32_modules_strict: ClassVar[set[str]] = {"rope_freqs"}
     _supports_flash_attn = False  # keys and values differ in head size
     _supports_flex_attn = False

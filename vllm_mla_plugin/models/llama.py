@@ -1,4 +1,8 @@
-"""Llama with MLA: vLLM's Llama, with another self-attention. The other families build on it."""
+"""Llama with MLA in vLLM: vLLM's Llama with another self-attention.
+
+It also serves the families that differ from Llama only in what their configuration says: Mistral, whose sliding window
+is never converted; Qwen2, whose queries, keys and values have biases; and Qwen3, which has QK-norm.
+"""
 
 from typing import ClassVar
 
@@ -8,8 +12,7 @@ from vllm.config import VllmConfig
 from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
 from vllm.model_executor.models.utils import WeightsMapper
 
-from vllm_mla_plugin.attention import MLASelfAttention
-from vllm_mla_plugin.qk_norm import QKNormMLASelfAttention
+from vllm_mla_plugin.attention import MLASelfAttention, QKNormMLASelfAttention
 
 
 def attention_type(vllm_config: VllmConfig) -> type[MLASelfAttention]:
@@ -26,13 +29,13 @@ class LlamaMLADecoderLayer(LlamaDecoderLayer):
 
 @support_torch_compile
 class LlamaMLAModel(LlamaModel):
-    """Llama's decoder stack; leaves ``q_proj``, which Llama's mapper folds into ``qkv_proj``, to the self-attention."""
+    """Llama's decoder stack. Llama's own mapper folds ``q_proj`` into ``qkv_proj``; this one leaves it as it is."""
 
     hf_to_vllm_mapper = WeightsMapper(
         orig_to_new_substr={
             ".block_sparse_moe.": ".mlp.",  # Mixtral's name
-            # MLA takes kv_b_proj apart when it loads, so an adapter for it would have no effect; vLLM does not say so.
-            # Under a name that no module has, it refuses the adapter.
+            # MLA takes kv_b_proj apart when it loads, so that an adapter for it would have no effect. vLLM does not say
+            # so. Here the adapter gets a name that no module has, and vLLM refuses it.
             ".kv_b_proj.lora_": ".kv_b_proj_takes_no_lora_with_mla.lora_",
         },
         orig_to_new_stacked={

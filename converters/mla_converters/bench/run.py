@@ -5,18 +5,18 @@ import platform
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from importlib.metadata import version
 from statistics import median
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 
 from mla_converters.checkpoints.models import Model, find_models
 from mla_converters.engines.process import Engine
 from mla_converters.errors import ConversionError
+from mla_converters.options import MOST, BenchOptions, Workload
+from mla_converters.support.progress import progress_bars
 
 DEFAULT_LENGTHS = (1024, 2048, 4096, 8192, 16384)
 """Input and output lengths of TransMLA's speed measurements (Meng et al. 2025)."""
@@ -24,49 +24,6 @@ RATES = ("output_tokens_per_second", "decode_tokens_per_second")
 TIMES = ("time_to_first_token", "time_per_output_token")
 CPU_CACHE_BYTES = 4 * 2**30
 """On a CPU, vLLM would take most of the memory for the cache of one engine."""
-
-
-MOST: Literal["most"] = "most"
-
-
-@dataclass(frozen=True)
-class Workload:
-    """Requests of one size, sent at once.
-
-    Attributes:
-        requests: how many; ``MOST`` for as many as the cache of the model's engine holds at full length.
-        input_len: tokens of each prompt.
-        output_len: tokens that each answer has.
-    """
-
-    requests: int | Literal["most"]
-    input_len: int
-    output_len: int
-
-
-@dataclass(frozen=True)
-class BenchOptions:
-    """What a benchmark is asked to do; the defaults are those of the command line.
-
-    Attributes:
-        lengths: pairs of input and output length; None for ``DEFAULT_LENGTHS``, as far as all models' contexts go.
-        requests: numbers of requests, each of which is measured at all lengths; see :class:`Workload`.
-        workloads: what to measure in place of ``requests`` at ``lengths``.
-        rounds: how often every model is measured; the medians are reported.
-        dtype: of weights and cache; ``auto`` leaves it to the model.
-        load_format: ``auto``, or ``dummy`` for random weights.
-        kv_cache_bytes: memory of each engine's cache; None for vLLM's choice on a GPU, 4 GiB on a CPU.
-        engine: further arguments of ``vllm.LLM``.
-    """
-
-    lengths: tuple[tuple[int, int], ...] | None = None
-    requests: tuple[int | Literal["most"], ...] = (16,)
-    workloads: tuple[Workload, ...] = ()
-    rounds: int = 3
-    dtype: str = "auto"
-    load_format: str = "auto"
-    kv_cache_bytes: int | None = None
-    engine: dict[str, Any] = field(default_factory=dict)
 
 
 def bench(names: list[str], options: BenchOptions, *, quiet: bool = False) -> dict[str, Any]:
@@ -91,7 +48,7 @@ def bench(names: list[str], options: BenchOptions, *, quiet: bool = False) -> di
     with ExitStack() as stack:
         models = find_models(names, stack)
         workloads = _workloads(models, options)
-        progress = stack.enter_context(Progress(console=Console(stderr=True), disable=quiet))
+        progress = stack.enter_context(progress_bars(quiet))
         task = progress.add_task("Measuring", total=len(models) * options.rounds * len(workloads))
         facts: dict[str, dict[str, Any]] = {}
         runs: dict[tuple[str, Workload], list[dict[str, Any]]] = {}
@@ -127,8 +84,6 @@ def hardware(device: str) -> dict[str, Any]:
 
 
 def _workloads(models: list[Model], options: BenchOptions) -> list[Workload]:
-    if options.rounds < 1 or any(count != MOST and count < 1 for count in options.requests):
-        raise ConversionError("--rounds and --requests must be at least 1.")
     if options.workloads:
         return list(options.workloads)
     contexts = {model.name: model.context for model in models if model.context is not None}
@@ -197,7 +152,7 @@ def _start(model: Model, workloads: list[Workload], options: BenchOptions) -> En
     }
     if MOST not in (counts := [workload.requests for workload in workloads]):
         arguments["max_num_seqs"] = max(counts)  # else vLLM's own limit
-    cache = options.kv_cache_bytes or (None if torch.cuda.is_available() else CPU_CACHE_BYTES)
+    cache = options.cache or (None if torch.cuda.is_available() else CPU_CACHE_BYTES)
     if cache is not None:
         arguments["kv_cache_memory_bytes"] = cache
     engine = Engine(model.name, arguments | options.engine)

@@ -1,11 +1,14 @@
-"""What the converter knows of each model family. A family is an entry of :data:`FAMILIES`."""
+"""Finds a source's family by its configuration, and refuses the sources that MLA cannot represent.
+
+The families themselves are in :mod:`vllm_mla_plugin.checkpoint.families`.
+"""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
 from mla_converters.errors import ConversionError
+from vllm_mla_plugin.checkpoint.families import FAMILIES, Family
 
 REQUIRED = (
     "num_hidden_layers",
@@ -15,7 +18,7 @@ REQUIRED = (
     "hidden_size",
     "vocab_size",
 )
-# Above what any model has; one that claimed more would take hours to look at, or overflow what counts it.
+# No model has more. One that claimed more would take hours to look at, or overflow the counters.
 LARGEST = {
     "num_hidden_layers": 10_000,
     "num_experts": 10_000,
@@ -33,70 +36,13 @@ LARGEST = {
 SUPPORTED_ROPE = ("default", "linear", "llama3", "yarn")
 
 
-@dataclass(frozen=True)
-class ExpertNames:
-    """How checkpoints of a mixture of experts name what transformers keeps in ``mlp``.
-
-    Attributes:
-        block: the mixture's module.
-        projections: gate, up and down projection of an expert.
-    """
-
-    block: str
-    projections: tuple[str, str, str]
-
-    def weight(self, expert: int, projection: str) -> str:
-        """Name of a projection's weight, below ``model.layers.N.``."""
-        return f"{self.block}.experts.{expert}.{projection}.weight"
-
-    def is_expert(self, name: str) -> bool:
-        """Whether a tensor, named as below ``model.layers.N.``, belongs to an expert."""
-        return name.startswith(f"{self.block}.experts.")
-
-
-@dataclass(frozen=True)
-class Family:
-    """A source family and its MLA counterpart.
-
-    Attributes:
-        architecture: of the source, as in its ``config.json``.
-        model_type: of the source; the MLA checkpoint's is this plus ``_mla``.
-        experts: where an expert's gate, up and down projections are, below ``model.layers.N.``; None without experts.
-    """
-
-    architecture: str
-    model_type: str
-    experts: ExpertNames | None = None
-
-    @property
-    def mla_architecture(self) -> str:
-        return self.architecture.replace("ForCausalLM", "MLAForCausalLM")
-
-    @property
-    def mla_model_type(self) -> str:
-        return f"{self.model_type}_mla"
-
-
-FAMILIES = {
-    family.architecture: family
-    for family in (
-        Family("LlamaForCausalLM", "llama"),
-        Family("MistralForCausalLM", "mistral"),
-        Family("Qwen2ForCausalLM", "qwen2"),
-        Family("Qwen3ForCausalLM", "qwen3"),
-        Family("Qwen3MoeForCausalLM", "qwen3_moe", ExpertNames("mlp", ("gate_proj", "up_proj", "down_proj"))),
-        Family("MixtralForCausalLM", "mixtral", ExpertNames("block_sparse_moe", ("w1", "w3", "w2"))),
-    )
-}
-
-
 def source_head_dim(config: PretrainedConfig) -> int:
-    """Head size ``d`` of a source, which some configurations leave to be computed."""
+    """Head size ``d`` of a source; some configurations do not name it, and it is computed."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def active_window(config: PretrainedConfig) -> int | None:
-    """The sliding window through which some layer attends, or None if none ever cuts anything off."""
+    """The sliding window through which some layer attends; None if no layer has one that ever cuts anything off."""
     window = getattr(config, "sliding_window", None)
     layer_types = getattr(config, "layer_types", None)
     if window is None or (layer_types is not None and "sliding_attention" not in layer_types):
@@ -151,14 +97,15 @@ REFUSALS: tuple[tuple[Callable[[dict], object], str], ...] = (
         "serve it as it is.",
     ),
 )
-"""What MLA cannot represent, whatever the family: a test of ``config.json``, and what to say of the source."""
+"""Sources that MLA cannot represent, whatever the family: a test of ``config.json``, and the end of the sentence that
+refuses the source."""
 
 
 def architecture_names(config: dict) -> list[str]:
-    """What a ``config.json`` says under ``architectures``.
+    """The names that a ``config.json`` gives under ``architectures``.
 
     Raises:
-        ConversionError: something else than names.
+        ConversionError: it gives something else than names.
     """
     names = config.get("architectures") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -167,10 +114,10 @@ def architecture_names(config: dict) -> list[str]:
 
 
 def find_family(config: dict) -> Family:
-    """The family of a source by its ``config.json``.
+    """The family of a source, by its ``config.json``.
 
     Raises:
-        ConversionError: not a family that can be converted, or MLA already.
+        ConversionError: the source is of no family that can be converted, uses MLA already, or is quantised.
     """
     architectures = architecture_names(config)
     name = architectures[0] if architectures else config.get("model_type", "none named")
@@ -198,7 +145,7 @@ def check_config(config: PretrainedConfig) -> None:
     """Refuse variants of a supported family that MLA cannot represent.
 
     Raises:
-        ConversionError: with the reason.
+        ConversionError: MLA cannot represent the source; the sentence says why.
     """
     for name, largest in LARGEST.items():
         value = getattr(config, name, None)
@@ -213,7 +160,7 @@ def check_config(config: PretrainedConfig) -> None:
     rope_type = config.rope_parameters.get("rope_type", "default")
     if rope_type not in SUPPORTED_ROPE:
         raise ConversionError(
-            f"RoPE type {rope_type!r} cannot be converted, for its frequencies are not constant or not known "
+            f"RoPE type {rope_type!r} cannot be converted, because its frequencies are not constant or not known "
             f"here; supported are: {', '.join(SUPPORTED_ROPE)}."
         )
     if config.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:

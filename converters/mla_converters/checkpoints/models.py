@@ -3,15 +3,18 @@
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from transformers import AutoConfig, PretrainedConfig
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 import vllm_mla_plugin.hf  # noqa: F401 - registers the MLA models with transformers
-from mla_converters.checkpoints.families import source_head_dim
+from mla_converters.checkpoints.families import architecture_names, source_head_dim
 from mla_converters.checkpoints.locate import local_path, not_on_the_hub
 from mla_converters.checkpoints.source import unpacked_gguf
 from mla_converters.errors import ConversionError
 from mla_converters.support.json_files import read_json_object
+from vllm_mla_plugin.checkpoint.families import FAMILIES
 
 
 @dataclass(frozen=True)
@@ -102,3 +105,45 @@ def read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
     except Exception as error:  # transformers validates with many exception types
         reason = str(error).strip().split("\n")[0]
         raise ConversionError(f"{folder / 'config.json'} is not a valid configuration: {reason}") from error
+
+
+def converted_config(folder: Path) -> dict[str, Any]:
+    """``config.json`` of a folder that ``vllm-mla convert`` wrote.
+
+    Raises:
+        ConversionError: it is none.
+    """
+    description = read_json_object(folder / "config.json")
+    architectures = {family.mla_architecture for family in FAMILIES.values()}
+    if not architectures.intersection(architecture_names(description)):
+        raise ConversionError(f"{folder} is not a checkpoint that vllm-mla convert wrote: its architecture is another.")
+    return description
+
+
+def load_model(model: Model, dtype: torch.dtype, device: str) -> torch.nn.Module:
+    """Load a model for inference.
+
+    Raises:
+        ConversionError: there are no safetensors weights, or they do not fill the model.
+    """
+    try:
+        network, info = AutoModelForCausalLM.from_pretrained(
+            model.path,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=model.trust_remote_code,
+        )
+        network.to(device)
+    except Exception as error:  # transformers raises whatever the files provoke
+        reason = str(error).strip().split("\n")[0]
+        if "ignore_mismatched_sizes" in reason:  # an argument of transformers, and no help to the user
+            reason = "shapes differ from what its config.json asks for."
+        raise ConversionError(f"The weights of {model.name} cannot be loaded: {reason}") from error
+    # transformers would fill them with random numbers, and the score would be of another model.
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ConversionError(
+            f"The weights of {model.name} lack {len(missing)} tensors, such as {missing[0]}: convert or download again."
+        )
+    return network.eval()

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -12,22 +11,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from mla_converters.checkpoints.families import active_window, check_config, find_family, source_head_dim
 from mla_converters.checkpoints.locate import local_path, not_on_the_hub
 from mla_converters.errors import ConversionError
-from mla_converters.streaming.experts import has_experts
 from mla_converters.support.json_files import read_json_object
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
-class PlannedSource:
-    """Sizes of a source.
+class Shape:
+    """Sizes of a source that decide what a conversion gives and costs.
 
     Attributes:
-        name: what ``vllm-mla convert`` is to be given: a folder or a hub id.
-        revision: hub revision asked for, or None.
-        architecture: as in ``config.json``.
-        dtype: of the weights.
-        cache_dtype: of the cache when it is served.
         layers, hidden, query_heads, kv_heads, head_dim: of the transformer.
         context: longest context in tokens.
         window: the sliding window that is active within that context, or None.
@@ -39,13 +32,9 @@ class PlannedSource:
         qkv_parameters: of its projections to queries, keys and values.
         qkv_bias: whether these have a bias.
         qk_norm: whether each head's query and key are normalised.
+        weight_bytes: of one parameter.
     """
 
-    name: str
-    revision: str | None
-    architecture: str
-    dtype: str
-    cache_dtype: str
     layers: int
     hidden: int
     query_heads: int
@@ -61,16 +50,33 @@ class PlannedSource:
     qkv_parameters: int
     qkv_bias: bool
     qk_norm: bool
+    weight_bytes: int
 
     @property
     def cached(self) -> int:
         """Numbers cached per token and layer: keys and values."""
         return 2 * self.kv_heads * self.head_dim
 
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of one parameter."""
-        return DTYPE_BYTES[self.dtype]
+
+@dataclass(frozen=True)
+class PlannedSource:
+    """A source of which only the configuration is known.
+
+    Attributes:
+        name: the name to give to ``vllm-mla convert``: a folder or a hub id.
+        revision: hub revision asked for, or None.
+        architecture: as in ``config.json``.
+        dtype: of the weights.
+        cache_dtype: of the cache when it is served.
+        shape: its sizes.
+    """
+
+    name: str
+    revision: str | None
+    architecture: str
+    dtype: str
+    cache_dtype: str
+    shape: Shape
 
     @property
     def cache_bytes(self) -> int:
@@ -89,8 +95,6 @@ def read_source(source: str, revision: str | None = None, dtype: str | None = No
     Raises:
         ConversionError: there is none, or ``convert`` would refuse it.
     """
-    if dtype not in (None, *DTYPE_BYTES):
-        raise ConversionError(f"--dtype is {dtype!r}; choose one of {', '.join(DTYPE_BYTES)}.")
     path = _config_path(source, revision)
     family = find_family(read_json_object(path))
     try:
@@ -100,43 +104,55 @@ def read_source(source: str, revision: str | None = None, dtype: str | None = No
         stored = str(config.dtype or torch.float32).removeprefix("torch.")
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        sizes = _sizes(config, skeleton)
+        if stored not in DTYPE_BYTES:
+            raise ConversionError(f"{path} says dtype {stored!r}; supported are: {', '.join(DTYPE_BYTES)}.")
+        shape = shape_of(config, skeleton, DTYPE_BYTES[stored])
     except ConversionError:
         raise
     except Exception as error:  # transformers and torch raise whatever the numbers provoke
         raise ConversionError(f"{path} is not a valid configuration: {error}") from error
-    if stored not in DTYPE_BYTES:
-        raise ConversionError(f"{path} says dtype {stored!r}; supported are: {', '.join(DTYPE_BYTES)}.")
     return PlannedSource(
         name=_convertible_name(source),
         revision=revision,
         architecture=family.architecture,
         dtype=stored,
         cache_dtype=dtype or ("bfloat16" if stored == "float32" else stored),
-        **sizes,
+        shape=shape,
     )
 
 
-def _sizes(config: PretrainedConfig, skeleton: torch.nn.Module) -> dict[str, Any]:
-    """The fields of :class:`PlannedSource` that are sizes."""
+def shape_of(config: PretrainedConfig, skeleton: torch.nn.Module, weight_bytes: int) -> Shape:
+    """The sizes of a model.
+
+    Args:
+        config: its configuration.
+        skeleton: transformers' model on the meta device.
+        weight_bytes: of one parameter.
+    """
     attention = skeleton.model.layers[0].self_attn
-    return {
-        "layers": config.num_hidden_layers,
-        "hidden": config.hidden_size,
-        "query_heads": config.num_attention_heads,
-        "kv_heads": config.num_key_value_heads,
-        "head_dim": source_head_dim(config),
-        "context": config.max_position_embeddings,
-        "window": active_window(config),
-        "parameters": _count(skeleton),
-        "embedding_parameters": _count(skeleton.get_input_embeddings()),
-        "layer_parameters": max(_used_parameters(layer, config) for layer in skeleton.model.layers),
-        "attention_parameters": _count(attention),
-        "mlp_width": max(0 if has_experts(layer) else config.intermediate_size for layer in skeleton.model.layers),
-        "qkv_parameters": sum(map(_count, (attention.q_proj, attention.k_proj, attention.v_proj))),
-        "qkv_bias": attention.q_proj.bias is not None,
-        "qk_norm": hasattr(attention, "k_norm"),
-    }
+    return Shape(
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        query_heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=source_head_dim(config),
+        context=config.max_position_embeddings,
+        window=active_window(config),
+        parameters=_count(skeleton),
+        embedding_parameters=_count(skeleton.get_input_embeddings()),
+        layer_parameters=max(_used_parameters(layer, config) for layer in skeleton.model.layers),
+        attention_parameters=_count(attention),
+        mlp_width=max(0 if has_experts(layer) else config.intermediate_size for layer in skeleton.model.layers),
+        qkv_parameters=sum(map(_count, (attention.q_proj, attention.k_proj, attention.v_proj))),
+        qkv_bias=attention.q_proj.bias is not None,
+        qk_norm=hasattr(attention, "k_norm"),
+        weight_bytes=weight_bytes,
+    )
+
+
+def has_experts(layer: torch.nn.Module) -> bool:
+    """Whether the MLP of one of transformers' layers is a mixture of experts."""
+    return hasattr(layer.mlp, "experts")
 
 
 def _used_parameters(layer: torch.nn.Module, config: PretrainedConfig) -> int:

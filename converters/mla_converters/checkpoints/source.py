@@ -20,14 +20,16 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from mla_converters.checkpoints.families import Family, check_config, find_family, source_head_dim
+from mla_converters.checkpoints.families import check_config, find_family, source_head_dim
 from mla_converters.checkpoints.locate import local_path, not_a_model_file, not_on_the_hub
 from mla_converters.checkpoints.reader import INDEX, Checkpoint
+from mla_converters.checkpoints.shape import Shape, shape_of
 from mla_converters.checkpoints.tokenizer import load_tokenizer
 from mla_converters.errors import ConversionError
 from mla_converters.support.json_files import read_json_object
+from vllm_mla_plugin.checkpoint.families import Family
 
-# Everything that travels with a model besides its configuration and weights.
+# Everything that is carried over with a model besides its configuration and weights.
 SIDE_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -39,7 +41,7 @@ SIDE_FILES = (
     "generation_config.json",
     "LICENSE*",
 )
-CODE = "*.py"  # travels too where it is trusted
+CODE = "*.py"  # carried over too where the user trusts it
 
 
 class Source:
@@ -95,7 +97,7 @@ class Source:
             )
 
     def _check_side_files(self) -> None:
-        """Load what is carried over unread, for what cannot be loaded here would fail when it is served."""
+        """Load the files that are carried over unread, because one that cannot be loaded here would fail in serving."""
         if any(self.folder.glob("tokenizer*")):
             _ = self.tokenizer
         if (self.folder / "generation_config.json").exists():
@@ -121,10 +123,10 @@ class Source:
         """Factor on the scores, the RoPE attention factor included."""
         return self.head_dim**-0.5 * self.rope[1] ** 2
 
-    @property
-    def has_qk_norm(self) -> bool:
-        """Whether queries and keys are normalised before RoPE."""
-        return "model.layers.0.self_attn.k_norm.weight" in self._checkpoint
+    @cached_property
+    def shape(self) -> Shape:
+        """Its sizes."""
+        return shape_of(self.config, self.skeleton(), self.dtype().itemsize)
 
     def skeleton(self) -> PreTrainedModel:
         """The source's transformers model without weights (meta device)."""
@@ -136,7 +138,7 @@ class Source:
         return self._checkpoint.names()
 
     def dtype(self) -> torch.dtype:
-        """The dtype of the embedding, which stands for the checkpoint's."""
+        """The dtype of the checkpoint, for which the embedding's is taken."""
         dtype = self._checkpoint.dtype("model.embed_tokens.weight")
         assert dtype is not None, "checked when the source was opened"
         return dtype
@@ -168,7 +170,7 @@ class Source:
         return [name.removeprefix(prefix) for name in self.layer_names(index) if name.startswith(prefix)]
 
     def other_names(self, index: int) -> list[str]:
-        """Names of a layer's tensors that are none of its attention's, as below ``model.layers.N.``."""
+        """Names of a layer's tensors outside its attention, as below ``model.layers.N.``."""
         return [name for name in self.layer_names(index) if not name.startswith("self_attn.")]
 
     @cached_property

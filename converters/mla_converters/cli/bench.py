@@ -1,19 +1,18 @@
 """``vllm-mla bench``."""
 
-import json
 import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from mla_converters.cli.common import check_choice, check_output, check_plot, quiet_transformers, write_report
-from mla_converters.cli.plan import parse_memory
-from mla_converters.errors import ConversionError
+from mla_converters.cli.common import ReportFile, check_output, check_plot, quiet_transformers, write_report
+from mla_converters.cli.flags import with_flags
+from mla_converters.options import BenchOptions
 from mla_converters.support.labels import short_names
 
 EPILOG = """
@@ -32,57 +31,18 @@ A shape, without its weights (config.json is enough):
 `vllm-mla bench ./Llama-3.1-8B ./llama-mla --load-format dummy`
 
 Every request has the same length and is sent at once. Ratios are to the first model; above 1 is better than it.
-See docs/bench.md for what each number means.
+See docs/benchmarking.md for what each number means.
 """
 
 
+@with_flags(BenchOptions)
 def bench(
     models: Annotated[
         list[str],
         typer.Argument(metavar="SOURCE MODEL...", help="Folders or hub ids; the first is what others are compared to."),
     ],
-    lengths: Annotated[
-        str | None,
-        typer.Option(
-            help="Input and output tokens, IN:OUT or one number for both, separated by commas. "
-            "[default: 1024,2048,4096,8192,16384, as far as all contexts go]",
-            rich_help_panel="Requests",
-        ),
-    ] = None,
-    requests: Annotated[
-        str,
-        typer.Option(
-            help="How many at once; several, separated by commas. **most**: as many as each model's own cache holds.",
-            rich_help_panel="Requests",
-        ),
-    ] = "16",
-    rounds: Annotated[
-        int, typer.Option(help="Turns of every model; medians are reported.", rich_help_panel="Requests")
-    ] = 3,
-    dtype: Annotated[
-        str, typer.Option(help="auto, float32, bfloat16 or float16; of all models.", rich_help_panel="Engine")
-    ] = "auto",
-    load_format: Annotated[
-        str, typer.Option(help="**dummy**: random weights, to measure a shape.", rich_help_panel="Engine")
-    ] = "auto",
-    cache: Annotated[
-        str | None,
-        typer.Option(
-            help="Memory of each engine's KV cache: 4GiB … [default: vLLM's choice on a GPU, 4GiB on a CPU]",
-            rich_help_panel="Engine",
-        ),
-    ] = None,
-    engine: Annotated[
-        str,
-        typer.Option(
-            metavar="JSON",
-            help="Further arguments of vllm.LLM: tensor_parallel_size …",
-            rich_help_panel="Engine",
-        ),
-    ] = "{}",
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write all numbers here, for machines.", rich_help_panel="Output")
-    ] = None,
+    options: BenchOptions,
+    json_file: ReportFile = None,
     plot: Annotated[
         Path | None, typer.Option(help="Draw throughput against length into this .png file.", rich_help_panel="Output")
     ] = None,
@@ -90,58 +50,19 @@ def bench(
     """Measure how fast vLLM serves models: throughput, latency, concurrency and KV capacity, side by side."""
     # Imported here, not above: `--help` should not wait for torch.
     from mla_converters.bench.plot import plot_report
-    from mla_converters.bench.run import BenchOptions
     from mla_converters.bench.run import bench as run
     from mla_converters.support.packages import require
 
     quiet_transformers()
-    check_choice("--dtype", dtype, ("auto", "float32", "bfloat16", "float16"))
-    check_choice("--load-format", load_format, ("auto", "dummy"))
     check_output("--json", json_file)
     check_plot(plot)
     require("vllm", "bench", "run pip install 'vllm-mla-plugin[cuda]' or '[cpu]'")
-    options = BenchOptions(
-        lengths=None if lengths is None else _parse_lengths(lengths),
-        requests=_parse_requests(requests),
-        rounds=rounds,
-        dtype=dtype,
-        load_format=load_format,
-        kv_cache_bytes=None if cache is None else parse_memory(cache, "--cache"),
-        engine=_parse_engine(engine),
-    )
-    report = run(models, options, quiet=not Console(stderr=True).is_terminal)
+    report = run(models, options)
     report["command"] = shlex.join(["vllm-mla", *sys.argv[1:]])
     write_report(json_file, report)
     if plot:
         plot_report(report, plot)
     _print_report(report)
-
-
-def _parse_requests(text: str) -> tuple[int | Literal["most"], ...]:
-    try:
-        return tuple("most" if part.strip() == "most" else int(part) for part in text.split(","))
-    except ValueError as error:
-        raise ConversionError(f"--requests is {text!r}, but must be numbers or most, separated by commas.") from error
-
-
-def _parse_lengths(text: str) -> tuple[tuple[int, int], ...]:
-    pairs = []
-    for part in text.split(","):
-        numbers = part.split(":")
-        if len(numbers) > 2 or not all(number.strip().isdigit() for number in numbers):
-            raise ConversionError(f"--lengths has {part!r}, but must have IN:OUT or one number for both, such as 1024.")
-        pairs.append((int(numbers[0]), int(numbers[-1])))
-    return tuple(pairs)
-
-
-def _parse_engine(text: str) -> dict[str, Any]:
-    try:
-        arguments = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConversionError(f"--engine is not valid JSON: {error}.") from error
-    if not isinstance(arguments, dict):
-        raise ConversionError(f"--engine is {text}, but must be a JSON object of arguments.")
-    return arguments
 
 
 def _print_report(report: dict[str, Any]) -> None:

@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from mla_converters.errors import ConversionError
+from mla_converters.errors import OptionError
+from mla_converters.reports.evaluation import WRITER, EvaluationReport
 
 EPILOG = """
 **Examples**
@@ -31,7 +32,9 @@ def card(
     from mla_converters.support.json_files import read_json_object
 
     if evaluation is not None and not evaluation.is_file():
-        raise ConversionError(f"--eval is {evaluation}, which is not a file.")
-    measured = None if evaluation is None else read_json_object(evaluation)
+        raise OptionError(f"--eval is {evaluation}, which is not a file.")
+    measured = None
+    if evaluation is not None:
+        measured = EvaluationReport.parse(read_json_object(evaluation), str(evaluation), WRITER)
     written = update_card(model, evaluation=measured)
     Console().print(f"Wrote {', '.join(map(str, written))}", highlight=False, soft_wrap=True)

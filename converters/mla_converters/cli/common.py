@@ -1,42 +1,29 @@
-"""What the commands share: checks of options, and JSON reports."""
+"""What the commands share: arguments, checks of output files, and JSON reports."""
 
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from mla_converters.errors import ConversionError
+from mla_converters.errors import ConversionError, OptionError
+from mla_converters.reports.base import Report
 from mla_converters.support.packages import require
 
 NewFolder = Annotated[Path, typer.Argument(help="Folder to create. It appears when it is complete.")]
-TrustTokenizer = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the tokenizer. Read it first.")
+ReportFile = Annotated[
+    Path | None, typer.Option("--json", help="Write the report here, for machines.", rich_help_panel="Output")
 ]
-ReportFile = Annotated[Path | None, typer.Option("--json", help="Write the report here, for machines.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")]
-
-
-def chosen_device(device: str | None) -> str:
-    """The device that was asked for; or the GPU, if there is one."""
-    from torch import cuda  # `--help` should not wait for it
-
-    return device or ("cuda" if cuda.is_available() else "cpu")
-
-
-def check_choice(option: str, value: str, choices: Iterable[str]) -> None:
-    """Refuse a value that is none of the choices."""
-    choices = list(choices)
-    if value not in choices:
-        raise ConversionError(f"{option} is {value!r}; choose one of {', '.join(choices)}.")
+Plot = Annotated[Path | None, typer.Option("--plot", rich_help_panel="Output")]
+Force = Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.", rich_help_panel="Output")]
 
 
 def check_output(option: str, path: Path | None) -> None:
     """Refuse, before any work, a file that could not be written after it."""
     if path is not None and (path.is_dir() or not path.parent.is_dir()):
-        raise ConversionError(f"{option} is {path}, which is not a file in an existing folder.")
+        raise OptionError(f"{option} is {path}, which is not a file in an existing folder.")
 
 
 def check_plot(path: Path | None) -> None:
@@ -44,22 +31,22 @@ def check_plot(path: Path | None) -> None:
     check_output("--plot", path)
     if path is not None:
         if path.suffix != ".png":
-            raise ConversionError(f"--plot is {path}, but must end in .png.")
+            raise OptionError(f"--plot is {path}, but must end in .png.")
         require("matplotlib", "--plot", "run pip install matplotlib, or leave it out")
 
 
-def write_report(path: Path | None, report: dict[str, Any]) -> None:
+def write_report(path: Path | None, report: Report) -> None:
     """Write a report for machines, if a file was named for it."""
     if path is None:
         return
     try:
-        path.write_text(json.dumps(report, indent=2) + "\n")
+        path.write_text(json.dumps(report.as_json(), indent=2) + "\n")
     except OSError as error:
         raise ConversionError(f"{path} cannot be written: {error.strerror}.") from error
 
 
 def print_warnings(out: Console, warnings: Iterable[str]) -> None:
-    """Say what a report warns of."""
+    """Print a report's warnings."""
     for warning in warnings:
         out.print(f"Warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
 

@@ -3,13 +3,16 @@
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from mla_converters.cli.common import check_choice, check_output, check_plot, quiet_transformers, write_report
+from mla_converters.cli.common import ReportFile, check_output, check_plot, quiet_transformers, write_report
+from mla_converters.cli.flags import with_flags
+from mla_converters.options import EvalOptions
+from mla_converters.reports.evaluation import EvaluationReport, ModelScores
 from mla_converters.support.labels import short_names
 
 EPILOG = """
@@ -26,10 +29,11 @@ The number that papers report, for several cache sizes, with a picture:
 **Memory**: the weights of one model, and with --reference those of both, at 4 bytes each in float32; and for each
 of them 4 bytes x length x vocabulary for the logits of one window.
 
-**Task scores** (HellaSwag, MMLU …) come from lm-eval: see docs/eval.md.
+**Task scores** (HellaSwag, MMLU …) come from lm-eval: see docs/evaluating.md.
 """
 
 
+@with_flags(EvalOptions)
 def evaluate(
     models: Annotated[
         list[str],
@@ -37,56 +41,8 @@ def evaluate(
             metavar="MODEL...", help="Folders, hub ids or .gguf files: converted checkpoints or any causal model."
         ),
     ],
-    reference: Annotated[
-        str | None,
-        typer.Option(
-            help="Compare with this model: perplexity ratio, KL divergence, agreement on the likeliest token."
-        ),
-    ] = None,
-    text: Annotated[Path | None, typer.Option(help="UTF-8 text file to score.", rich_help_panel="Text")] = None,
-    dataset: Annotated[
-        str | None,
-        typer.Option(
-            help="Instead of --text, a data set on the hub: ID[:CONFIG[:SPLIT[:COLUMN]]], by default split test "
-            "and column text. Its rows are joined by blank lines.",
-            rich_help_panel="Text",
-        ),
-    ] = None,
-    protocol: Annotated[
-        str,
-        typer.Option(
-            help="**stream**: the head of the text in 8 windows of 1024 tokens, a quick look. **wikitext2**: what "
-            "papers report; the lines of a file are taken as rows of a data set, and all of it is scored in windows "
-            "of 2048.",
-            rich_help_panel="Text",
-        ),
-    ] = "stream",
-    windows: Annotated[
-        int | None, typer.Option(help="How many windows. [default: the protocol's]", rich_help_panel="Text")
-    ] = None,
-    length: Annotated[
-        int | None, typer.Option(help="Tokens in a window. [default: the protocol's]", rich_help_panel="Text")
-    ] = None,
-    engine: Annotated[
-        str,
-        typer.Option(
-            help="**hf**: transformers. **vllm**: the engine that will serve the model; it gives no KL divergence.",
-            rich_help_panel="Engine",
-        ),
-    ] = "hf",
-    dtype: Annotated[
-        str, typer.Option(help="float32, bfloat16 or float16; of all models.", rich_help_panel="Engine")
-    ] = "float32",
-    device: Annotated[
-        str | None,
-        typer.Option(help="Where --engine hf runs: cpu, cuda, cuda:1 … [default: cpu]", rich_help_panel="Engine"),
-    ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with models. Read it first.")
-    ] = False,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write all numbers here, for machines.", rich_help_panel="Output")
-    ] = None,
+    options: EvalOptions,
+    json_file: ReportFile = None,
     plot: Annotated[
         Path | None,
         typer.Option(help="Draw perplexity against cache size into this .png file.", rich_help_panel="Output"),
@@ -95,54 +51,39 @@ def evaluate(
     """Measure models on the same text: perplexity, and what they lost against --reference."""
     # Imported here, not above: `--help` should not wait for torch.
     from mla_converters.evaluation.plot import plot_report
-    from mla_converters.evaluation.run import Engine, EvalOptions
     from mla_converters.evaluation.run import evaluate as run
-    from mla_converters.text.read import TextProtocol
 
     quiet_transformers()
-    check_choice("--protocol", protocol, TextProtocol)
-    check_choice("--engine", engine, Engine)
     check_output("--json", json_file)
     check_plot(plot)
-    options = EvalOptions(
-        text=text,
-        dataset=dataset,
-        protocol=TextProtocol(protocol),
-        windows=windows,
-        length=length,
-        engine=Engine(engine),
-        dtype=dtype,
-        device=device,
-        trust_remote_code=trust_remote_code,
-    )
-    report = run(models, options, reference=reference, quiet=not Console(stderr=True).is_terminal)
-    report["command"] = shlex.join(["vllm-mla", *sys.argv[1:]])
+    report = run(models, options)
+    report = report.model_copy(update={"command": shlex.join(["vllm-mla", *sys.argv[1:]])})
     write_report(json_file, report)
     if plot:
         plot_report(report, plot)
     _print_report(report)
 
 
-def _print_report(report: dict[str, Any]) -> None:
-    text, out = report["text"], Console()
+def _print_report(report: EvaluationReport) -> None:
+    text, out = report.text, Console()
     out.print(
-        f"{text['name']}, {text['protocol']}: {text['windows']:,} x {text['length']:,} tokens; "
-        f"{report['engine']}, {report['dtype']}; {report['seconds']:.0f} s, "
-        f"{report['peak_rss_bytes'] / 1e9:.1f} GB peak memory",
+        f"{text.name}, {text.protocol}: {text.windows:,} x {text.length:,} tokens; "
+        f"{report.engine}, {report.dtype}; {report.seconds:.0f} s, "
+        f"{report.peak_rss_bytes / 1e9:.1f} GB peak memory",
         highlight=False,
     )
-    rows = [*([report["reference"]] if report["reference"] else []), *report["models"]]
-    names = short_names([row["name"] for row in rows])
-    out.print(_measures_table(names, rows, compared=report["reference"] is not None))
+    rows = [*([report.reference] if report.reference else []), *report.models]
+    names = short_names([row.name for row in rows])
+    out.print(_measures_table(names, rows, compared=report.reference is not None))
     out.print(_positions_table(names, rows, "loss", "loss in nats, by position in the window"))
-    if report["reference"] and report["engine"] == "hf":
-        compared = names[1:], report["models"]
+    if report.reference and report.engine == "hf":
+        compared = names[1:], report.models
         out.print(_positions_table(*compared, "kl", "KL from the reference in nats, by position in the window"))
-    elif report["reference"]:
+    elif report.reference:
         out.print("KL needs all logits, which vLLM does not give: use --engine hf.", highlight=False)
 
 
-def _measures_table(names: list[str], rows: list[dict[str, Any]], compared: bool) -> Table:
+def _measures_table(names: list[str], rows: list[ModelScores], compared: bool) -> Table:
     columns = {
         "cached": ("cached_per_token_and_layer", "{:,}"),
         "perplexity": ("perplexity", "{:.4f}"),
@@ -158,15 +99,15 @@ def _measures_table(names: list[str], rows: list[dict[str, Any]], compared: bool
         caption += "; KL: from the reference, nats per token; top-1: likeliest token is the reference's"
     table = _table(list(columns), caption=caption)
     for name, row in zip(names, rows, strict=True):
-        table.add_row(name, *(_cell(row.get(key), form) for key, form in columns.values()))
+        table.add_row(name, *(_cell(getattr(row, key), form) for key, form in columns.values()))
     return table
 
 
-def _positions_table(names: list[str], rows: list[dict[str, Any]], measure: str, caption: str) -> Table:
+def _positions_table(names: list[str], rows: list[ModelScores], measure: str, caption: str) -> Table:
     key = f"{measure}_by_position"
-    table = _table(list(rows[0][key]), caption=caption)
+    table = _table(list(getattr(rows[0], key)), caption=caption)
     for name, row in zip(names, rows, strict=True):
-        table.add_row(name, *(f"{value:z.3f}" for value in row[key].values()))
+        table.add_row(name, *(f"{value:z.3f}" for value in getattr(row, key).values()))
     return table
 
 

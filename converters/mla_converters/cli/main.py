@@ -1,14 +1,18 @@
-"""The command line: ``vllm-mla``. One file per command below ``commands/``; this one joins them."""
+"""The command line ``vllm-mla``. Each command has a file of its own beside this one, which joins them."""
 
 import logging
 import os
 import sys
+from typing import Any
 
 import typer
 
 from mla_converters.cli import bench, card, convert, heal, plan, verify
 from mla_converters.cli import eval as evaluation
 from mla_converters.errors import ConversionError, StoppedError
+
+# typer carries a click of its own, whose errors it shows only through this base of one of them.
+USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -34,8 +38,30 @@ def main() -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        app()
+        code = app(standalone_mode=False)
     except ConversionError as error:
-        message = " ".join(str(error).split())
-        print(f"vllm-mla: error: {message}", file=sys.stderr)
-        sys.exit(130 if isinstance(error, StoppedError) else 2)
+        _complain(str(error))
+        code = 130 if isinstance(error, StoppedError) else 2
+    except USAGE_ERROR as error:
+        code = _usage(error)
+    except typer.Abort:
+        code = 130
+    except BrokenPipeError:
+        # Whoever read the output has closed it; what was to be written is written.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code or 0)
+
+
+def _complain(sentence: str) -> None:
+    print(f"vllm-mla: error: {' '.join(sentence.split())}", file=sys.stderr)
+
+
+def _usage(error: Any) -> int:
+    """A command line that cannot be read: the help where nothing was asked, else one sentence."""
+    if not sys.argv[1:]:
+        error.show()
+        return int(error.exit_code)
+    command = error.ctx.command_path if error.ctx else "vllm-mla"
+    _complain(f"{error.format_message().rstrip('.')}: see {command} --help.")
+    return 2

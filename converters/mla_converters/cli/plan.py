@@ -1,15 +1,16 @@
 """``vllm-mla plan``."""
 
-import re
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from mla_converters.cli.common import check_output, print_warnings, quiet_transformers, write_report
-from mla_converters.errors import ConversionError
+from mla_converters.cli.common import ReportFile, check_output, print_warnings, quiet_transformers, write_report
+from mla_converters.cli.flags import with_flags
+from mla_converters.options import PlanOptions
+from mla_converters.reports.plan import Layout, Plan, PlannedConversion, PlannedModel, Recommendation
+from vllm_mla_plugin.checkpoint.layouts import GPUS
 
 EPILOG = """
 **Examples**
@@ -27,132 +28,110 @@ A folder, a bare configuration file, and the answer for machines:
 **Next**: run the command that it prints last, and measure the quality on your own text before you deploy.
 """
 
-UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
-
+@with_flags(PlanOptions)
 def plan(
     source: Annotated[
         str, typer.Argument(help="Hugging Face folder (weights may be absent), hub id, or config.json file.")
     ],
-    memory: Annotated[
-        str, typer.Option(help="Memory for the KV cache, to say how many tokens fit: 16GiB, 80GB …")
-    ] = "16GiB",
-    calibration_tokens: Annotated[int, typer.Option(help="As `convert` will be given.")] = 16384,
-    refit_steps: Annotated[int, typer.Option(help="As `convert` will be given.")] = 96,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="To serve in: float32, bfloat16, float16. [default: the source's; bfloat16 for float32]"),
-    ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the plan here, for machines.")] = None,
+    options: PlanOptions,
+    json_file: ReportFile = None,
 ) -> None:
     """Say what converting SOURCE would give and cost, from its config.json alone."""
-    memory_bytes = parse_memory(memory)
     check_output("--json", json_file)
     # Imported here, not above: `--help` should not wait for torch.
     from mla_converters.planning.plan import plan as run
 
     quiet_transformers()
-    result = run(
-        source,
-        revision=revision,
-        dtype=dtype,
-        memory_bytes=memory_bytes,
-        calibration_tokens=calibration_tokens,
-        refit_steps=refit_steps,
-    )
+    result = run(source, options)
     write_report(json_file, result)
-    _print_plan(result, memory)
+    _print_plan(result, options.memory)
 
 
-def parse_memory(text: str, option: str = "--memory") -> int:
-    """Bytes from a number with a unit, decimal (GB) or binary (GiB).
-
-    Raises:
-        ConversionError: it is neither.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]i?B)", text.strip(), re.IGNORECASE)
-    unit = match and UNITS.get(match[2].upper())
-    if not match or not unit or float(match[1]) == 0:
-        raise ConversionError(f"{option} is {text!r}, but must be a number with a unit, such as 16GiB or 80GB.")
-    return int(float(match[1]) * unit)
-
-
-def _print_plan(result: dict[str, Any], memory: str) -> None:
+def _print_plan(result: Plan, memory: str) -> None:
     out = Console()
-    out.print(_source_table(result["source"], memory))
+    out.print(_source_table(result.source, memory))
     out.print(_layout_table(result, memory))
-    gpus = _gpu_table(result["layouts"])
+    gpus = _gpu_table(result.layouts)
     if gpus.row_count:
         out.print(gpus)
-    out.print(_cost_table(result["conversion"], result["recommended"]))
-    print_warnings(out, result["warnings"])
-    out.print(f"Recommended: {result['recommended']['reason']}", highlight=False)
-    out.print(result["command"], highlight=False, soft_wrap=True, markup=False)
+    out.print(_cost_table(result.conversion, result.recommended))
+    print_warnings(out, result.warnings)
+    out.print(f"Recommended: {result.recommended.reason}", highlight=False)
+    out.print(result.command, highlight=False, soft_wrap=True, markup=False)
 
 
-def _source_table(source: dict[str, Any], memory: str) -> Table:
-    table = Table(title=source["name"], show_header=False)
-    weights = f"{source['parameters'] / 1e9:,.2f} billion parameters, {source['weights_bytes'] / 1e9:,.2f} GB"
+def _source_table(source: PlannedModel, memory: str) -> Table:
+    table = Table(title=source.name, show_header=False)
+    weights = f"{source.parameters / 1e9:,.2f} billion parameters, {source.weights_bytes / 1e9:,.2f} GB"
     rows = {
-        "Architecture": source["architecture"],
-        "Weights": f"{weights} ({source['dtype']})",
-        "Attention": f"{source['layers']} layers, {source['kv_heads']} KV heads of {source['head_dim']}",
-        "Context": f"{source['context']:,} tokens",
-        "Cached per token and layer": f"{source['cached_per_token_and_layer']:,} numbers",
-        "KV cache per token": f"{source['kv_bytes_per_token']:,} bytes ({source['cache_dtype']})",
-        f"Tokens in {memory}": f"{source['tokens_in_memory']:,}",
+        "Architecture": source.architecture,
+        "Weights": f"{weights} ({source.dtype})",
+        "Attention": f"{source.layers} layers, {source.kv_heads} KV heads of {source.head_dim}",
+        "Context": f"{source.context:,} tokens",
+        "Cached per token and layer": f"{source.cached_per_token_and_layer:,} numbers",
+        "KV cache per token": f"{source.kv_bytes_per_token:,} bytes ({source.cache_dtype})",
+        f"Tokens in {memory}": f"{source.tokens_in_memory:,}",
     }
     for name, value in rows.items():
         table.add_row(name, value)
     return table
 
 
-def _layout_table(result: dict[str, Any], memory: str) -> Table:
+def _layout_table(result: Plan, memory: str) -> Table:
     """Candidates; the recommended one is marked."""
     table = Table(title="Cache layouts")
     table.add_column("Latent + rope")
     for column in ("Cached", "Share", "KV bytes/token", f"Tokens in {memory}"):
         table.add_column(column, justify="right")
     table.add_column("Served on")
-    chosen = (result["recommended"]["kv_lora_rank"], result["recommended"]["qk_rope_head_dim"])
-    for layout in result["layouts"]:
-        sizes = (layout["kv_lora_rank"], layout["qk_rope_head_dim"])
+    chosen = (result.recommended.kv_lora_rank, result.recommended.qk_rope_head_dim)
+    for layout in result.layouts:
+        sizes = (layout.kv_lora_rank, layout.qk_rope_head_dim)
         table.add_row(
             f"{sizes[0]} + {sizes[1]}",
-            f"{layout['cached_per_token_and_layer']:,}",
-            f"{layout['cache_ratio']:.1%}",
-            f"{layout['kv_bytes_per_token']:,}",
-            f"{layout['tokens_in_memory']:,}",
-            "CPU, GPU" if len(layout["backends"]) > 1 else "CPU",
+            f"{layout.cached_per_token_and_layer:,}",
+            f"{layout.cache_ratio:.1%}",
+            f"{layout.kv_bytes_per_token:,}",
+            f"{layout.tokens_in_memory:,}",
+            _served_on(layout.backends),
             style="bold" if sizes == chosen else None,
         )
     return table
 
 
-def _gpu_table(layouts: list[dict[str, Any]]) -> Table:
-    table = Table(title="GPU backends, as vLLM 0.32.0's code has them; its choice first")
+def _served_on(backends: dict[str, list[str]]) -> str:
+    gpus = backends.keys() & set(GPUS)
+    return "CPU" if not gpus else "CPU, GPU" if len(gpus) == len(GPUS) else "CPU, some GPUs"
+
+
+def _gpu_table(layouts: list[Layout]) -> Table:
+    """Backends of each layout; GPUs that have the same backends share a row."""
+    table = Table(title="GPU backends; vLLM's own are read from its version 0.32.0, its choice first")
     for column in ("Latent + rope", "GPU", "Backends"):
         table.add_column(column)
     for layout in layouts:
-        for hardware, backends in layout["backends"].items():
-            if hardware != "CPU":
-                sizes = f"{layout['kv_lora_rank']} + {layout['qk_rope_head_dim']}"
-                table.add_row(sizes, hardware, ", ".join(backends))
+        gpus: dict[str, list[str]] = {}
+        for gpu in GPUS:
+            if gpu in layout.backends:
+                gpus.setdefault(", ".join(layout.backends[gpu]), []).append(gpu)
+        for backends, served in gpus.items():
+            where = "NVIDIA Ampere or later" if len(served) == len(GPUS) else ", ".join(served)
+            table.add_row(f"{layout.kv_lora_rank} + {layout.qk_rope_head_dim}", where, backends)
     return table
 
 
-def _cost_table(cost: dict[str, Any], chosen: dict[str, Any]) -> Table:
-    sizes = f"{chosen['kv_lora_rank']} + {chosen['qk_rope_head_dim']}"
+def _cost_table(cost: PlannedConversion, chosen: Recommendation) -> Table:
+    sizes = f"{chosen.kv_lora_rank} + {chosen.qk_rope_head_dim}"
     table = Table(title=f"Converting to {sizes} on CPU, about", show_header=False)
-    for method, seconds in cost["core_seconds"].items():
+    for method, seconds in cost.core_seconds.items():
         table.add_row(f"Time, --method {method}", _duration(seconds))
-    tokens = f"{cost['calibration_tokens']:,}"
-    table.add_row(f"Sampling {tokens} tokens, --calibration self or chat", _duration(cost["sampling_core_seconds"]))
-    for calibration, peak in cost["peak_memory_bytes"].items():
+    tokens = f"{cost.calibration_tokens:,}"
+    table.add_row(f"Sampling {tokens} tokens, --calibration self or chat", _duration(cost.sampling_core_seconds))
+    for calibration, peak in cost.peak_memory_bytes.items():
         table.add_row(f"Peak memory, --calibration {calibration.replace('file', 'FILE')}", f"{peak / 1e9:,.1f} GB")
-    table.add_row("Disk", f"{cost['peak_disk_bytes'] / 1e9:,.2f} GB")
-    table.add_row("Weights", f"{cost['weights_bytes'] / 1e9:,.2f} GB")
+    table.add_row("Disk", f"{cost.peak_disk_bytes / 1e9:,.2f} GB")
+    table.add_row("Weights", f"{cost.weights_bytes / 1e9:,.2f} GB")
     return table
 
 

@@ -1,13 +1,16 @@
 """``vllm-mla verify``."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from mla_converters.cli.common import TrustTokenizer, check_output, quiet_transformers, write_report
+from mla_converters.cli.common import ReportFile, check_output, quiet_transformers, write_report
+from mla_converters.cli.flags import with_flags
+from mla_converters.options import VerifyOptions
+from mla_converters.reports.verification import Verification
 
 EPILOG = """
 **Examples**
@@ -24,13 +27,11 @@ Its predictions against the model that it was made from:
 """
 
 
+@with_flags(VerifyOptions)
 def verify(
     out: Annotated[Path, typer.Argument(help="Folder that `vllm-mla convert` wrote.")],
-    source: Annotated[
-        str | None, typer.Option(help="What it was converted from: compares predictions on a short text, in float32.")
-    ] = None,
-    trust_remote_code: TrustTokenizer = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here, for machines.")] = None,
+    options: VerifyOptions,
+    json_file: ReportFile = None,
 ) -> None:
     """Check that the converted checkpoint OUT is whole: files, configuration, tensors, tokenizer, predictions."""
     check_output("--json", json_file)
@@ -38,21 +39,19 @@ def verify(
     from mla_converters.verify import verify as run
 
     quiet_transformers()
-    report = run(out, source, trust_remote_code)
+    report = run(out, options)
     write_report(json_file, report)
     _print_report(report)
-    if not report["ok"]:
+    if not report.ok:
         raise typer.Exit(1)
 
 
-def _print_report(report: dict[str, Any]) -> None:
-    table = Table(title=report["model"], show_header=False)
-    for check in report["checks"]:
-        table.add_row(
-            check["name"], "failed" if check["problems"] else "ok", "; ".join(check["problems"]) or check["detail"]
-        )
+def _print_report(report: Verification) -> None:
+    table = Table(title=report.model, show_header=False)
+    for check in report.checks:
+        table.add_row(check.name, "failed" if check.problems else "ok", "; ".join(check.problems) or check.detail)
     out = Console()
     out.print(table)
-    failed = [check["name"] for check in report["checks"] if check["problems"]]
+    failed = [check.name for check in report.checks if check.problems]
     verdict = f"Damaged: {', '.join(failed)}. Copy or convert it again." if failed else "Whole."
     out.print(verdict, highlight=False)

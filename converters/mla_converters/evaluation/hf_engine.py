@@ -4,10 +4,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM
 
-from mla_converters.checkpoints.models import Model
-from mla_converters.errors import ConversionError
+from mla_converters.checkpoints.models import Model, load_model
 from mla_converters.evaluation.scores import TokenScores
 
 CHUNK = 256
@@ -44,35 +42,6 @@ def hf_scores(
     beside = None if reference is None else load_model(reference, dtype, device)
     for model in models:
         yield _score(load_model(model, dtype, device), beside, ids.to(device), advance)
-
-
-def load_model(model: Model, dtype: torch.dtype, device: str) -> torch.nn.Module:
-    """Load a model for inference.
-
-    Raises:
-        ConversionError: there are no safetensors weights, or they do not fill the model.
-    """
-    try:
-        network, info = AutoModelForCausalLM.from_pretrained(
-            model.path,
-            dtype=dtype,
-            use_safetensors=True,
-            output_loading_info=True,
-            trust_remote_code=model.trust_remote_code,
-        )
-        network.to(device)
-    except Exception as error:  # transformers raises whatever the files provoke
-        reason = str(error).strip().split("\n")[0]
-        if "ignore_mismatched_sizes" in reason:  # an argument of transformers, and no help to the user
-            reason = "shapes differ from what its config.json asks for."
-        raise ConversionError(f"The weights of {model.name} cannot be loaded: {reason}") from error
-    # transformers would fill them with random numbers, and the score would be of another model.
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise ConversionError(
-            f"The weights of {model.name} lack {len(missing)} tensors, such as {missing[0]}: convert or download again."
-        )
-    return network.eval()
 
 
 @torch.inference_mode()

@@ -1,13 +1,13 @@
 """The picture: what a cache size costs in perplexity."""
 
 from pathlib import Path
-from typing import Any
 
+from mla_converters.reports.evaluation import EvaluationReport
 from mla_converters.support.labels import short_names
 from mla_converters.support.plots import png
 
 
-def plot_report(report: dict[str, Any], path: Path) -> None:
+def plot_report(report: EvaluationReport, path: Path) -> None:
     """Draw perplexity against cached numbers per token and layer, the reference as a horizontal line.
 
     Args:
@@ -16,18 +16,18 @@ def plot_report(report: dict[str, Any], path: Path) -> None:
     """
     with png(path) as figure:
         axes = figure.add_subplot()
-        names = short_names([model["name"] for model in report["models"]])
-        for name, model in zip(names, report["models"], strict=True):
-            if model["cached_per_token_and_layer"] is not None:
-                point = (model["cached_per_token_and_layer"], model["perplexity"])
+        names = short_names([model.name for model in report.models])
+        for name, model in zip(names, report.models, strict=True):
+            if model.cached_per_token_and_layer is not None:
+                point = (model.cached_per_token_and_layer, model.perplexity)
                 axes.plot(*point, "o")
                 axes.annotate(name, point, xytext=(6, 6), textcoords="offset points")
-        if reference := report["reference"]:
-            (name,) = short_names([reference["name"]])
-            label = f"{name} (reference): {reference['perplexity']:.2f}"
-            axes.axhline(reference["perplexity"], linestyle="--", color="gray", label=label)
+        if reference := report.reference:
+            (name,) = short_names([reference.name])
+            label = f"{name} (reference): {reference.perplexity:.2f}"
+            axes.axhline(reference.perplexity, linestyle="--", color="gray", label=label)
             axes.legend()
         axes.margins(x=0.2, y=0.15)
         axes.set_xlabel("numbers cached per token and layer")
-        axes.set_ylabel(f"perplexity on {report['text']['name']}")
+        axes.set_ylabel(f"perplexity on {report.text.name}")
         axes.grid(alpha=0.3)

@@ -1,12 +1,12 @@
-"""How much is cached: from what the user asks for to ``kv_lora_rank`` and ``qk_rope_head_dim``."""
+"""The size of the cache: from the user's options to ``kv_lora_rank`` and ``qk_rope_head_dim``."""
 
 from dataclasses import dataclass
 
 from mla_converters.errors import ConversionError
+from vllm_mla_plugin.checkpoint.layouts import VLLM_LAYOUTS
 
 DEFAULT_CACHE_RATIO = 0.5
 SPLITS = (1 / 4, 1 / 3, 5 / 12, 1 / 2, 7 / 12)  # shares of the cache that may keep RoPE
-FAST_WIDTHS = (320, 576)  # 64 of them rotary: the sizes that vLLM's fast GPU kernels take
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class CacheBudget:
 
 
 def exact_budget(kv_heads: int, head_dim: int) -> CacheBudget:
-    """The budget of method ``exact``: that of GQA."""
+    """The budget of method ``exact``, which caches as many numbers as GQA."""
     return CacheBudget(kv_heads * head_dim, kv_heads * head_dim)
 
 
@@ -33,14 +33,14 @@ def resolve_budget(
     qk_rope_head_dim: int | None = None,
     cache_ratio: float | None = None,
 ) -> CacheBudget:
-    """Fill in what the user left open.
+    """Choose the sizes that the user did not give.
 
-    Without sizes, the cache is ``cache_ratio`` of the source's, a third of it or less rotary: the
-    largest power-of-two fraction of the head size that fits, as TransMLA's code splits it.
+    Without sizes, the cache is ``cache_ratio`` of the source's. At most a third of it is rotary: the
+    largest power-of-two fraction of the head size that fits, as in TransMLA's code.
 
     Args:
         kv_heads, head_dim: ``g`` and ``d`` of the source, which caches ``2 * g * d`` numbers.
-        kv_lora_rank, qk_rope_head_dim: sizes asked for.
+        kv_lora_rank, qk_rope_head_dim: sizes that the user gave.
         cache_ratio: share of the source's cache, instead of ``kv_lora_rank``.
 
     Raises:
@@ -74,17 +74,18 @@ def resolve_budget(
 
 
 def candidate_budgets(kv_heads: int, head_dim: int, budget: CacheBudget) -> list[CacheBudget]:
-    """Splits of the same cache between latent and rotary key, for a search.
+    """Splits of a cache between latent and rotary key, for a search.
 
     Args:
         kv_heads, head_dim: ``g`` and ``d`` of the source.
-        budget: whose cache is split.
+        budget: its width is split.
 
     Returns:
-        ``budget`` alone if GPU kernels want it as it is or nothing else fits.
+        One split alone, if the width is one that vLLM's fast GPU kernels take, or if nothing but ``budget`` fits.
     """
-    if budget.width in FAST_WIDTHS:
-        return [CacheBudget(budget.width - 64, 64)]
+    for latent, rope in VLLM_LAYOUTS:
+        if budget.width == latent + rope:
+            return [CacheBudget(latent, rope)]
     step = 8 if budget.width >= 64 else 4
     ropes = {max(8, round(budget.width * share / step) * step) for share in SPLITS}
     fitting = [

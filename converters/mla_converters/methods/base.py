@@ -1,89 +1,128 @@
-"""What a conversion method is to the loop over layers, and what that loop reports of each layer."""
+"""What a conversion method is to everything else: one object with a name, sizes, a cost and a way to prepare itself."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Protocol
 
-import torch
+from rich.progress import Progress
 
-from mla_converters.latent.maps import LatentMap, mla_weights
-from mla_converters.resume.layer_pass import Streams
-from mla_converters.streaming.layers import Attention, SourceLayer
-
-ERROR_WINDOWS = 1  # on how many a converted layer's error is measured
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What a converted layer keeps.
-
-    Attributes:
-        energy_kept: share of the mean square of keys and values that a linear map could recover from what is cached.
-        output_error: squared error of the attention's output on calibration text, relative to the source's.
-    """
-
-    energy_kept: float
-    output_error: float
+from mla_converters.checkpoints.shape import Shape
+from mla_converters.checkpoints.source import Source
+from mla_converters.latent.cache_size import CacheBudget, resolve_budget
+from mla_converters.methods.layer_conversion import LayerConversion
+from mla_converters.options import CacheSizes, MethodOptions
+from mla_converters.reports.conversion import Search
+from mla_converters.resume.work_folder import Work
+from mla_converters.text.calibration import Calibration
 
 
 @dataclass(frozen=True)
-class ConvertedLayer:
-    """A layer's result.
+class Job:
+    """A conversion that a method is to prepare.
 
     Attributes:
-        weights: its projections, named as below ``self_attn.``.
-        measured: None for a method without calibration.
+        source: the model.
+        sizes: the cache size that was asked for.
+        budget: what :meth:`Method.budget` made of it.
+        calibration: text to calibrate on; None for a method without a window.
+        seed: of everything that the method draws at random.
+        device: where layers run.
+        work: the folder in which searches are kept, should they be interrupted.
+        progress: for bars.
     """
 
-    weights: dict[str, torch.Tensor]
-    measured: Measured | None = None
+    source: Source
+    sizes: CacheSizes
+    budget: CacheBudget
+    calibration: Calibration | None
+    seed: int
+    device: str
+    work: Work
+    progress: Progress
 
 
 @dataclass(frozen=True)
-class LayerConversion:
-    """A method, ready to convert one layer after another.
+class Prepared:
+    """A conversion whose sizes are settled.
 
     Attributes:
-        start: makes what passes through the layers, as it enters the first.
-        convert: converts a layer and lets the streams pass through it, in place.
+        budgets: the cache's sizes in each layer.
+        conversion: converts the layers.
+        settings: the method's settings as they were used, for the report.
+        searches: settings that were searched, with the error of each candidate.
+        warnings: what the user should know, a sentence each.
     """
 
-    start: Callable[[], Streams]
-    convert: Callable[[SourceLayer, Streams], ConvertedLayer]
+    budgets: list[CacheBudget]
+    conversion: LayerConversion
+    settings: dict[str, object] = field(default_factory=dict)
+    searches: list[Search] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def budget(self) -> CacheBudget:
+        """The largest latent and the largest rotary key of all layers."""
+        return CacheBudget(
+            max(budget.kv_lora_rank for budget in self.budgets), max(budget.qk_rope_head_dim for budget in self.budgets)
+        )
 
 
-def map_error(error_of: Callable[[Attention], float], layer: SourceLayer, maps: LatentMap) -> float:
-    """What ``error_of`` (:meth:`SourceLayer.comparison`) says of the layer's attention with ``maps``."""
-    return error_of(layer.converted(mla_weights(layer.attention_weights, maps)))
+@dataclass(frozen=True)
+class Cost:
+    """What a conversion takes.
 
-
-def map_errors(layer: SourceLayer, hidden: torch.Tensor, maps: Iterable[LatentMap]) -> list[float]:
-    """Relative squared errors of the attention's output with each map, on inputs ``[windows, tokens, D]``."""
-    error_of = layer.comparison(hidden)
-    return [map_error(error_of, layer, candidate) for candidate in maps]
-
-
-def measure(
-    layer: SourceLayer, hidden: torch.Tensor, maps: LatentMap, moments: torch.Tensor, attention: Attention
-) -> Measured:
-    """Measure a converted layer.
-
-    Args:
-        layer: of the source.
-        hidden: ``[windows, tokens, D]``, its inputs.
-        maps: the layer's map.
-        moments: ``[2 * g * d, 2 * g * d]``, second moments of ``[k; v]`` on these.
-        attention: the converted one.
+    Attributes:
+        core_seconds: on one core, without sampling of text.
+        memory_bytes: at its peak, without sampling of text.
+        disk_bytes: at its peak: the written checkpoint, and the records from which an interrupted run goes on.
+        weights_bytes: of the written checkpoint alone.
+        warnings: what the user should know, a sentence each.
     """
-    error = layer.comparison(hidden[:ERROR_WINDOWS])(attention)
-    return Measured(energy_kept(maps, moments), error)
+
+    core_seconds: float
+    memory_bytes: int
+    disk_bytes: int
+    weights_bytes: int
+    warnings: tuple[str, ...] = ()
 
 
-def energy_kept(maps: LatentMap, moments: torch.Tensor) -> float:
-    """``tr(C Aᵀ (A C Aᵀ)⁺ A C) / tr C`` for second moments ``C`` and the map ``A`` to what is cached: the share that
-    least squares recover."""
-    rope = torch.nn.functional.pad(maps.key_to_rope, (0, maps.kv_to_latent.shape[1] - maps.key_to_rope.shape[1]))
-    cached = torch.cat((maps.kv_to_latent, rope)).to(moments)
-    seen = cached @ moments
-    recovered = torch.linalg.pinv(seen @ cached.mT, hermitian=True) @ seen
-    energy = moments.trace()
-    return ((seen * recovered).sum() / energy).item() if energy else 1.0
+class Method(Protocol):
+    """A conversion method.
+
+    Attributes:
+        options: its options, which name and describe it.
+        window: tokens of a calibration window; None if it needs no text.
+        lossless: whether the converted model computes the source's function.
+    """
+
+    options: MethodOptions
+    window: int | None
+    lossless: bool
+
+    def budget(self, shape: Shape, sizes: CacheSizes) -> CacheBudget:
+        """The cache's sizes for what was asked, before any search.
+
+        Raises:
+            ConversionError: they do not fit the source or the method.
+        """
+        ...
+
+    def nope_dim(self, shape: Shape) -> int:
+        """``qk_nope_head_dim`` of the converted model."""
+        ...
+
+    def cost(self, shape: Shape, budget: CacheBudget, tokens: int) -> Cost:
+        """What the conversion takes with ``tokens`` of calibration text. `plan` and `convert` both ask this."""
+        ...
+
+    def prepare(self, job: Job) -> Prepared:
+        """Search what is to be searched, or take up what an earlier run found.
+
+        Raises:
+            ConversionError: the source or the text does not allow it.
+        """
+        ...
+
+
+def asked_budget(shape: Shape, sizes: CacheSizes) -> CacheBudget:
+    """The cache's sizes for what was asked, with what was left open filled in; see :func:`resolve_budget`."""
+    return resolve_budget(shape.kv_heads, shape.head_dim, sizes.kv_lora_rank, sizes.qk_rope_head_dim, sizes.cache_ratio)

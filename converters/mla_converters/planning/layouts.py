@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 
 from mla_converters.errors import ConversionError
-from mla_converters.latent.cache_size import CacheBudget, resolve_budget
-from mla_converters.planning.serving import DEEPSEEK, GPUS, SMALL, serving_backends
+from mla_converters.latent.cache_size import CacheBudget, candidate_budgets, resolve_budget
+from mla_converters.planning.serving import serving_backends
+from vllm_mla_plugin.checkpoint.layouts import GPUS, MAX_PREFILL_HEAD_SIZE, PLUGIN_BACKEND, VLLM_LAYOUTS
 
 RATIOS = (0.75, 0.5, 0.33, 0.25, 0.125)
-# A layout with GPU kernels is worth taking from this saving on, and down to the size below which a conversion
-# without training loses too much.
+# A layout that GPUs serve is worth taking if it keeps at most the first share of the cache. Below the second, a
+# conversion without training loses too much.
 WORTHWHILE_RATIO = 0.6
 SAFE_RATIO = 0.25
 
@@ -20,68 +21,135 @@ class Candidate:
     layout: CacheBudget
     options: tuple[str, ...]
 
+    @property
+    def name(self) -> str:
+        return f"{self.layout.kv_lora_rank} + {self.layout.qk_rope_head_dim}"
+
+    @property
+    def is_vllms(self) -> bool:
+        """Whether vLLM has GPU kernels of its own for the layout."""
+        return (self.layout.kv_lora_rank, self.layout.qk_rope_head_dim) in VLLM_LAYOUTS
+
 
 def candidates(kv_heads: int, head_dim: int) -> list[Candidate]:
-    """Layouts smaller than the source's cache: those with GPU kernels, and shares of it; largest first.
+    """Layouts smaller than the source's cache, largest first: those of vLLM's own GPU kernels, and shares of the cache.
 
     Shares are split between latent and rope as ``convert`` starts; a method may search for a better split.
     """
     cached = 2 * kv_heads * head_dim
     found: dict[CacheBudget, Candidate] = {}
-    for layout in (DEEPSEEK, SMALL):
+    for layout in (CacheBudget(*sizes) for sizes in VLLM_LAYOUTS):
         if layout.width < cached and _fits(kv_heads, head_dim, layout):
             found[layout] = _by_size(layout)
     for ratio in RATIOS:
         try:
-            layout = resolve_budget(kv_heads, head_dim, cache_ratio=ratio)
+            share = _share(kv_heads, head_dim, ratio)
         except ConversionError:  # a tiny source has no room for so little
             continue
-        found.setdefault(layout, Candidate(layout, ("--cache-ratio", str(ratio))))
+        found.setdefault(share.layout, share)
     return sorted(found.values(), key=lambda candidate: -candidate.layout.width)
 
 
 def recommend(kv_heads: int, head_dim: int, dtype: str) -> tuple[Candidate, str]:
     """The layout to take, and why.
 
-    The largest with GPU kernels that saves enough and keeps enough; if there is none, half the cache.
+    Of the layouts that GPUs serve, that save enough and that keep enough, it is the largest with vLLM's own kernels, or
+    else the largest with this plugin's. If there is none, it is half the cache.
 
     Args:
         kv_heads, head_dim: ``g`` and ``d`` of the source.
-        dtype: to serve in.
+        dtype: the dtype that the model is served in.
 
     Raises:
         ConversionError: the source caches too little to be halved.
     """
     cached = 2 * kv_heads * head_dim
-    on_gpu = [
+    half = _share(kv_heads, head_dim, 0.5)
+    if dtype == "float32":
+        searched = Candidate(half.layout, ("--cache-ratio", "0.5"))  # there are no limits of GPUs to keep to
+        return searched, "In float32 only the CPU serves MLA, at any size; half the cache is where to start."
+    on_gpus = [
         candidate
         for candidate in candidates(kv_heads, head_dim)
-        if set(serving_backends(candidate.layout, head_dim, dtype)) & set(GPUS)
+        if _gpus(candidate.layout, head_dim) and candidate.layout.width <= WORTHWHILE_RATIO * cached
     ]
-    for candidate in on_gpu:
-        ratio = candidate.layout.width / cached
-        if SAFE_RATIO <= ratio <= WORTHWHILE_RATIO:
-            reason = f"{_name(candidate.layout)} keeps {ratio:.1%} of the cache, and vLLM has GPU kernels for it."
-            return candidate, reason
-    half = Candidate(resolve_budget(kv_heads, head_dim, cache_ratio=0.5), ("--cache-ratio", "0.5"))
-    return half, _why_half(on_gpu, cached, dtype)
+    safe = [candidate for candidate in on_gpus if candidate.layout.width >= SAFE_RATIO * cached]
+    for candidate in safe:
+        if candidate.is_vllms:
+            kept = _kept(candidate, cached)
+            return candidate, f"{candidate.name} keeps {kept}, and vLLM has GPU kernels of its own for it."
+    if safe:
+        return safe[0], _why_plugins(safe[0], half, on_gpus, cached, head_dim)
+    return half, _why_half(half, on_gpus, cached, head_dim)
 
 
-def _why_half(on_gpu: list[Candidate], cached: int, dtype: str) -> str:
-    if dtype == "float32":
-        return "In float32 only the CPU serves MLA, at any size; half the cache is where to start."
-    if on_gpu and on_gpu[0].layout.width < SAFE_RATIO * cached:
-        layout = on_gpu[0].layout
-        return (
-            f"Half the cache is where to start, but so far only the CPU serves it. On GPUs take {_name(layout)} and "
-            f"train afterwards: it keeps {layout.width / cached:.1%} of the cache, too little without training. "
-            "TransMLA (arXiv 2502.07864) cut Llama-2-7B's cache by 93% and restored it with 6 billion tokens."
+def _why_plugins(chosen: Candidate, half: Candidate, on_gpus: list[Candidate], cached: int, head_dim: int) -> str:
+    """Why a layout that GPUs serve by this plugin's backend alone."""
+    gpus = _gpus(chosen.layout, head_dim)
+    where = "on GPUs" if gpus == set(GPUS) else f"on some GPUs ({', '.join(gpu for gpu in GPUS if gpu in gpus)})"
+    reasons = [f"{chosen.name} keeps {_kept(chosen, cached)}, and {where} {PLUGIN_BACKEND} serves it."]
+    if chosen != half:
+        reasons.append(f"No GPU serves half the cache: {_obstacle(half, head_dim)}.")
+    own = " and ".join(f"{latent} + {rope}" for latent, rope in VLLM_LAYOUTS)
+    if trained := next((candidate for candidate in on_gpus if candidate.is_vllms), None):
+        reasons.append(f"vLLM has GPU kernels of its own for {trained.name}, but {_too_little(trained, cached)}")
+    elif all(sum(layout) > WORTHWHILE_RATIO * cached for layout in VLLM_LAYOUTS):
+        reasons.append(
+            f"The source caches only {cached:,} numbers per token and layer: {own}, for which vLLM has GPU kernels of "
+            "its own, save little or nothing."
         )
+    return " ".join(reasons)
+
+
+def _why_half(half: Candidate, on_gpus: list[Candidate], cached: int, head_dim: int) -> str:
+    """Why half the cache, though no GPU serves a layout that keeps enough."""
+    reason = f"Half the cache is where to start, but no GPU serves it: {_obstacle(half, head_dim)}."
+    if on_gpus:
+        reason += f" On GPUs take {on_gpus[0].name} and train afterwards: {_too_little(on_gpus[0], cached)}"
+    return reason
+
+
+def _obstacle(candidate: Candidate, head_dim: int) -> str:
+    """Why no GPU serves a layout."""
+    rope = candidate.layout.qk_rope_head_dim
+    if head_dim + rope > MAX_PREFILL_HEAD_SIZE:
+        return (
+            f"prefill on GPUs takes heads of at most {MAX_PREFILL_HEAD_SIZE} numbers, and these have "
+            f"{head_dim} + {rope}"
+        )
+    return f"rows of {candidate.layout.width:,} numbers are too wide for GPU kernels"
+
+
+def _too_little(candidate: Candidate, cached: int) -> str:
     return (
-        f"The source caches only {cached:,} numbers per token and layer: the sizes that vLLM has GPU kernels for "
-        f"({_name(DEEPSEEK)}, {_name(SMALL)}) save little or nothing. Half the cache is where to start, but so far "
-        "only the CPU serves it."
+        f"it keeps {_kept(candidate, cached)}, too little without training. TransMLA (arXiv 2502.07864) cut "
+        "Llama-2-7B's cache by 93% and restored it with 6 billion tokens."
     )
+
+
+def _kept(candidate: Candidate, cached: int) -> str:
+    return f"{candidate.layout.width / cached:.1%} of the cache"
+
+
+def _gpus(layout: CacheBudget, head_dim: int) -> set[str]:
+    """The GPUs that serve a layout in 16 bits."""
+    return set(serving_backends(layout, head_dim, "bfloat16")) & set(GPUS)
+
+
+def _share(kv_heads: int, head_dim: int, ratio: float) -> Candidate:
+    """A share of the source's cache.
+
+    With ``--cache-ratio``, ``convert`` searches for a split between latent and rope. Where it could find a rotary part
+    that is too wide for prefill on GPUs, the options give both sizes instead.
+
+    Raises:
+        ConversionError: the source has no room for so little.
+    """
+    layout = resolve_budget(kv_heads, head_dim, cache_ratio=ratio)
+    gpus = _gpus(layout, head_dim)
+    if all(gpus <= _gpus(split, head_dim) for split in candidate_budgets(kv_heads, head_dim, layout)):
+        return Candidate(layout, ("--cache-ratio", str(ratio)))
+    return _by_size(layout)
 
 
 def _fits(kv_heads: int, head_dim: int, layout: CacheBudget) -> bool:
@@ -95,7 +163,3 @@ def _fits(kv_heads: int, head_dim: int, layout: CacheBudget) -> bool:
 def _by_size(layout: CacheBudget) -> Candidate:
     options = ("--kv-lora-rank", str(layout.kv_lora_rank), "--qk-rope-head-dim", str(layout.qk_rope_head_dim))
     return Candidate(layout, options)
-
-
-def _name(layout: CacheBudget) -> str:
-    return f"{layout.kv_lora_rank} + {layout.qk_rope_head_dim}"

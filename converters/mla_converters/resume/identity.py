@@ -1,7 +1,6 @@
-"""What decides a conversion's result: an interrupted one goes on only if none of it has changed."""
+"""Everything that decides a conversion's result. An interrupted run goes on only if none of it has changed."""
 
 import hashlib
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,8 @@ import transformers
 import vllm_mla_plugin
 from mla_converters.checkpoints.locate import local_path
 from mla_converters.checkpoints.source import Source
-from mla_converters.options import HealOptions, Options, as_json, option_name
-from mla_converters.text.calibration import WRITTEN
+from mla_converters.options import WRITTEN, ConvertOptions, HealOptions, MethodOptions, OptionsModel, option_name
+from mla_converters.options.base import as_json
 
 VERSIONS = {
     "vllm-mla-plugin": vllm_mla_plugin.__version__,
@@ -22,7 +21,7 @@ VERSIONS = {
 }
 
 
-def conversion_identity(source: Source, options: Options) -> dict[str, Any]:
+def conversion_identity(source: Source, options: ConvertOptions) -> dict[str, Any]:
     """Source files by size and time, options, calibration text and versions, each under the name a user knows."""
     return (
         _source_identity(source)
@@ -52,8 +51,16 @@ def _source_identity(source: Source) -> dict[str, Any]:
     return identity | {str(file.name): _describe(file) for file in files}
 
 
-def _options_identity(options: Options | HealOptions) -> dict[str, Any]:
-    return {option_name(name): as_json(value) for name, value in asdict(options).items()}
+def _options_identity(options: OptionsModel) -> dict[str, Any]:
+    """Every option under its name on the command line; a method brings its name and its own options."""
+    identity: dict[str, Any] = {}
+    for name in type(options).model_fields:
+        value = getattr(options, name)
+        if isinstance(value, MethodOptions):
+            identity |= {option_name(name): value.name} | _options_identity(value)
+        else:
+            identity[option_name(name)] = as_json(value)
+    return identity
 
 
 def _texts_identity(kind: str, origins: tuple[str, ...]) -> dict[str, str]:

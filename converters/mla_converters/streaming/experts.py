@@ -7,11 +7,6 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 
-def has_experts(layer: nn.Module) -> bool:
-    """Whether the MLP of one of transformers' layers is a mixture of experts."""
-    return hasattr(layer.mlp, "experts")
-
-
 class StreamedExperts(nn.Module):
     """Stands where transformers keeps the stacked weights of all experts, and is called alike.
 

@@ -1,20 +1,12 @@
-"""The tensors of a converted checkpoint: which they are, known from shapes alone, and writing them layer by layer."""
-
-from math import isnan
+"""The tensors of a converted checkpoint, known from shapes alone."""
 
 import torch
-from rich.progress import Progress
 
 from mla_converters.checkpoints.source import Source
-from mla_converters.checkpoints.writer import Shards
 from mla_converters.latent.cache_size import CacheBudget
 from mla_converters.latent.maps import LatentMap, mla_weights
-from mla_converters.methods.base import ConvertedLayer, Measured
-from mla_converters.methods.registry import Prepared
-from mla_converters.resume.layer_pass import Record, Streams
 
 LAYERS = "model.layers."
-MEASURES = 2  # numbers of a :class:`Measured`
 
 
 def planned_tensors(
@@ -57,52 +49,3 @@ def _meta_map(kv_heads: int, head_dim: int, nope_dim: int, budget: CacheBudget) 
 def _written_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     # Rounded to 16 bits, a frequency is off by whole turns after a few hundred tokens.
     return torch.float32 if name == "rope_freqs" else dtype
-
-
-def write_weights(
-    source: Source, prepared: Prepared, shards: Shards, record: Record, device: str, progress: Progress
-) -> list[Measured]:
-    """Convert all layers and write all tensors; what an earlier run has written stays.
-
-    Args:
-        source: the model.
-        prepared: the conversion.
-        shards: where tensors go.
-        record: of the layers that are done.
-        device: where layers run.
-        progress: for the bar.
-
-    Returns:
-        What was measured of each layer; nothing without calibration.
-
-    Raises:
-        OSError: the disk is full.
-    """
-    if shards.allocate():
-        record.forget()
-    for name in source.names():
-        if not name.startswith(LAYERS):
-            shards.write(name, source.tensor(name))
-    count = source.config.num_hidden_layers
-
-    def start() -> Streams:
-        return prepared.conversion.start() | {"measured": torch.full((count, MEASURES), torch.nan, dtype=torch.float64)}
-
-    streams = record.begin(start)
-    for index in range(record.done):
-        shards.written_before(f"{LAYERS}{index}.")
-    for layer in record.layers(source, device, progress, "Converting"):
-        converted = prepared.conversion.convert(layer, streams)
-        _write_layer(shards, source, layer.index, converted)
-        if converted.measured is not None:
-            row = converted.measured
-            streams["measured"][layer.index] = torch.tensor((row.energy_kept, row.output_error), dtype=torch.float64)
-    shards.finish()
-    return [Measured(*row) for row in streams["measured"].tolist() if not any(map(isnan, row))]
-
-
-def _write_layer(shards: Shards, source: Source, index: int, converted: ConvertedLayer) -> None:
-    for name, tensor in converted.weights.items():
-        shards.write(f"{LAYERS}{index}.self_attn.{name}", tensor)
-    for name in source.other_names(index):
-        shards.write(f"{LAYERS}{index}.{name}", source.layer_tensor(index, name))

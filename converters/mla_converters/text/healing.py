@@ -7,7 +7,7 @@ from rich.progress import Progress
 
 from mla_converters.checkpoints.source import Source
 from mla_converters.errors import ConversionError
-from mla_converters.text.calibration import read_texts, text_windows
+from mla_converters.text.origins import read_texts, text_windows
 
 HELD_OUT = 32  # one window in so many is not trained on
 WRITTEN_LENGTH = 256  # tokens of a text that the model writes: twice as many that are half as long teach more

@@ -3,21 +3,14 @@
 import io
 import sys
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 
 from mla_converters.errors import ConversionError
+from mla_converters.options import TextProtocol
 from mla_converters.support.packages import require
 
 ROW_SEPARATOR = "\n\n"
 """Between the rows of a data set, as GPTQ's evaluation (arXiv 2210.17323) has it and everyone since."""
-
-
-class TextProtocol(StrEnum):
-    """How text becomes windows of tokens."""
-
-    STREAM = "stream"
-    WIKITEXT2 = "wikitext2"
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, Cache, DynamicLayer
 
 from mla_converters.checkpoints.source import Source
 from mla_converters.errors import ConversionError
-from mla_converters.streaming.layers import native_bfloat16
+from mla_converters.support.devices import native_bfloat16
 from mla_converters.text.chat import ChatTemplate, Conversations
 
 LENGTH = 512  # tokens of a text: many short ones say more than few long ones

@@ -8,7 +8,8 @@ from transformers import PreTrainedTokenizerBase
 from mla_converters.checkpoints.models import Model
 from mla_converters.checkpoints.tokenizer import load_tokenizer
 from mla_converters.errors import ConversionError
-from mla_converters.text.read import Text, TextProtocol
+from mla_converters.options import TextProtocol
+from mla_converters.text.read import Text
 
 DEFAULTS: dict[TextProtocol, tuple[int | None, int]] = {
     TextProtocol.STREAM: (8, 1024),

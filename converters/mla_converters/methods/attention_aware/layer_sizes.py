@@ -1,7 +1,6 @@
 """Sizes of the cache that differ between layers, under a fixed total."""
 
 import heapq
-from enum import StrEnum
 
 import torch
 from rich.progress import Progress
@@ -9,28 +8,22 @@ from rich.progress import Progress
 from mla_converters.checkpoints.source import Source
 from mla_converters.latent.cache_size import CacheBudget
 from mla_converters.latent.maps import mla_weights
-from mla_converters.methods.attention_aware.run import (
+from mla_converters.methods.attention_aware.layer import (
+    ATTENTION_WINDOWS,
     ERROR_WINDOWS,
-    AttentionAware,
+    Settings,
     first_weighing,
     layer_map,
     layer_model,
-    some_windows,
 )
-from mla_converters.methods.base import map_errors
+from mla_converters.methods.layer_conversion import map_errors
 from mla_converters.resume.layer_pass import Record, Streams
 from mla_converters.streaming.layers import embed, logits
+from mla_converters.text.calibration import Calibration
 
 SHARES = (0.5, 0.75, 0.875, 1.125, 1.25, 1.5, 2.0)  # of the size that all would have alike
 SENSITIVITY_TOKENS = 512  # at the end of a window, whose predictions are compared
 GRAIN = 4  # sizes are multiples of it
-
-
-class LayerSizes(StrEnum):
-    """How the cache is spread over layers."""
-
-    SAME = "same"
-    MEASURED = "measured"
 
 
 def scaled_budget(budget: CacheBudget, share: float, width: int) -> CacheBudget | None:
@@ -74,9 +67,9 @@ def spread(costs: list[dict[int, float]], total: int) -> list[int]:
 
 def measured_sizes(
     source: Source,
-    windows: torch.Tensor,
+    calibration: Calibration,
     budget: CacheBudget,
-    options: AttentionAware,
+    settings: Settings,
     device: str,
     progress: Progress,
     record: Record,
@@ -88,9 +81,9 @@ def measured_sizes(
 
     Args:
         source: the model.
-        windows: ``[windows, tokens]`` token ids, the last window's random.
+        calibration: text and random tokens.
         budget: what all layers would have alike.
-        options: of the method.
+        settings: of the method.
         device: where layers run.
         progress: for the bar.
         record: where the measuring is kept, should it be interrupted.
@@ -98,18 +91,18 @@ def measured_sizes(
     count, width = source.config.num_hidden_layers, source.config.num_key_value_heads * source.head_dim
     scaled = (scaled_budget(budget, share, width) for share in SHARES)
     candidates = {candidate.width: candidate for candidate in scaled if candidate} | {budget.width: budget}
-    weighing = first_weighing(options.without)
+    weighing = first_weighing(settings.without)
     sizes = list(candidates)
 
     def start() -> Streams:
-        hidden = embed(source, some_windows(windows))
+        hidden = embed(source, calibration.some(ATTENTION_WINDOWS).windows)
         alone = hidden[:ERROR_WINDOWS].expand(count, -1, -1, -1).clone()  # each with one layer converted
         return {"hidden": hidden, "alone": alone, "errors": torch.zeros(count, len(sizes), dtype=torch.float64)}
 
     streams = record.begin(start)
     hidden, alone = streams["hidden"], streams["alone"]
     for layer in record.layers(source, device, progress, "Measuring layers"):
-        model = layer_model(layer, hidden[:-1], hidden[-1:], options.without)
+        model = layer_model(layer, hidden[:-1], hidden[-1:], settings.without)
         maps = [layer_map(layer, model, candidates[size], weighing) for size in sizes]
         errors = map_errors(layer, hidden[:ERROR_WINDOWS], maps)
         streams["errors"][layer.index] = torch.tensor(errors, dtype=torch.float64)

@@ -12,17 +12,12 @@ import torch
 
 from mla_converters.latent.module import LatentAttention
 from mla_converters.methods.attention_aware.refit import relative_weights
-from mla_converters.streaming.layers import SourceLayer, calibration_autocast
+from mla_converters.streaming.layers import SourceLayer
+from mla_converters.support.devices import calibration_autocast
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # of the mean square of what is read: how strongly the projection is held in place
 HELD_OUT = 4  # the last one of so many tokens tells which
-LEAST = 8  # tokens for each number that is read; with fewer, what is fitted may be noise, and magnify rounding
 SKETCH = 256  # random directions of the output on which ridges are compared
-
-
-def enough_tokens(tokens: int, read: int) -> bool:
-    """Whether so many tokens can tell how an output should be made of ``read`` numbers."""
-    return tokens >= LEAST * read
 
 
 class _Moments:

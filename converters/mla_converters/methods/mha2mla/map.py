@@ -4,31 +4,14 @@ Every KV head keeps RoPE on whole pairs of its own, cached side by side in the s
 rest of the keys loses RoPE without any correction and shares a latent with the values.
 """
 
-from enum import StrEnum
-
 import torch
 
 from mla_converters.errors import ConversionError
 from mla_converters.latent.maps import LatentMap
+from mla_converters.options import Keep, Svd
 
 # Directions of the values in which the latent is weaker than this get no bias: it would have to be large.
 WEAKEST = 0.1
-
-
-class Keep(StrEnum):
-    """Which pairs of a KV head keep RoPE (section 3.1)."""
-
-    HIGH = "high"
-    LOW = "low"
-    UNIFORM = "uniform"
-    TWO_NORM = "2-norm"
-
-
-class Svd(StrEnum):
-    """Whether keys and values share singular vectors or have their own (section 3.2)."""
-
-    JOINT = "joint"
-    SPLIT = "split"
 
 
 class PairNorms:

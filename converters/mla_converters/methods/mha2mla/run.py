@@ -1,34 +1,16 @@
 """Method ``mha2mla`` over a whole model: measuring pairs if the choice needs it, and converting layer by layer."""
 
-from dataclasses import dataclass
-
 import torch
 
 from mla_converters.checkpoints.source import Source
 from mla_converters.latent.cache_size import CacheBudget
 from mla_converters.latent.maps import LatentMap, mla_weights
-from mla_converters.methods.base import ConvertedLayer, LayerConversion, measure
-from mla_converters.methods.mha2mla.map import Keep, PairNorms, Svd, kept_pairs, latent_bias, mha2mla_map
+from mla_converters.methods.layer_conversion import ConvertedLayer, LayerConversion, measure
+from mla_converters.methods.mha2mla.map import PairNorms, kept_pairs, latent_bias, mha2mla_map
+from mla_converters.options import Mha2mlaOptions
 from mla_converters.resume.layer_pass import Streams
-from mla_converters.streaming.layers import SourceLayer, calibration_autocast, embed
-
-
-@dataclass(frozen=True)
-class Mha2mlaOptions:
-    """How the method is run; the defaults are the paper's.
-
-    Attributes:
-        keep: which pairs keep RoPE.
-        svd: one latent for keys and values, or one each.
-    """
-
-    keep: Keep = Keep.TWO_NORM
-    svd: Svd = Svd.JOINT
-
-    @property
-    def calibrated(self) -> bool:
-        """Whether calibration text is needed."""
-        return self.keep == Keep.TWO_NORM
+from mla_converters.streaming.layers import SourceLayer, embed
+from mla_converters.support.devices import calibration_autocast
 
 
 @torch.inference_mode()
@@ -74,8 +56,8 @@ def mha2mla(
 
     def convert(layer: SourceLayer, streams: Streams) -> ConvertedLayer:
         weights, hidden = layer.attention_weights, streams.get("source")
-        contributions = pair_contributions(layer, hidden) if options.calibrated and hidden is not None else None
-        kept = kept_pairs(options.keep, pairs, kv_heads, head_dim, contributions)
+        contributions = pair_contributions(layer, hidden) if hidden is not None else None
+        kept = kept_pairs(options.rope_keep, pairs, kv_heads, head_dim, contributions)
         k, v = weights["k_proj.weight"], weights["v_proj.weight"]
         maps = mha2mla_map(k, v, layer.freqs, kept, budget.kv_lora_rank, options.svd)
         converted = layer_weights(weights, maps)

@@ -6,7 +6,7 @@ from rich.progress import Progress
 from mla_converters.checkpoints.source import Source
 from mla_converters.latent.cache_size import CacheBudget
 from mla_converters.latent.maps import mla_weights
-from mla_converters.methods.base import ConvertedLayer, LayerConversion, map_errors, measure
+from mla_converters.methods.layer_conversion import ConvertedLayer, LayerConversion, map_errors, measure
 from mla_converters.methods.search import search
 from mla_converters.methods.transmla.map import freqfold_candidates, joint_map, rotate_keys, transmla_map
 from mla_converters.methods.transmla.partial_rope import PartialRope

@@ -1,0 +1,51 @@
+"""``config.json`` of a converted model."""
+
+from typing import Any
+
+from mla_converters.checkpoints.source import Source
+from mla_converters.latent.cache_size import CacheBudget
+
+# dtype's older name; and fields about sliding windows, which a converted model never has.
+STALE = ("torch_dtype", "layer_types", "max_window_layers")
+
+
+def per_layer_sizes(budgets: list[CacheBudget]) -> dict[str, list[int]]:
+    """``kv_lora_ranks`` and ``qk_rope_head_dims`` where layers differ; nothing where they do not."""
+    if len(set(budgets)) == 1:
+        return {}
+    return {
+        "kv_lora_ranks": [budget.kv_lora_rank for budget in budgets],
+        "qk_rope_head_dims": [budget.qk_rope_head_dim for budget in budgets],
+    }
+
+
+def mla_config(
+    source: Source, budget: CacheBudget, sizes: dict[str, list[int]], nope_dim: int, context: int, dtype: str
+) -> dict[str, Any]:
+    """The configuration, all but the report.
+
+    Args:
+        source: the model.
+        budget: sizes of the cache; where layers differ, the largest.
+        sizes: of :func:`per_layer_sizes`.
+        nope_dim: ``qk_nope_head_dim``.
+        context: the longest that the converted model takes, in tokens.
+        dtype: of the weights.
+    """
+    kept = {name: value for name, value in source.raw_config.items() if not name.startswith("_") and name not in STALE}
+    return kept | {
+        "architectures": [source.family.mla_architecture],
+        "model_type": source.family.mla_model_type,
+        "dtype": dtype,
+        "head_dim": source.head_dim,
+        "max_position_embeddings": context,
+        "sliding_window": None,
+        "use_sliding_window": False,
+        "kv_lora_rank": budget.kv_lora_rank,
+        "q_lora_rank": None,
+        "qk_rope_head_dim": budget.qk_rope_head_dim,
+        "qk_nope_head_dim": nope_dim,
+        "v_head_dim": source.head_dim,
+        "softmax_scale": source.softmax_scale,
+        **sizes,
+    }

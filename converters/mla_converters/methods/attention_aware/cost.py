@@ -1,0 +1,49 @@
+"""What method ``attention-aware`` takes; constants as in :mod:`mla_converters.methods.cost`."""
+
+from mla_converters.checkpoints.shape import Shape
+from mla_converters.latent.cache_size import CacheBudget
+from mla_converters.methods.attention_aware.amounts import WINDOW, enough_text, random_count, too_little_text
+from mla_converters.methods.attention_aware.refit import BATCH, QUERIES
+from mla_converters.methods.base import Cost
+from mla_converters.methods.cost import CALIBRATION, CONVERTED_BYTES, Passes, conversion_cost, converted_numbers
+from mla_converters.options import AttentionAwareOptions, Ingredient
+
+SEARCH = 1e-3  # core-seconds per layer and number of a token's queries, for statistics and searches
+REFIT = 4.5e-10  # core-seconds per token that refits a layer and parameter of its attention, the keys it reads included
+STEP_TOKENS = BATCH * QUERIES  # whose outputs a step of the refit compares
+BATCH_TOKENS = BATCH * WINDOW  # that a step of the refit may read
+OUTPUT_FIT = 3.5e-11  # core-seconds per token and product of the heads' outputs with themselves and the missing part
+OUTPUT_FIT_SOLVED = 1.5e-10  # core-seconds per cubed width of the heads' outputs
+OUTPUT_FIT_BYTES = 52  # of each product of the heads' outputs: at most five matrices in float32, four in float64
+
+
+def attention_aware_cost(options: AttentionAwareOptions, shape: Shape, budget: CacheBudget, tokens: int) -> Cost:
+    """The cost with ``tokens`` of calibration text.
+
+    To the hidden states of the source, a refit or least squares add those of the converted model. A refit takes
+    ``REFIT * steps * STEP_TOKENS * attention parameters``, and the MLP with the gradient of its input, ``2 *
+    CALIBRATION * steps * STEP_TOKENS * 3 * D * width``. Least squares of the output take
+    ``OUTPUT_FIT * tokens * H * d * (H * d + D) + OUTPUT_FIT_SOLVED * (H * d) ** 3``.
+    """
+    read, random, steps = shape.query_heads * shape.head_dim, random_count(tokens), options.refit_steps
+    wants_fit = not steps and Ingredient.LEAST_SQUARES not in options.without
+    fits = wants_fit and enough_text(tokens, read)
+    seconds, extra = 0.0, 0
+    if steps:
+        mlp = 0 if Ingredient.MLP in options.without else 2 * CALIBRATION * 3 * shape.hidden * shape.mlp_width
+        seconds = (REFIT * shape.attention_parameters + mlp) * steps * STEP_TOKENS
+        per_token = 8 * shape.hidden + 16 * shape.query_heads * (shape.head_dim + budget.qk_rope_head_dim)
+        extra = per_token * min(tokens, BATCH_TOKENS) + 16 * shape.mlp_width * STEP_TOKENS
+    elif fits:
+        seconds = OUTPUT_FIT * (tokens + random) * read * (read + shape.hidden) + OUTPUT_FIT_SOLVED * read**3
+        converted = converted_numbers(shape, budget)
+        extra = max(0, 4 * converted + OUTPUT_FIT_BYTES * read**2 - CONVERTED_BYTES * converted)
+    passes = Passes(
+        tokens=(2 if steps or fits else 1) * tokens + random,
+        search=SEARCH * read,
+        decompositions=10,
+        seconds=seconds,
+        bytes=extra,
+    )
+    warnings = (too_little_text(read),) if wants_fit and not fits else ()
+    return conversion_cost(shape, budget, shape.head_dim, passes, warnings)

@@ -1,0 +1,46 @@
+"""Method ``mha2mla`` (MHA2MLA, arXiv 2502.14837)."""
+
+from mla_converters.checkpoints.shape import Shape
+from mla_converters.errors import ConversionError
+from mla_converters.latent.cache_size import CacheBudget
+from mla_converters.methods.base import Cost, Job, Prepared, asked_budget
+from mla_converters.methods.cost import Passes, conversion_cost
+from mla_converters.methods.mha2mla.map import check_sizes
+from mla_converters.methods.mha2mla.run import mha2mla
+from mla_converters.options import WINDOW, CacheSizes, Keep, Mha2mlaOptions
+
+
+class Mha2mla:
+    """The method, see :class:`mla_converters.methods.base.Method`."""
+
+    lossless = False
+
+    def __init__(self, options: Mha2mlaOptions) -> None:
+        self.options = options
+        # Only this choice of pairs looks at text; the others know the pairs by their frequencies.
+        self.window = WINDOW if options.rope_keep == Keep.TWO_NORM else None
+
+    def budget(self, shape: Shape, sizes: CacheSizes) -> CacheBudget:
+        budget = asked_budget(shape, sizes)
+        if shape.qk_norm:
+            raise ConversionError(
+                "Method mha2mla takes keys apart by their projection alone, and the source normalises keys after it "
+                "(QK-norm): use --method attention-aware."
+            )
+        check_sizes(shape.kv_heads, shape.head_dim, budget.qk_rope_head_dim, budget.kv_lora_rank, self.options.svd)
+        return budget
+
+    def nope_dim(self, shape: Shape) -> int:
+        return shape.head_dim
+
+    def cost(self, shape: Shape, budget: CacheBudget, tokens: int) -> Cost:
+        passes = Passes(tokens=tokens if self.window else 0, decompositions=1)
+        return conversion_cost(shape, budget, self.nope_dim(shape), passes)
+
+    def prepare(self, job: Job) -> Prepared:
+        windows = None if job.calibration is None else job.calibration.text
+        return Prepared(
+            [job.budget] * job.source.config.num_hidden_layers,
+            mha2mla(job.source, windows, job.budget, self.options),
+            settings=self.options.model_dump(mode="json"),
+        )

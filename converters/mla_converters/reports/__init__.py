@@ -1,0 +1,1 @@
+"""Typed reports: what one command writes and another reads."""

@@ -1,0 +1,117 @@
+"""Tokens of texts that are read, and of texts that the model writes."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from rich.progress import Progress
+
+from mla_converters.checkpoints.source import Source
+from mla_converters.errors import ConversionError
+from mla_converters.options import CHAT, SELF, WINDOW
+from mla_converters.text.chat import ChatTemplate, chat_template
+from mla_converters.text.sampling import LENGTH, sampled_texts
+
+Text: TypeAlias = torch.Tensor | ChatTemplate | None
+"""Token ids ``[tokens]`` of a file, or the template of a conversation; None for text that the model writes freely."""
+
+
+def read_texts(source: Source, origins: Sequence[str]) -> list[Text]:
+    """Read each origin as far as it can be read before anything is sampled.
+
+    Raises:
+        ConversionError: a text cannot be read or is too short, or the model has no chat template.
+    """
+    return [_read_text(source, origin) for origin in origins]
+
+
+def _read_text(source: Source, origin: str) -> Text:
+    if origin == CHAT:
+        return chat_template(source.tokenizer, LENGTH)
+    return None if origin == SELF else _token_ids(source, Path(origin))
+
+
+def text_windows(
+    source: Source,
+    texts: list[Text],
+    count: int,
+    length: int,
+    cut: Callable[[torch.Tensor, int, int, torch.Generator], torch.Tensor],
+    generator: torch.Generator,
+    progress: Progress,
+    written: int = LENGTH,
+) -> list[torch.Tensor]:
+    """Windows ``[count, length]`` of each text.
+
+    Args:
+        source: the model.
+        texts: of :func:`read_texts`.
+        count: windows of each text.
+        length: tokens in a window.
+        cut: from token ids, count, length and generator to windows, possibly fewer.
+        generator: for cutting and sampling.
+        progress: for the bar.
+        written: tokens of a text that the model writes, if a window has room for more than one; conversations have
+            ``LENGTH``.
+    """
+    return [
+        cut(text, count, length, generator)
+        if isinstance(text, torch.Tensor)
+        else _sample(source, count, length, generator, progress, text, LENGTH if text else written)
+        for text in texts
+    ]
+
+
+def _token_ids(source: Source, path: Path) -> torch.Tensor:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConversionError(f"Text {path} cannot be read: {error}") from error
+    if not text.strip():
+        raise ConversionError(f"Text {path} is empty.")
+    ids = source.tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+    if len(ids) <= WINDOW:
+        raise ConversionError(f"Text {path} is too short: it has {len(ids)} tokens, and more than {WINDOW} are needed.")
+    if int(ids.max()) >= source.config.vocab_size:
+        raise ConversionError(f"The tokenizer in {source.folder} has ids beyond the model's vocabulary.")
+    return ids
+
+
+def random_tokens(source: Source, shape: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
+    """Ids ``shape`` drawn with equal chances from all of the tokenizer's ids that are not special.
+
+    Raises:
+        ConversionError: all are special.
+    """
+    allowed = torch.ones(source.config.vocab_size)
+    allowed[len(source.tokenizer) :] = 0  # rows of the embedding that only pad it
+    allowed[_special_ids(source)] = 0
+    if not allowed.any():
+        raise ConversionError(f"The tokenizer in {source.folder} has no tokens but special ones: it is broken.")
+    return torch.multinomial(allowed, shape[0] * shape[1], replacement=True, generator=generator).view(shape)
+
+
+def _special_ids(source: Source) -> torch.Tensor:
+    special = [i for i in source.tokenizer.all_special_ids if i < source.config.vocab_size]
+    return torch.tensor(special, dtype=torch.long)
+
+
+def _sample(
+    source: Source,
+    count: int,
+    length: int,
+    generator: torch.Generator,
+    progress: Progress,
+    template: ChatTemplate | None,
+    written: int,
+) -> torch.Tensor:
+    """Windows ``[count, length]`` of text that the model writes, each filled with texts of ``written`` tokens."""
+    per_window = max(1, length // written)
+    if template:
+        first, never = torch.full((count * per_window,), template.opening[0]), torch.empty(0, dtype=torch.long)
+    else:
+        first = random_tokens(source, (1, count * per_window), generator)[0]
+        never = _special_ids(source)  # otherwise the padding after an end of text would be calibrated for
+    texts = sampled_texts(source, first, never, -(-length // per_window), generator, progress, template)
+    return texts.view(count, -1)[:, :length]
