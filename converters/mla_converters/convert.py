@@ -67,16 +67,17 @@ def convert(
     """
     started = time.monotonic()
     options = options or ConvertOptions()
-    options = options.model_copy(update={"device": usable_device(options.device)})
+    device = usable_device(options.device)
     method = method_of(options.method)
     with (
         progress_bars(quiet) as progress,
         open_source(source, options.revision, options.trust_remote_code) as opened,
     ):
         context, budget = _context(opened, options), method.budget(opened.shape, options)
-        with work_folder(out, force, conversion_identity(opened, options)) as work:
+        identity = conversion_identity(opened, options.model_copy(update={"device": device}))
+        with work_folder(out, force, identity) as work:
             work.check_space(_disk_bytes(opened, method, budget, options))
-            report = _convert(opened, method, budget, options, context, work, progress)
+            report = _convert(opened, method, budget, options, context, device, work, progress)
     return outcome(report, out, started)
 
 
@@ -86,6 +87,7 @@ def _convert(
     budget: CacheBudget,
     options: ConvertOptions,
     context: int,
+    device: str,
     work: Work,
     progress: Progress,
 ) -> ConversionReport:
@@ -93,10 +95,10 @@ def _convert(
     dtype, nope_dim = _dtype(source, options), method.nope_dim(source.shape)
     try:
         calibration = _calibrate(source, options, method.window, work, progress) if method.window else None
-        job = Job(source, options, budget, calibration, options.seed, options.device or "cpu", work, progress)
+        job = Job(source, options, budget, calibration, options.seed, device, work, progress)
         prepared = method.prepare(job)
         shards = Shards(work.model, planned_tensors(source, prepared.budgets, nope_dim, dtype))
-        measured = _write_weights(source, prepared, shards, work.record("layers"), job.device, progress)
+        measured = _write_weights(source, prepared, shards, work.record("layers"), device, progress)
     except torch.linalg.LinAlgError as error:
         raise ConversionError(
             f"{source.name} gives numbers out of range on the calibration text: its weights are broken."

@@ -63,7 +63,6 @@ def heal(
     started = time.monotonic()
     options = options or HealOptions()
     device = usable_device(options.device)
-    options = options.model_copy(update={"device": device})
     config, report = _converted(model)
     if out.resolve() == model.resolve():
         raise ConversionError(f"OUT is {out}, which is MODEL: give a folder of its own.")
@@ -74,7 +73,8 @@ def heal(
     ):
         _check_pair(model, config, teacher)
         checkpoint = Checkpoint(model)
-        with work_folder(out, force, healing_identity(model, teacher, options)) as work:
+        identity = healing_identity(model, teacher, options.model_copy(update={"device": device}))
+        with work_folder(out, force, identity) as work:
             work.check_space(_disk_bytes(checkpoint))
             healed, healing = _train(model, teacher, options, device, work, progress)
             _write_weights(checkpoint, healed, work.model)

@@ -109,6 +109,8 @@ def _render(
         report=report,
         evaluation=evaluation,
         name=Path(report.source).name,
+        method=_method(report),
+        versions=", ".join(f"{name} {version}" for name, version in sorted(report.versions.items())),
         source=_source(report),
         saved="the same KV cache size" if same_cache else f"{report.cache_ratio:.1%} of its KV cache",
         repo=repo,
@@ -129,6 +131,12 @@ def _metadata(report: ConversionReport) -> ModelCardData:
     if "base_model" in known:
         known["base_model_relation"] = "finetune"  # the hub's word for other weights, not quantised
     return ModelCardData(library_name="vllm", pipeline_tag="text-generation", tags=list(TAGS), **known)
+
+
+def _method(report: ConversionReport) -> str:
+    summary = f", {report.method_summary}" if report.method_summary else ""
+    paper = f" ([paper]({report.method_reference}))" if report.method_reference else ""
+    return f"`{report.method}`{summary}{paper}"
 
 
 def _source(report: ConversionReport) -> str:
