@@ -188,3 +188,11 @@ def test_dependencies_are_what_is_imported() -> None:
     provided = {module: PROVIDERS.get(module, {canonicalize_name(module)}) for module in third_party}
     assert not {module for module, distributions in provided.items() if not distributions & declared()}
     assert declared() - set().union(*provided.values()) == set(INDIRECT)
+
+
+def test_tests_share_code_in_support_only() -> None:
+    """A test imports neither ``conftest`` nor another test."""
+    files = list((ROOT / "tests").rglob("*.py"))
+    shared = re.compile(r"^(?:from|import) (?:conftest|test_\w+)\b.*", re.MULTILINE)
+    assert files
+    assert not {str(path): found for path in files if (found := shared.findall(path.read_text()))}
