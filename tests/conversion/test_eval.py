@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, CommandLine, RandomModel, Refused, load
+from support.commands import CommandLine, Refused
+from support.files import ROOT
+from support.models import RandomModel, load
 from transformers import AutoTokenizer
 
 from mla_converters.evaluation.hf_engine import kl_per_token
@@ -114,6 +116,7 @@ def with_context(model: Path, context: int, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.engine
 def test_vllm_engine(run: Run, smollm2: Path, exact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine's numbers are transformers', up to windows that fill the context; it says that it has no KL."""
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -129,6 +132,7 @@ def test_vllm_engine(run: Run, smollm2: Path, exact: Path, tmp_path: Path, monke
     assert "vllm" in report["versions"] and report["device"] is None
 
 
+@pytest.mark.engine
 def test_vllm_failure(refused: Refused, random_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM's CPU attention has no kernel for heads of 16: its own words arrive in one sentence."""
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -311,6 +315,7 @@ metric_list: [{{metric: acc}}]
 """
 
 
+@pytest.mark.engine
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm_eval is not installed")
 def test_lm_eval(exact: Path, tmp_path: Path) -> None:
     """lm-eval's vLLM model runs a converted checkpoint; the command is the one in ``docs/evaluating.md``."""

@@ -24,6 +24,8 @@ from vllm_mla_plugin.checkpoint.layouts import (
 from vllm_mla_plugin.testing.gpu import Case, configured, impl_for, make_prefill
 from vllm_mla_plugin.testing.layer import cached_tokens, make_cache, reference
 
+pytestmark = pytest.mark.gpu
+
 CASES = {
     # vLLM's own choices, untouched
     "deepseek": Case(512, 64, nope=128, v=128),

@@ -10,7 +10,12 @@ from transformers import DynamicCache
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
-from conftest import CALIBRATION, SPLIT, RandomModel, convert, load, run_engine
+from support.commands import SPLIT, convert
+from support.engine import run_engine
+from support.files import CALIBRATION
+from support.models import RandomModel, load
+
+pytestmark = pytest.mark.gpu
 
 # Sizes of heads that FlashAttention has kernels for; weights that keep numbers in size, for larger ones would make
 # rounding to 16 bits grow from layer to layer, in the source as in the conversion.

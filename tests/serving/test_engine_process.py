@@ -8,7 +8,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import RandomModel
+from support.models import RandomModel
 
 from mla_converters.engines.logs import last_words, with_cause
 from mla_converters.engines.process import WORKER, Engine

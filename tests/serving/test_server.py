@@ -8,10 +8,12 @@ from types import SimpleNamespace
 
 import openai
 import pytest
-from conftest import TEXT
+from support.files import TEXT
 
 from mla_converters.engines.server import serve
 from scripts import demo
+
+pytestmark = pytest.mark.server
 
 SCHEMA = {
     "type": "object",
