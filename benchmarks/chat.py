@@ -1,12 +1,17 @@
-"""What calibration on conversations buys a chat model: SmolLM2-135M-Instruct at half its cache, by the map alone.
+"""Measures how much better a chat model becomes if its conversion is calibrated on conversations.
 
     python -m benchmarks.chat --valid wiki.valid.tokens --test wiki.test.raw
 
-Scores, through ``vllm-mla eval``, in float32: KL divergence from the source and perplexity on conversations (questions
-below, written by hand; answers sampled from the source; the first 8 windows of 512 tokens), WikiText-2's raw test split
-and the source code of Python's ``argparse``. ``text`` is WikiText-2's validation split.
+Converts SmolLM2-135M-Instruct to half of its cache by the map alone, without a refit or least squares. The row ``text``
+is calibrated on WikiText-2's validation split, ``self`` on text that the model writes, ``chat`` on conversations.
+``vllm-mla eval`` scores in float32: KL divergence from the source, and perplexity. The texts are
 
-Rows already in the result file are kept: remove it to measure again, or choose rows with ``--only``.
+- conversations: the questions below, written by hand, and answers sampled from the source; the first 8 windows of 512
+  tokens,
+- WikiText-2's raw test split,
+- the source code of Python's ``argparse``.
+
+Rows that are in the result file already are kept: remove it to measure them again, or choose rows with ``--only``.
 """
 
 import re
@@ -21,7 +26,7 @@ from scripts.demo_model import demo_folder
 
 COMMAND = "python -m benchmarks.chat --valid wiki.valid.tokens --test wiki.test.raw"
 OPTIONS = ("--kv-lora-rank", "128", "--qk-rope-head-dim", "64", "--refit-steps", "0", "--without", "least-squares")
-ANSWER = 192  # tokens at most
+ANSWER = 192  # most tokens of an answer
 QUESTIONS = (
     "What should I cook tonight with eggs, rice and an old onion?",
     "Why is the sky blue? Explain it to a child.",
@@ -51,7 +56,7 @@ QUESTIONS = (
 
 
 def rows_to_measure(text: Path) -> dict[str, list[str]]:
-    """Every row: its name, and what it is calibrated on."""
+    """The name of every row, and the options that say on which texts it is calibrated."""
     origins = {"text": str(text), "self": "self", "chat": "chat"}
     names = ("text", "self", "chat", "text, self", "text, chat", "self, chat", "text, self, chat")
     return {name: [f"--calibration={origins[origin]}" for origin in name.split(", ")] for name in names}
@@ -59,7 +64,7 @@ def rows_to_measure(text: Path) -> dict[str, list[str]]:
 
 @torch.inference_mode()
 def conversations(model: Path) -> str:
-    """The questions, with answers that the model samples, as its chat template writes them."""
+    """The questions and answers that the model samples, written by its chat template."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
     asked = [[{"role": "user", "content": question}] for question in QUESTIONS]
@@ -74,7 +79,7 @@ def conversations(model: Path) -> str:
 
 
 def main() -> None:
-    """Measure what is not measured yet; write results after every row."""
+    """Measure the rows that are missing; write the result file after every row."""
     arguments = row_parser(__doc__).parse_args()
     rows = measured_rows("chat")
     with tempfile.TemporaryDirectory() as scratch:

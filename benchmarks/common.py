@@ -1,4 +1,4 @@
-"""What the benchmarks share: running the command line, and what every result file says of itself."""
+"""Shared by the benchmarks: running the command line, reading texts, writing result files."""
 
 import argparse
 import json
@@ -17,8 +17,8 @@ import vllm_mla_plugin
 
 RESULTS = Path(__file__).parent / "results"
 VLLM_MLA = Path(sys.executable).with_name("vllm-mla")
-CODE = Path(sysconfig.get_paths()["stdlib"]) / "argparse.py"  # text of another kind than WikiText
-# From the tokenised form of WikiText-2 back to text, unknown-word marks dropped.
+CODE = Path(sysconfig.get_paths()["stdlib"]) / "argparse.py"  # a text unlike WikiText
+# These replacements turn the tokenised form of WikiText-2 back into text and drop its marks of unknown words.
 UNDO_TOKENISATION = (
     (" @-@ ", "-"),
     (" @,@ ", ","),
@@ -30,41 +30,50 @@ UNDO_TOKENISATION = (
 
 
 def plain_text(tokenised: Path) -> str:
-    """A file of WikiText-2's tokenised form as text."""
+    """Read a file in WikiText-2's tokenised form as plain text."""
     content = tokenised.read_text()
     for mark, plain in UNDO_TOKENISATION:
         content = content.replace(mark, plain)
     return content
 
 
+def plain_parser(description: str | None) -> argparse.ArgumentParser:
+    """A command line without options, whose help says how benchmarks are run."""
+    return argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{Path(sys.argv[0]).stem}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
 def text_parser(description: str | None) -> argparse.ArgumentParser:
-    """A command line that is told where WikiText-2 lies."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """A command line with options for the files of WikiText-2."""
+    parser = plain_parser(description)
     parser.add_argument("--valid", type=Path, required=True, help="wiki.valid.tokens")
     parser.add_argument("--test", type=Path, required=True, help="wiki.test.raw")
     return parser
 
 
 def row_parser(description: str | None) -> argparse.ArgumentParser:
-    """The same for a benchmark that measures one row after another."""
+    """The same, with an option that chooses rows."""
     parser = text_parser(description)
     parser.add_argument("--only", default="", help="regular expression of row names")
     return parser
 
 
 def measured_rows(name: str) -> dict[str, dict[str, Any]]:
-    """The rows that are in ``results/name.json`` already."""
+    """The rows that ``results/name.json`` has already."""
     result = RESULTS / f"{name}.json"
     return json.loads(result.read_text())["rows"] if result.exists() else {}
 
 
 def convert(source: Path, out: Path, *options: str) -> dict[str, Any]:
-    """Convert in a process of its own, so that peak memory is that of the conversion; the report."""
+    """Convert in a process of its own, so that peak memory is the conversion's; return the report."""
     return _made("convert", source, out, *options)
 
 
 def heal(model: Path, out: Path, *options: str) -> dict[str, Any]:
-    """Heal a converted model in a process of its own; the report."""
+    """Heal a converted model in a process of its own; return the report."""
     return _made("heal", model, out, *options)
 
 
@@ -75,14 +84,14 @@ def _made(command: str, source: Path, out: Path, *options: str) -> dict[str, Any
 
 
 def evaluate(model: Path, text: Path, *options: str) -> dict[str, Any]:
-    """Score a model with ``vllm-mla eval``; its row of the report."""
+    """Score a model with ``vllm-mla eval``; return its row of the report."""
     report = model.with_suffix(".eval.json")
     subprocess.run([VLLM_MLA, "eval", model, "--text", text, *options, "--json", report], check=True)
     return json.loads(report.read_text())["models"][0]
 
 
 def cost(report: dict[str, Any]) -> dict[str, Any]:
-    """What a conversion took, from its report."""
+    """Seconds, threads and peak memory of a conversion, from its report."""
     threads = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
     return {
         "seconds": report["seconds"],

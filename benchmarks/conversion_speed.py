@@ -1,11 +1,13 @@
-"""How long a conversion by the map alone takes, without a refit or least squares, beside another converter, in turns.
+"""Measures how long a conversion by the map alone takes, without a refit or least squares, beside another converter.
 
     python -m benchmarks.conversion_speed --valid wiki.valid.tokens --test wiki.test.raw --peer COMMAND --peer-name NAME
 
-Source: SmolLM2-135M-Instruct, to 128 + 64. Calibration: WikiText-2's validation split, so many tokens as ``--tokens``
-says. Seconds from the start of a process to its end, imports and writing included; perplexity of the first 8 windows of
-1,024 tokens of the raw test split. ``--peer`` is any shell command that converts the same model: for TransMLA, a script
-that loads the model in float32, cuts 32 windows of 512 tokens of the same text, and calls ``partial_rope`` and
+Converts SmolLM2-135M-Instruct to 128 + 64, calibrated on ``--tokens`` tokens of WikiText-2's validation split. The
+seconds are those from the start of a process to its end, with imports and writing. The perplexity is that of the first
+8 windows of 1,024 tokens of the raw test split.
+
+``--peer`` is any shell command that converts the same model; the two take turns. For TransMLA, it is a script that
+loads the model in float32, cuts 32 windows of 512 tokens of the same text, and calls ``partial_rope`` and
 ``low_rank_qkv`` of its repository (https://github.com/MuLabPKU/TransMLA), as its ``converter.py`` does.
 """
 
@@ -25,7 +27,7 @@ OPTIONS = (*SPLIT, "--refit-steps", "0", "--without", "least-squares", "--force"
 
 
 def seconds(command: str | list[Any]) -> float:
-    """How long a command takes; a shell's, if it is a string."""
+    """Seconds that a command takes; a string is a command of the shell."""
     started = time.monotonic()
     subprocess.run(command, shell=isinstance(command, str), check=True)
     return round(time.monotonic() - started, 1)
@@ -35,7 +37,7 @@ def main() -> None:
     """Time, score, write the result file."""
     parser = text_parser(__doc__)
     parser.add_argument("--peer", help="shell command of the other converter")
-    parser.add_argument("--peer-name", help="what the result file calls it")
+    parser.add_argument("--peer-name", help="its name in the result file")
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096, 16384], help="calibration tokens")
     parser.add_argument("--rounds", type=int, default=2)
     arguments = parser.parse_args()

@@ -1,14 +1,13 @@
-"""The CPU attention of one layer, alone: vLLM's for the source's sizes against this plugin's for half the cache.
+"""Compares the attention of one layer on a CPU: vLLM's for the source, and this plugin's for half of the cache.
 
     OMP_NUM_THREADS=1 python -m benchmarks.cpu_kernels [--repeats 15]
 
-SmolLM2's sizes (9 heads, 3 KV heads of 64; 128 + 64 cached), bfloat16. Decodes 1 and 16 sequences of several lengths,
-and prefills one of several lengths. The two alternate, and the minimum of each counts, for other jobs may share the
-machine. Every call takes the next of several caches, as the layers of a model do, so that none stays in the
-processor's own.
+The sizes are SmolLM2's (9 heads, 3 KV heads of 64; 128 + 64 cached), in bfloat16. Decodes 1 and 16 sequences of several
+lengths, and prefills one sequence of several lengths. The two attentions alternate, and the fastest call of each
+counts, because other jobs may share the machine. Every call reads the next of several caches, as the layers of a model
+do, so that no cache stays in the processor's own.
 """
 
-import argparse
 import itertools
 import time
 from collections.abc import Callable
@@ -16,13 +15,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from support.backend_cpu import Sizes, make_impl
 from vllm import _custom_ops as ops
 from vllm.model_executor.layers.attention.mla_attention import MLACommonPrefillMetadata
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-from benchmarks.common import write_result
+from benchmarks.common import plain_parser, write_result
+from vllm_mla_plugin.testing.cpu import make_impl
+from vllm_mla_plugin.testing.layer import Sizes
 
 DTYPE = torch.bfloat16
 HEADS, KV_HEADS, HEAD_DIM = 9, 3, 64
@@ -32,13 +32,13 @@ LAYERS = 6
 
 
 def pages(sequences: int, length: int, block: int) -> tuple[int, torch.Tensor]:
-    """How many pages a cache needs, and a table of them in random order."""
+    """The number of pages that a cache needs, and a table ``[sequences, pages]`` of them in random order."""
     each = -(-length // block)
     return sequences * each + 1, (torch.randperm(sequences * each) + 1).int().view(sequences, each)
 
 
 def source_attention(sequences: int, length: int, queries: int) -> Callable[[], Any]:
-    """vLLM's attention for ``queries`` new tokens of each sequence; keys and values are written first."""
+    """vLLM's attention for ``queries`` new tokens of each sequence, whose keys and values it writes first."""
     count, table = pages(sequences, length, SOURCE_BLOCK)
     isa = _get_attn_isa(DTYPE, SOURCE_BLOCK, HEAD_DIM, "auto")
     caches = itertools.cycle(torch.randn(LAYERS, count, KV_HEADS, 2 * SOURCE_BLOCK, HEAD_DIM, dtype=DTYPE).unbind())
@@ -85,7 +85,7 @@ def source_attention(sequences: int, length: int, queries: int) -> Callable[[], 
 
 
 def our_decode(sequences: int, length: int) -> Callable[[], Any]:
-    """One new token of each sequence, on latents."""
+    """This plugin's attention for one new token of each sequence, on latents."""
     impl = make_impl(SIZES, DTYPE)
     width = SIZES.latent + SIZES.rope
     count, table = pages(sequences, length, SIZES.block)
@@ -97,7 +97,7 @@ def our_decode(sequences: int, length: int) -> Callable[[], Any]:
 
 
 def our_prefill(length: int) -> Callable[[], Any]:
-    """One prompt, its keys and values expanded from latents."""
+    """This plugin's attention for one prompt, whose keys and values it expands from latents."""
     impl = make_impl(SIZES, DTYPE)
     count, table = pages(1, length, SIZES.block)
     cache = torch.zeros(count, SIZES.block, SIZES.latent + SIZES.rope, dtype=DTYPE)
@@ -111,7 +111,7 @@ def our_prefill(length: int) -> Callable[[], Any]:
 
 @torch.inference_mode()
 def compare(source: Callable[[], Any], ours: Callable[[], Any], repeats: int) -> dict[str, float]:
-    """Least milliseconds of each, alternating, and how many times faster ours is."""
+    """Milliseconds of the fastest call of each, and their ratio: how many times as fast as vLLM this plugin is."""
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(repeats + 1):
         for run, taken in zip((source, ours), times, strict=True):
@@ -125,7 +125,7 @@ def compare(source: Callable[[], Any], ours: Callable[[], Any], repeats: int) ->
 
 def main() -> None:
     """Measure, print, and write the result file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = plain_parser(__doc__)
     parser.add_argument("--repeats", type=int, default=15)
     arguments = parser.parse_args()
     current_platform.import_kernels()

@@ -1,32 +1,31 @@
-"""How fast a half-cache conversion serves on a CPU, against its source: prefill, and decode at 2K and 6K of context.
+"""Compares how fast a conversion to half of the cache and its source serve on a CPU, after prompts of 2K and 6K tokens.
 
     python -m benchmarks.cpu_speed [SOURCE] [--model CONVERTED] [--rounds 3]
 
-Converts SOURCE (the demo model, unless one is given) to 192 cached numbers per token and layer by the fastest method,
-for speed does not depend on quality, or takes the conversion that --model names; then runs `vllm-mla bench` on both,
-side by side, in bfloat16: 16 requests of 2,048 and 6,144 tokens.
+Converts SOURCE, or the demo model, to 192 cached numbers per token and layer. It takes the fastest method, because
+speed does not depend on quality. `--model` names a conversion to use instead. Then `vllm-mla bench` runs both side by
+side in bfloat16, with 16 requests of 2,048 and of 6,144 tokens.
 """
 
-import argparse
 import json
 import subprocess
 import tempfile
 from pathlib import Path
 
-from benchmarks.common import VLLM_MLA, convert, write_result
+from benchmarks.common import VLLM_MLA, convert, plain_parser, write_result
 from scripts.demo_model import demo_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 
 SPLIT = ("--kv-lora-rank", "128", "--qk-rope-head-dim", "64")
 CONVERSION = ("--method", "transmla", "--freqfold", "2", *SPLIT, "--calibration-tokens", "2048")
-# Long enough that most steps only decode all 16 requests.
+# Answers are long enough that most steps only decode for all 16 requests.
 LENGTHS = "2048:40,6144:40"
 
 
 def main() -> None:
     """Measure, print, and write the result file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = plain_parser(__doc__)
     parser.add_argument("source", nargs="?", type=Path, help="a GQA model that caches 384 numbers per token and layer")
     parser.add_argument("--model", type=Path, help="its conversion, if there is one already")
     parser.add_argument("--rounds", type=int, default=3)

@@ -1,18 +1,25 @@
-"""Does QK-norm cost a conversion quality? SmolLM2 as a Qwen3, converted and scored beside SmolLM2 itself.
+"""Does QK-norm make conversions worse? SmolLM2 is turned into a Qwen3, and both are converted and scored.
 
     python -m benchmarks.families --valid wiki.valid.tokens --test wiki.test.raw
 
-No weights make a Qwen3 compute what a Llama computes, for its queries and keys are normalised. So SmolLM2's weights
-are put into a Qwen3, each layer's attention is trained to give what SmolLM2's gives, and then the whole model to
-predict what SmolLM2 predicts: minutes, on the validation text. Such training leaves its mark on queries and keys; to
-tell it from that of the norm, the Qwen3 is carried back into a Llama by the same steps. All three are then converted
-by the default method at half and a quarter of their cache, by its closed form alone or with its refit, which is healed
-too, and compared by how much perplexity grows: over 8 windows of the test split, as everywhere, and over 64, for 8 are
-few to tell differences of a percent; by the default method at half of the cache, over all 294 of them, too. (Mistral,
-Qwen2 and Mixtral hold SmolLM2's weights unchanged, and ``tests/test_families.py`` shows that their conversions are the
-same.)
+No weights make a Qwen3 compute the same as a Llama, because it normalises queries and keys. Therefore:
 
-Rows already in the result file are kept: remove it to measure again, or choose rows with ``--only``.
+1. SmolLM2's weights are put into a Qwen3.
+2. The attention of each layer is trained to give the same output as SmolLM2's.
+3. The whole model is trained to predict the same as SmolLM2. Steps 2 and 3 take minutes, on the validation text.
+
+Such training changes queries and keys, whatever the family. To tell its effect from the norm's, the Qwen3 is turned
+back into a Llama by the same steps.
+
+All three models are then converted by the default method to half and to a quarter of their cache: by its closed form
+alone, with its refit, and with its refit and healing. They are compared by the growth of their perplexity over 8
+windows of the test split, as in the other benchmarks, and over 64, because 8 are too few to show differences of a
+percent. The conversions to half of the cache with the refit are scored over all 294 windows, too.
+
+(Mistral, Qwen2 and Mixtral can hold SmolLM2's weights unchanged; ``tests/conversion/test_families.py`` shows that their
+conversions are the same.)
+
+Rows that are in the result file already are kept: remove it to measure them again, or choose rows with ``--only``.
 """
 
 import itertools
@@ -35,11 +42,12 @@ LENGTH, BATCH = 512, 4
 LAYER_WINDOWS, LAYER_STEPS, LAYER_RATE = 16, 64, 0.01
 STEPS, RATE = 32, 1e-4
 RATIOS = (0.5, 0.25)
-TEACHERS = {"qwen3": "llama", "llama from qwen3": "qwen3"}  # of the models that are trained; their first word's family
+# The teacher of each trained model. The first word of a model's name is its family.
+TEACHERS = {"qwen3": "llama", "llama from qwen3": "qwen3"}
 CLOSED_FORM, REFIT = ("--refit-steps", "0"), ("--calibration-tokens", "65536")
-WINDOWS, MOST_WINDOWS = [64], [64, 294]  # beside the first 8; there are no more than that
-DEFAULT = ("refit", 0.5)  # what is scored on most
-RUNS = {"closed form": CLOSED_FORM, "refit": REFIT, "refit, healed": REFIT}  # what is healed is the row before it
+WINDOWS, MOST_WINDOWS = [64], [64, 294]  # beside the first 8; 294 are all
+DEFAULT = ("refit", 0.5)  # scored over most windows
+RUNS = {"closed form": CLOSED_FORM, "refit": REFIT, "refit, healed": REFIT}  # a healed row heals the model before it
 SHARED = (
     "vocab_size",
     "hidden_size",
@@ -59,7 +67,7 @@ SHARED = (
 
 
 def carried(teacher: PreTrainedModel, family: str) -> PreTrainedModel:
-    """A model of ``family`` with the teacher's weights, but for the norms of queries and keys."""
+    """A model of ``family`` with the teacher's weights, except for the norms of queries and keys."""
     config = AutoConfig.for_model(family, **{name: getattr(teacher.config, name) for name in SHARED})
     student = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     differ = student.load_state_dict(teacher.state_dict(), strict=False)
@@ -68,7 +76,7 @@ def carried(teacher: PreTrainedModel, family: str) -> PreTrainedModel:
 
 
 def fit_layers(model: PreTrainedModel, copy: PreTrainedModel, windows: torch.Tensor) -> None:
-    """Train each attention of ``copy`` to give, for the inputs it has in ``model``, what it gives there."""
+    """Train each attention of ``copy`` to give the same output as in ``model``, for its inputs there."""
     positions = torch.arange(LENGTH)[None]
     with torch.no_grad():
         hidden = model.model.embed_tokens(windows)
@@ -97,7 +105,11 @@ def fit_layers(model: PreTrainedModel, copy: PreTrainedModel, windows: torch.Ten
 
 
 def start(teacher: torch.nn.Module, student: torch.nn.Module, inputs: torch.Tensor) -> None:
-    """Give queries and keys the size they have without a norm to the norm's weights, or the other way round."""
+    """Make the student's queries and keys start with the size of the teacher's.
+
+    A student with norms gets that size as the weights of its norms. In a student without norms, the projections are
+    multiplied by the weights of the teacher's norms and divided by the size that they give without.
+    """
     for name in "qk":
         projection = getattr(student, f"{name}_proj")
         heads = projection(inputs).unflatten(-1, (-1, student.head_dim))
@@ -110,7 +122,7 @@ def start(teacher: torch.nn.Module, student: torch.nn.Module, inputs: torch.Tens
 
 
 def distil(model: PreTrainedModel, copy: PreTrainedModel, windows: torch.Tensor) -> None:
-    """Train ``copy`` to predict what ``model`` predicts."""
+    """Train ``copy`` to predict the same as ``model``."""
     optimizer = torch.optim.AdamW(copy.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS, pct_start=0.1)
     for step in track(range(STEPS), description="Distilling"):
@@ -128,7 +140,7 @@ def distil(model: PreTrainedModel, copy: PreTrainedModel, windows: torch.Tensor)
 
 
 def make_copy(source: Path, family: str, text: Path, folder: Path) -> None:
-    """Write the ``source`` as a model of another family."""
+    """Turn ``source`` into a model of another family and write it into ``folder``."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(source)
     ids = tokenizer(text.read_text(), return_tensors="pt", verbose=False).input_ids[0]
@@ -143,7 +155,7 @@ def make_copy(source: Path, family: str, text: Path, folder: Path) -> None:
 
 
 def source_folder(name: str, models: Path, text: Path) -> Path:
-    """Where a model is; it is trained if it is not in ``models``, and its teacher before it."""
+    """The folder of a model, which is trained if it is not in ``models``, as is its teacher before it."""
     if name not in TEACHERS:
         return demo_folder()
     folder = models / name.replace(" ", "-")
@@ -155,7 +167,9 @@ def source_folder(name: str, models: Path, text: Path) -> Path:
 def main() -> None:
     """Train, convert, score, write the result file."""
     parser = row_parser(__doc__)
-    parser.add_argument("--models", type=Path, help="folder where trained models are kept, and taken from")
+    parser.add_argument(
+        "--models", type=Path, help="folder for trained models; those that are in it are not trained again"
+    )
     arguments = parser.parse_args()
     rows = measured_rows("families")
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,13 +1,13 @@
-"""What an 8-bit latent cache costs: perplexity with every cached number rounded to fp8 (e4m3, scale 1).
+"""Measures how much perplexity an 8-bit latent cache costs: every cached number is rounded to fp8 (e4m3, scale 1).
 
     python -m benchmarks.fp8_cache --test wiki.test.raw MODEL...
 
-Runs converted checkpoints in transformers, float32, on the first 8 windows of 1,024 tokens of the text, with the
-cache rounded and not, and with each cached component first multiplied by a random factor of 10 ** [-4, 4] that the
-up-projection takes back: the same model, with latents at a scale that nobody chose.
+Runs converted checkpoints in transformers, in float32, on the first 8 windows of 1,024 tokens of the text: with the
+cache as it is, with latents rounded, and with latents and rotary keys rounded. Then it multiplies each latent component
+by a random factor between 10 ** -4 and 10 ** 4, which the up-projection takes back, and rounds latents again: the model
+is the same, but nobody chose the scale of its latents.
 """
 
-import argparse
 import math
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import vllm_mla_plugin.hf  # noqa: F401 - registers the MLA models
-from benchmarks.common import write_result
+from benchmarks.common import plain_parser, write_result
 
 
 def rounded(x: torch.Tensor) -> torch.Tensor:
@@ -27,14 +27,14 @@ def rounded(x: torch.Tensor) -> torch.Tensor:
 
 
 class Fp8Latents(DynamicCache):
-    """Gives back rounded latents, and rotary keys as they are."""
+    """Returns latents rounded, and rotary keys as they are."""
 
     def update(self, latent: torch.Tensor, k_rope: torch.Tensor, *args: Any, **kwargs: Any) -> tuple:
         return super().update(rounded(latent), k_rope, *args, **kwargs)
 
 
 class Fp8Cache(DynamicCache):
-    """Gives back what vLLM's fp8 KV cache would: latents and rotary keys rounded."""
+    """Returns latents and rotary keys rounded, as vLLM's fp8 KV cache does."""
 
     def update(self, latent: torch.Tensor, k_rope: torch.Tensor, *args: Any, **kwargs: Any) -> tuple:
         return super().update(rounded(latent), rounded(k_rope), *args, **kwargs)
@@ -42,7 +42,7 @@ class Fp8Cache(DynamicCache):
 
 @torch.inference_mode()
 def perplexity(model: torch.nn.Module, windows: torch.Tensor, cache: type[DynamicCache]) -> float:
-    """exp of the mean next-token loss of windows ``[windows, tokens]``."""
+    """``exp`` of the mean next-token loss of windows ``[windows, tokens]``."""
     loss = 0.0
     for window in windows.split(1):
         logits = model(window, past_key_values=cache(), use_cache=True).logits[0, :-1]
@@ -52,7 +52,7 @@ def perplexity(model: torch.nn.Module, windows: torch.Tensor, cache: type[Dynami
 
 @torch.inference_mode()
 def scramble(model: torch.nn.Module) -> None:
-    """Scale every latent component at random, without changing the model's function."""
+    """Scale every latent component by a random factor, without changing the model's function."""
     generator = torch.Generator().manual_seed(0)
     for layer in model.model.layers:
         attention = layer.self_attn
@@ -63,7 +63,7 @@ def scramble(model: torch.nn.Module) -> None:
 
 def main() -> None:
     """Measure, print, and write the result file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = plain_parser(__doc__)
     parser.add_argument("models", nargs="+", type=Path, metavar="MODEL", help="converted checkpoints")
     parser.add_argument("--test", type=Path, required=True, help="text to score")
     arguments = parser.parse_args()

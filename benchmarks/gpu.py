@@ -1,15 +1,15 @@
-"""Throughput and KV capacity on a GPU: MLA against MHA and GQA, by shape alone (random weights, no downloads).
+"""Measures throughput and KV capacity on a GPU: MLA against MHA and GQA.
 
     python -m benchmarks.gpu [--only NAME] [--cache 16.5] [--rounds 1]
 
-Serves pairs of configurations through vLLM, each engine with the same memory for its cache, and writes
-benchmarks/results/gpu.json after each model, with the ratios of pairs and whether they reach their targets. Rows
-already in it are kept: remove them to measure again. `most` requests are as many as a model's cache holds at full
-length, so that both models are measured with a full one. `--try` runs one layer on short prompts, to see that
-everything works.
+Only the shapes are real: weights are random, and nothing is downloaded. Serves pairs of configurations through vLLM,
+each engine with the same memory for its cache. After each model it writes benchmarks/results/gpu.json, with the ratios
+of pairs and whether they reach their targets. Rows that are in the file already are kept: remove them to measure again.
+
+`most` requests are as many as a model's cache holds at full length, so that both models are measured with a full cache.
+`--try` runs one layer on short prompts, which shows whether everything works.
 """
 
-import argparse
 import itertools
 import json
 import shlex
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig
 
-from benchmarks.common import RESULTS, write_result
+from benchmarks.common import RESULTS, plain_parser, write_result
 from mla_converters.bench.run import bench
 from mla_converters.options import MOST, BenchOptions, Workload
 from vllm_mla_plugin.checkpoint.config import LlamaMLAConfig
@@ -32,16 +32,16 @@ LLAMA_3_8B = LLAMA_2_7B | {"intermediate_size": 14336, "num_key_value_heads": 8,
 RATE, DECODE, CAPACITY = "output_tokens_per_second", "decode_tokens_per_second", "kv_capacity_tokens"
 
 Targets = dict[Workload, dict[str, float]]
-"""What is measured, and the least ratios to the source that are expected of it."""
+"""Workloads to measure and, of each, the smallest ratios to the source that are expected."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A source shape, the cache of its conversion, and what is expected of the pair.
+    """A source and its conversion.
 
     Attributes:
-        shape: fields of the source's configuration; head size 128.
-        targets: by workload.
+        shape: fields of the source's configuration; the head size is 128.
+        targets: see :data:`Targets`.
         latent: ``kv_lora_rank`` of the conversion.
         rope: its ``qk_rope_head_dim``.
     """
@@ -59,19 +59,19 @@ CASES = {
         {
             Workload(MOST, 8192, 8192): {RATE: 2.5, CAPACITY: 3.55},
             Workload(MOST, 32768, 512): {DECODE: 2.5},
-            # Little to gain: it must not cost anything either.
+            # Small caches leave little to gain here, but nothing may be lost either.
             Workload(64, 128, 256): {RATE: 0.95},
             Workload(1, 1024, 256): {RATE: 0.95},
             Workload(1, 8192, 256): {RATE: 0.95},
         },
     ),
-    # Half the cache, which this plugin's kernel decodes.
+    # Half of the cache; this plugin's own kernel decodes it.
     "llama-3-8b-half": Case(LLAMA_3_8B, {Workload(MOST, 8192, 1024): {CAPACITY: 1.99}}, latent=960),
 }
 
 
 def write_configs(case: Case, layers: int | None, folder: Path) -> None:
-    """``config.json`` of the source and of its conversion, and nothing else, in folders of their names."""
+    """Write ``config.json`` of the source and of its conversion, and nothing else, into ``source`` and ``mla``."""
     shape: dict[str, Any] = case.shape | {"max_position_embeddings": 65536, "dtype": "bfloat16"}
     if layers is not None:
         shape["num_hidden_layers"] = layers
@@ -81,13 +81,14 @@ def write_configs(case: Case, layers: int | None, folder: Path) -> None:
 
 
 def workload(row: dict[str, Any]) -> Workload:
+    """The workload that a row is about."""
     return Workload(row["requests"], row["input_len"], row["output_len"])
 
 
 def measure(
     name: str, model: str, workloads: tuple[Workload, ...], cache: float, rounds: int, trial: bool
 ) -> list[dict[str, Any]]:
-    """A model's rows, one for each workload."""
+    """Measure one model and return its rows, one for each workload."""
     case = CASES[name]
     options = BenchOptions(
         workloads=(Workload(2, 32, 8),) if trial else workloads,
@@ -97,10 +98,10 @@ def measure(
     )
     with tempfile.TemporaryDirectory(prefix="vllm-mla-gpu-") as folder:
         write_configs(case, 1 if trial else None, Path(folder))
-        report = bench([str(Path(folder, model))], options, quiet=True)
+        report = bench([str(Path(folder, model))], options, quiet=True).as_json()
     rows = report["models"]
     for row in rows:
-        del row["ratios"]  # to itself
+        del row["ratios"]  # of the model to itself
         row |= {"case": name, "name": model, "cache_gib": cache}
         row |= {"hardware": report["hardware"], "versions": report["versions"]}
         shown = ("requests", "input_len", "output_len", RATE, DECODE, "kv_capacity_tokens", "peak_concurrency")
@@ -109,7 +110,7 @@ def measure(
 
 
 def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of conversions, with their ratios to the sources' rows where there are such, and what was expected."""
+    """All rows; those of conversions get their ratios to the source's row, if there is one, and their targets."""
     sources = {(row["case"], workload(row)): row for row in rows if row["name"] == "source"}
     result = []
     for row in rows:
@@ -126,10 +127,10 @@ def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Measure, print, and write the result file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = plain_parser(__doc__)
     parser.add_argument("--only", choices=CASES, help="one pair instead of all")
-    # Two requests of 8K + 8K fill it for Llama-2-7B, eight for Llama-3-8B, and a little is left.
-    parser.add_argument("--cache", type=float, default=16.5, help="of each engine, GiB")
+    # Two requests of 8K + 8K fill 16.5 GiB for Llama-2-7B, and eight for Llama-3-8B; a little is left.
+    parser.add_argument("--cache", type=float, default=16.5, help="memory of each engine's cache in GiB")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--try", dest="trial", action="store_true", help="one layer, short prompts, no result file")
     arguments = parser.parse_args()

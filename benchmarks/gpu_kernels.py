@@ -1,22 +1,21 @@
-"""Decode of one layer on a GPU, alone: the bandwidth that reading the cache reaches, against that of a plain copy.
+"""Measures the decode of one layer on a GPU: at which bandwidth it reads the cache, compared with a plain copy.
 
     python -m benchmarks.gpu_kernels [--sequences 64] [--length 8192]
 
-Every backend choice of this plugin: 512 + 64 and 256 + 64, which vLLM's own kernels serve, and sizes that they do not.
-bfloat16; pages in random order; in CUDA graphs, as served. Counted are the bytes of the cached tokens, each once; of a
-copy, those read and those written.
+Covers every kernel that this plugin chooses: 512 + 64 and 256 + 64, which vLLM's own kernels serve, and sizes that they
+do not serve. The dtype is bfloat16, pages are in random order, and calls run in CUDA graphs, as in a server. The bytes
+of every cached token count once; of a copy, the bytes read and the bytes written count.
 """
 
-import argparse
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import triton.testing
 import vllm
-from support.gpu_backends import BLOCK, Case, impl_for
 
-from benchmarks.common import RESULTS, write_result
+from benchmarks.common import RESULTS, plain_parser, write_result
+from vllm_mla_plugin.testing.gpu import BLOCK, Case, impl_for
 
 CASES = {
     "llama-3-8b, 512 + 64": Case(512, 64, nope=128, v=128, heads=32),
@@ -32,22 +31,22 @@ COPIED = 2**32  # bytes
 
 
 def milliseconds(run: Callable[[], Any]) -> float:
-    """The median time of a call in a CUDA graph, as it is when served: launches from Python take longer than it."""
+    """Median time of a call in a CUDA graph, as in a server: launching from Python takes longer than the call."""
     return triton.testing.do_bench_cudagraph(run, return_mode="median")
 
 
 def copy_bandwidth() -> float:
-    """Bytes per second, read and written."""
+    """Bytes per second that a plain copy reads and writes."""
     source = torch.zeros(COPIED, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    # Not in a graph, where a copy is another thing, and slower.
+    # Outside of a CUDA graph, because a copy in a graph is another operation, and slower.
     taken = triton.testing.do_bench(lambda: target.copy_(source), return_mode="median")
     return 2 * COPIED / taken * 1e3
 
 
 @torch.inference_mode()
 def decode(case: Case, sequences: int, length: int) -> tuple[str, float]:
-    """The backend's name, and the milliseconds of one call."""
+    """The backend's name and the milliseconds of one call."""
     backend = impl_for(case, DTYPE, "auto")
     each = -(-length // BLOCK)
     cache = torch.randn(sequences * each + 1, BLOCK, case.latent + case.rope, dtype=DTYPE, device="cuda")
@@ -59,7 +58,7 @@ def decode(case: Case, sequences: int, length: int) -> tuple[str, float]:
 
 def main() -> None:
     """Measure, print, and write the result file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = plain_parser(__doc__)
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--length", type=int, default=8192)
     arguments = parser.parse_args()

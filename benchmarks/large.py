@@ -1,14 +1,15 @@
-"""What converting a large model takes: time of each layer, peak memory and disk, beside what ``vllm-mla plan`` says.
+"""Measures the conversion of a large model: time of each layer, peak memory and disk, compared with ``vllm-mla plan``.
 
     python -m benchmarks.large --folder /scratch [--layers 32] [--refit-steps 0] [OPTION...]
 
 Writes a checkpoint of Llama-3-8B's shape (bfloat16, random weights, shards of 5 GB) into the folder, converts it to
-512 + 64 with 4,096 calibration tokens in a process of its own, and watches that process and the disk: for 32 layers
-the folder needs about 35 GB. Further options go to ``vllm-mla convert``. Llama-3-70B's shape is projected: what
-``plan`` says of it, times what was measured over what ``plan`` says of the model that was converted.
+512 + 64 with 4,096 calibration tokens in a process of its own, and watches that process and the disk. For 32 layers
+the folder needs about 35 GB. Further options go to ``vllm-mla convert``.
+
+Llama-3-70B's shape is not converted but projected: the estimate of ``plan`` for it, multiplied by measurement over
+estimate of the model that was converted.
 """
 
-import argparse
 import json
 import shutil
 import subprocess
@@ -24,15 +25,15 @@ from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from benchmarks.common import VLLM_MLA, write_result
+from benchmarks.common import VLLM_MLA, plain_parser, write_result
 from mla_converters.checkpoints.writer import Shards
 from mla_converters.options import AttentionAwareOptions
 from scripts.demo_model import ROOT, demo_folder
 
 TOKENS = 4096
 SIZES = ("--kv-lora-rank", "512", "--qk-rope-head-dim", "64")
-SCALE = 0.02  # standard deviation of the weights, as Llama is initialised
-EVERY = 0.2  # seconds between looks
+SCALE = 0.02  # standard deviation of the weights, the same as in Llama's initialisation
+EVERY = 0.2  # seconds between two looks at the process
 COMMON = {
     "vocab_size": 128256,
     "num_key_value_heads": 8,
@@ -48,7 +49,7 @@ LARGE = {"num_hidden_layers": 80, "hidden_size": 8192, "intermediate_size": 2867
 
 
 def write_source(folder: Path, config: LlamaConfig) -> None:
-    """A random model, one tensor in memory at a time."""
+    """Write a random model, with one tensor in memory at a time."""
     folder.mkdir(parents=True)
     config.save_pretrained(folder)
     with torch.device("meta"):
@@ -66,7 +67,7 @@ def write_source(folder: Path, config: LlamaConfig) -> None:
 
 
 def plan(source: Path, refit_steps: int) -> dict[str, Any]:
-    """What ``vllm-mla plan`` says of a conversion."""
+    """The estimates of ``vllm-mla plan`` for a conversion."""
     report = source.with_suffix(".plan.json")
     command = [VLLM_MLA, "plan", source, "--calibration-tokens", str(TOKENS), "--refit-steps", str(refit_steps)]
     command += ["--json", report]
@@ -78,12 +79,13 @@ def plan(source: Path, refit_steps: int) -> dict[str, Any]:
 
 @dataclass
 class Stage:
-    """A part of a conversion: a layer, or what comes before or after all of them.
+    """A part of a conversion: one layer, or the time before or after all layers.
 
     Attributes:
+        name: ``before``, ``layer`` and its number, or ``after``.
         seconds: how long it took.
-        peak_rss_gb: largest resident memory seen, and of it the part that is no page of a mapped file.
-        peak_anonymous_gb: likewise, of that part alone.
+        peak_rss_gb: largest resident memory that was seen.
+        peak_anonymous_gb: largest resident memory that was seen without the pages of mapped files.
     """
 
     name: str
@@ -92,7 +94,7 @@ class Stage:
     peak_anonymous_gb: float = 0.0
 
     def saw(self, process: psutil.Process, seconds: float) -> None:
-        """Take in one look."""
+        """Note the memory of the process at the end of these seconds."""
         memory = process.memory_info()
         self.seconds = round(self.seconds + seconds, 2)
         self.peak_rss_gb = max(self.peak_rss_gb, round(memory.rss / 1e9, 3))
@@ -100,7 +102,7 @@ class Stage:
 
 
 def stage_name(work: Path, layers: int) -> str:
-    """What the conversion that works in a folder is at, by what it has saved."""
+    """The stage of the conversion that works in this folder, judged by what it has saved."""
     try:
         with safe_open(work / "layers.safetensors", framework="pt") as record:
             done = json.loads(record.metadata()["done"])
@@ -110,7 +112,7 @@ def stage_name(work: Path, layers: int) -> str:
 
 
 def disk_bytes(*folders: Path) -> int:
-    """Disk that folders take; files come and go meanwhile."""
+    """Bytes of disk that folders take, while files in them come and go."""
     total = 0
     for folder in folders:
         for path in folder.rglob("*"):
@@ -122,7 +124,7 @@ def disk_bytes(*folders: Path) -> int:
 
 
 def watched_conversion(source: Path, out: Path, layers: int, options: list[str]) -> dict[str, Any]:
-    """Convert, looking at the process and the disk all the while."""
+    """Convert, and watch the process and the disk until it ends."""
     report, work = out.with_suffix(".json"), out.with_name(f"{out.name}.partial")
     command = [VLLM_MLA, "convert", source, out, *SIZES, "--calibration", ROOT / "LICENSE"]
     command += ["--calibration-tokens", str(TOKENS), *options, "--force", "--json", report]
@@ -152,7 +154,7 @@ def watched_conversion(source: Path, out: Path, layers: int, options: list[str])
 
 
 def planned_figures(planned: dict[str, Any], measured: dict[str, Any]) -> dict[str, float]:
-    """What ``plan`` says of the figures that were measured."""
+    """The estimates of ``plan`` for the figures that were measured."""
     return {
         "core_seconds": planned["core_seconds"][measured["method"]],
         "peak_rss_gb": round(planned["peak_memory_bytes"]["file"] / 1e9, 2),
@@ -163,9 +165,9 @@ def planned_figures(planned: dict[str, Any], measured: dict[str, Any]) -> dict[s
 
 def main() -> None:
     """Measure, project, print, and write the result file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="scratch; what this leaves there is removed")
-    parser.add_argument("--layers", type=int, default=SMALL["num_hidden_layers"], help="fewer, for a try")
+    parser = plain_parser(__doc__)
+    parser.add_argument("--folder", type=Path, required=True, help="for large files, which are removed at the end")
+    parser.add_argument("--layers", type=int, default=SMALL["num_hidden_layers"], help="fewer make a quick trial")
     parser.add_argument("--refit-steps", type=int, default=AttentionAwareOptions().refit_steps, help="of each layer")
     arguments, options = parser.parse_known_args()
     options += ["--refit-steps", str(arguments.refit_steps)]

@@ -1,19 +1,26 @@
-"""Quality at each cache size, method against method: converts, scores through ``vllm-mla eval``, tabulates, plots.
+"""Compares the quality of all methods at each cache size: converts, scores with ``vllm-mla eval``, tabulates, plots.
 
     python -m benchmarks.quality --valid wiki.valid.tokens --test wiki.test.raw
 
-Source: SmolLM2-135M-Instruct. Calibration: WikiText-2's validation split (tokenised form, marks undone), 32 windows
-of 2,048 tokens for ``attention-aware`` with refit and 8 without, 32 of 512 for ``transmla`` and ``mha2mla``; or text
-that the model writes (``self``). What is ``healed`` was converted by the map alone, without a refit or least squares,
-what is ``closed-form healed`` with least squares and what is ``refit healed`` with a refit, and then trained on 65,536
-tokens of the same text, of which one in 32 is held out, in windows of 256 to 1,024, seen once or twice, by how much was
-lost; the first also on ``self``, or half of each, the second on 32,768 tokens of ``self``, and the third on as many
-tokens of ``self`` besides.
-Scores: perplexity in float32 of the first 8 windows of 1,024 tokens of WikiText-2's raw test split, the first 2 of
-4,096, and of 8 windows of 1,024 tokens of another domain: the source code of Python's ``argparse``. Some also through
-vLLM.
+The source is SmolLM2-135M-Instruct. Calibration texts:
 
-Rows already in the result file are kept: remove it to measure again, or choose rows with ``--only``.
+- WikiText-2's validation split (tokenised form, marks undone): 32 windows of 2,048 tokens for ``attention-aware`` with
+  refit, 8 such windows without, and 32 windows of 512 tokens for ``transmla`` and ``mha2mla``,
+- ``self``: text that the model writes.
+
+Healed rows are trained on 65,536 tokens of the same text after the conversion. Of these, 1/32 is held out. Windows have
+256 to 1,024 tokens and are seen once or twice, depending on how much the conversion lost. The rows differ in the
+conversion, and have variants with other texts:
+
+- ``healed``: converted by the map alone, without a refit or least squares; also on ``self``, or half on each,
+- ``closed-form healed``: converted with least squares; also on 32,768 tokens of ``self``,
+- ``refit healed``: converted with a refit; also on 65,536 tokens of ``self`` in addition to those of the text.
+
+Scores are perplexities in float32: of the first 8 windows of 1,024 tokens of WikiText-2's raw test split, of its first
+2 windows of 4,096 tokens, and of 8 windows of 1,024 tokens of another domain, which is the source code of Python's
+``argparse``. Some rows are also scored through vLLM.
+
+Rows that are in the result file already are kept: remove it to measure them again, or choose rows with ``--only``.
 """
 
 import re
@@ -40,21 +47,21 @@ from mla_converters.support.plots import png
 from scripts.demo_model import demo_folder
 
 COMMAND = "python -m benchmarks.quality --valid wiki.valid.tokens --test wiki.test.raw"
-# Cached numbers per token and layer (the source has 384), and how TransMLA's paper and code split them.
+# Cached numbers per token and layer (the source has 384), split as in TransMLA's paper and code.
 SPLITS = {192: (128, 64), 128: (96, 32), 96: (64, 32), 48: (32, 16)}
-# Perplexity of checkpoints that TransMLA's own code wrote, with the same calibration text and scoring.
+# Perplexity of checkpoints that TransMLA's own code wrote, with the same calibration text and the same scoring.
 TRANSMLA_OWN_CODE = {192: 55.72, 128: 96.4, 96: 155.2, 48: 436.5}
-# Of what is healed on other texts than the file, with no more than the map before: those for converting and healing.
+# Rows that are converted by the map alone and not on the file alone: their texts, for conversion and healing.
 OTHER_TEXTS = {"healed self": ("self",), "healed text and self": ("FILE", "self")}
 MAP_ALONE = ["--without", Ingredient.LEAST_SQUARES]
-# Ingredients of a layer's map.
+# The ingredients of a layer's map.
 OF_THE_MAP = [
     ingredient
     for ingredient in Ingredient
     if ingredient not in (Ingredient.LEAST_SQUARES, Ingredient.CONVERTED_INPUTS, Ingredient.MLP)
 ]
 SIZES = {"": [], " per layer": ["--layer-sizes", "measured"]}
-# What the plot shows.
+# The rows that the plot shows.
 LABELS = {
     "transmla": "TransMLA (ours)",
     "mha2mla": "MHA2MLA (ours)",
@@ -70,12 +77,12 @@ LABELS = {
 
 @dataclass(frozen=True)
 class Job:
-    """What a row measures.
+    """The model that a row measures.
 
     Attributes:
         width: numbers cached per token and layer.
         options: of ``vllm-mla convert``.
-        healing: options of ``vllm-mla heal``; None to leave it out.
+        healing: options of ``vllm-mla heal``; None for a model that is not healed.
     """
 
     width: int
@@ -84,7 +91,7 @@ class Job:
 
 
 def jobs(text: Path) -> dict[str, Job]:
-    """Every row by its name; what is converted alike comes one after the other."""
+    """Every row by its name. Rows with the same conversion follow each other, so that it runs once."""
     plain = ["--calibration", str(text)]
     both = [*each("--text", [str(text), "self"]), "--tokens", "131072"]
     rows = {"exact": Job(384, ["--method", "exact"])}
@@ -116,23 +123,23 @@ def jobs(text: Path) -> dict[str, Job]:
     rows["without mlp"] = Job(192, [*refitted, "--without", Ingredient.MLP])
     for ingredient in (Ingredient.LEAST_SQUARES, Ingredient.CONVERTED_INPUTS, Ingredient.RANDOM_TOKENS):
         rows[f"without {ingredient}"] = Job(192, [*closed_form, "--without", ingredient])
-    for ingredient in OF_THE_MAP:  # alone, for least squares repair a part of what it loses
+    for ingredient in OF_THE_MAP:  # without least squares, which repair a part of the loss
         rows[f"without least-squares, {ingredient}"] = Job(192, [*closed_form, *MAP_ALONE, "--without", ingredient])
     return rows
 
 
 def each(option: str, values: Sequence[str]) -> list[str]:
-    """An option given once with each value."""
+    """The option once for each value."""
     return [word for value in values for word in (option, value)]
 
 
 def shown(options: list[str], text: Path) -> str:
-    """Options as a result file has them."""
+    """Options as they stand in the result file, without the text's path."""
     return " ".join(options).replace(str(text), "FILE")
 
 
 def scores(model: Path, test: Path, long_windows: bool = True) -> dict[str, float]:
-    """Perplexities of a model on the test text, on the other text and, unless told otherwise, in longer windows."""
+    """Perplexities of a model on the test text, on the other text and, if asked for, in longer windows."""
     options = {
         "perplexity": (test,),
         "perplexity_at_4096": (test, "--length", "4096", "--windows", "2"),
@@ -144,14 +151,14 @@ def scores(model: Path, test: Path, long_windows: bool = True) -> dict[str, floa
 
 
 def draw(rows: dict[str, dict], path: Path) -> None:
-    """Perplexity against cache size, a line for each method."""
+    """Draw perplexity against cache size, one line for each method."""
     with png(path) as figure:
         figure.set_size_inches(7, 7)
         axes = figure.add_subplot()
         axes.plot(*zip(*TRANSMLA_OWN_CODE.items(), strict=True), "x--", color="gray", label="TransMLA's own code")
         for kind, label in LABELS.items():
             points = [(width, rows[name]["perplexity"]) for width in SPLITS if (name := f"{kind} {width}") in rows]
-            if points:  # joined where none is left out, for in between the line is not straight
+            if points:  # joined by a line only if no size is missing, because lines are not straight
                 axes.plot(*zip(*points, strict=True), "o-" if len(points) == len(SPLITS) else "o", label=label)
         axes.axhline(rows["source"]["perplexity"], color="black", linewidth=1, label="source (384)")
         axes.set_yscale("log")
@@ -162,7 +169,7 @@ def draw(rows: dict[str, dict], path: Path) -> None:
 
 
 def main() -> None:
-    """Measure what is not measured yet; write results after every row."""
+    """Measure the rows that are missing; write the result file after every row, and the plot at the end."""
     arguments = row_parser(__doc__).parse_args()
 
     rows = measured_rows("quality")

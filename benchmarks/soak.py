@@ -1,17 +1,22 @@
-"""Does the server stand up under load? More requests than it can serve, some of them broken, some abandoned.
+"""Does the server withstand more requests than it can serve, if some of them are broken and some abandoned?
 
     python -m benchmarks.soak MODEL [--minutes 5] [--overload 1.5]
 
-Starts `vllm serve` on MODEL, a converted checkpoint, in float32, where an answer does not depend on who else is in its
-batch. Asks each prompt of a fixed set alone, measures how many requests a second the server completes, and then sends
-`--overload` times as many: short and long ones, streams whose clients vanish in the middle, requests that are aborted,
-and invalid ones (context too long, broken JSON, impossible sampling parameters, a prompt of 10 MB). At the end, every
-answer that was completed must equal the one given alone, every invalid request must have been refused as the client's
-fault, the server must answer, and its memory must be where it was. The server runs with thresholds that make glibc give
-back what is freed: by its defaults it keeps much of that, and resident memory grows whether or not anything leaks.
+Starts `vllm serve` on MODEL, a converted checkpoint, in float32, because there an answer does not depend on the other
+requests of its batch. The steps:
+
+1. Ask each prompt of a fixed set alone.
+2. Measure how many requests the server completes in a second.
+3. Send `--overload` times as many: short and long ones, streams whose clients vanish in the middle, requests that are
+   aborted, and invalid ones (context too long, broken JSON, impossible sampling parameters, a prompt of 10 MB).
+
+At the end, every completed answer must equal the one that was given alone, every invalid request must have been refused
+as the client's fault, the server must still answer, and its memory must not have grown by more than 5%.
+
+The server runs with thresholds that make glibc give freed memory back. By default, glibc keeps much of it, and resident
+memory grows even if nothing leaks. The server's log is `soak.log` in the system's folder for temporary files.
 """
 
-import argparse
 import asyncio
 import collections
 import contextlib
@@ -19,6 +24,7 @@ import json
 import random
 import re
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,19 +35,21 @@ import psutil
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.common import write_result
-from scripts import demo
+from benchmarks.common import plain_parser, write_result
+from mla_converters.engines.server import serve
 
-CONTEXT = 2048  # the demo's server has so much
-VOCABULARY = 40000  # token ids below it are ordinary words in the demo model's tokenizer
+CONTEXT = 2048
+OPTIONS = ("--dtype", "float32", "--max-model-len", str(CONTEXT), "--enforce-eager")
+VOCABULARY = 40000  # smaller token ids are ordinary words in the demo model's tokenizer
 SHORT, LONG = (range(16, 200), range(16, 96)), (range(800, 1800), range(16, 64))  # tokens of prompt and answer
 POOL = 16
 CALIBRATION_SECONDS = 20
 MEMORY_SLACK = 0.05
-MEMORY_SECONDS = 30  # from one look at the server's memory to the next
+MEMORY_SECONDS = 30  # between measurements of the server's memory
+SERVING = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}  # GiB
 GIVE_BACK = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": str(2**20)}
-CROWD = 300  # requests at once, more than the server takes into a batch
-TOGETHER = 4  # invalid requests of a kind, in the warm-up
+CROWD = 300  # requests at once: more than the server takes into a batch
+TOGETHER = 4  # invalid requests of each kind that are sent at once in the warm-up
 KINDS = {"short": 55, "long": 15, "vanishing": 12, "aborted": 8, "invalid": 10}  # of 100 requests
 
 
@@ -50,11 +58,12 @@ class Soak:
     """The state of a run.
 
     Attributes:
-        session: to the server.
-        model: as the server calls it.
-        pool: requests, and the answers given alone.
-        counts: requests by what became of them.
-        problems: what must not happen, in words.
+        session: connection to the server.
+        model: the name by which the server knows the model.
+        random: source of all random choices.
+        pool: requests, each with the answer that it got alone.
+        counts: number of requests by how they ended.
+        problems: sentences, each about something that must not happen.
     """
 
     session: aiohttp.ClientSession
@@ -65,7 +74,7 @@ class Soak:
     problems: list[str] = field(default_factory=list)
 
     def request(self, prompt_tokens: range, answer_tokens: range) -> dict[str, Any]:
-        """A greedy request of random tokens."""
+        """A greedy request with random tokens; its lengths come from these ranges."""
         length = self.random.choice(prompt_tokens)
         return {
             "model": self.model,
@@ -76,17 +85,17 @@ class Soak:
         }
 
     async def complete(self, body: dict[str, Any]) -> str:
-        """The answer's text.
+        """Send a request and return the text of the answer.
 
         Raises:
-            aiohttp.ClientResponseError: the server refuses.
+            aiohttp.ClientResponseError: the server refuses the request.
         """
         async with self.session.post("/v1/completions", json=body) as response:
             response.raise_for_status()
             return (await response.json())["choices"][0]["text"]
 
     async def valid(self) -> None:
-        """One of the pool, whose answer is known."""
+        """Send a request of the pool and compare the answer with the one given alone."""
         body, alone = self.random.choice(self.pool)
         if await self.complete(body) == alone:
             self.counts["completed"] += 1
@@ -94,7 +103,7 @@ class Soak:
             self.counts["wrong"] += 1
 
     async def vanishing(self) -> None:
-        """A stream whose client closes the connection in the middle."""
+        """Start a stream and close the connection in the middle of it."""
         body = self.request(*SHORT) | {"stream": True, "max_tokens": 1000}
         async with self.session.post("/v1/completions", json=body) as response:
             response.raise_for_status()
@@ -104,14 +113,14 @@ class Soak:
         self.counts["vanished"] += 1
 
     async def aborted(self) -> None:
-        """A client that gives up before it gets any answer."""
+        """Send a request and give up before the answer comes."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.random.uniform(0.05, 3)):
                 await self.complete(self.request(*LONG) | {"max_tokens": 200})
         self.counts["aborted"] += 1
 
     def invalid_bodies(self) -> list[str]:
-        """One of every kind that must be refused, the one of 10 MB last."""
+        """One request of every kind that must be refused; the one of 10 MB comes last."""
         body = self.request(*SHORT)
         return [
             json.dumps(body | {"prompt": [500] * (CONTEXT + 1)}),
@@ -123,12 +132,12 @@ class Soak:
         ]
 
     async def invalid(self) -> None:
-        """A request that must be refused as the client's fault."""
+        """Send a request that must be refused as the client's fault."""
         (data,) = self.random.choices(self.invalid_bodies(), weights=[3, 3, 3, 3, 3, 1])
         await self.send_invalid(data)
 
     async def send_invalid(self, data: str) -> None:
-        """As it is, for not all are JSON."""
+        """Send an invalid request as it is, because not all of them are JSON."""
         headers = {"Content-Type": "application/json"}
         async with self.session.post("/v1/completions", data=data, headers=headers) as response:
             if 400 <= response.status < 500:
@@ -137,7 +146,7 @@ class Soak:
                 self.problems.append(f"status {response.status} for an invalid request: {data[-80:]}")
 
     async def send(self, kind: str) -> None:
-        """One request of a kind; whatever goes wrong is a problem, not an end."""
+        """Send one request of a kind; note what goes wrong and go on."""
         self.counts["sent"] += 1
         try:
             await (self.valid() if kind in ("short", "long") else getattr(self, kind)())
@@ -145,7 +154,7 @@ class Soak:
             self.problems.append(f"{kind}: {type(error).__name__}: {error}")
 
     async def ask_alone(self) -> None:
-        """Fill the pool."""
+        """Fill the pool with requests and their answers, one request at a time."""
         shares = {SHORT: KINDS["short"], LONG: KINDS["long"]}
         sizes = self.random.choices(list(shares), weights=list(shares.values()), k=POOL)
         for size in track(sizes, "Asking alone", console=Console(stderr=True)):
@@ -153,8 +162,10 @@ class Soak:
             self.pool.append((body, await self.complete(body)))
 
     async def warm_up(self) -> None:
-        """Take all the memory that the server takes once: every page of its cache, the largest batch, and what a few
-        huge prompts need, which under load come at the same time."""
+        """Make the server take all memory that it keeps from then on.
+
+        This is every page of its cache, the largest batch, and the memory of several huge prompts at once.
+        """
         async with self.session.get("/metrics") as response:
             info = re.search(r"vllm:cache_config_info{(.*)}", await response.text())
         assert info is not None
@@ -167,7 +178,7 @@ class Soak:
             await asyncio.gather(*(self.send_invalid(data) for _ in range(TOGETHER)))
 
     async def capacity(self) -> float:
-        """Requests per second that the server completes when it always has enough to do."""
+        """Requests per second that the server completes when it always has more to do."""
         end, done = time.monotonic() + CALIBRATION_SECONDS, 0
 
         async def client() -> None:
@@ -181,7 +192,7 @@ class Soak:
         return done / (time.monotonic() - started)
 
     async def overload(self, rate: float, seconds: float) -> None:
-        """Send at a rate, whether or not answers come, and wait for the last answer."""
+        """Send requests at this rate (per second) without waiting for answers; then wait for the last answer."""
         end, tasks = time.monotonic() + seconds, []
         while time.monotonic() < end:
             (kind,) = self.random.choices(list(KINDS), weights=list(KINDS.values()))
@@ -191,8 +202,7 @@ class Soak:
 
 
 def server_memory(url: str) -> dict[str, int]:
-    """Resident megabytes of the server that listens at ``url`` and of its children, by the names they give
-    themselves."""
+    """Resident megabytes of the server that listens at ``url`` and of each of its children, by process name."""
     port = int(url.rsplit(":", 1)[1])
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
@@ -212,8 +222,8 @@ async def watch_memory(url: str, trace: list[int]) -> None:
 
 
 async def soak(model: Path, url: str, minutes: float, overload: float) -> dict[str, Any]:
-    """Run; the figures."""
-    # A connection for each request: the server closes idle ones while a client may just be using them again.
+    """Run all steps and return the figures."""
+    # Each request gets a connection of its own, because the server may close an idle one just when a client uses it.
     connector = aiohttp.TCPConnector(limit=0, force_close=True)
     async with aiohttp.ClientSession(url, connector=connector, timeout=aiohttp.ClientTimeout(total=None)) as session:
         run = Soak(session, str(model), random.Random(0))
@@ -248,13 +258,14 @@ async def soak(model: Path, url: str, minutes: float, overload: float) -> dict[s
 
 
 def main() -> None:
-    """Measure, print, and write the result file; exit code 1 if anything went wrong."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Measure, print, and write the result file; end with exit code 1 if anything went wrong."""
+    parser = plain_parser(__doc__)
     parser.add_argument("model", type=Path, help="converted checkpoint with the demo model's tokenizer")
     parser.add_argument("--minutes", type=float, default=5)
-    parser.add_argument("--overload", type=float, default=1.5, help="times what the server completes")
+    parser.add_argument("--overload", type=float, default=1.5, help="requests sent for each that the server completes")
     arguments = parser.parse_args()
-    with demo.server(arguments.model, "float32", demo.ENVIRONMENT | GIVE_BACK) as (url, _):
+    log = Path(tempfile.gettempdir(), "soak.log")
+    with serve(arguments.model, log, *OPTIONS, environment=SERVING | GIVE_BACK) as url:
         figures = asyncio.run(soak(arguments.model, url, arguments.minutes, arguments.overload))
     print(json.dumps(figures, indent=2))
     figures["model"] = arguments.model.name

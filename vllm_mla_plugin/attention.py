@@ -80,6 +80,7 @@ class MLASelfAttention(nn.Module):
         if not model_config.use_mla:
             raise ValueError("This checkpoint can only be served with MLA: unset VLLM_MLA_DISABLE.")
 
+        config.check_rope()
         self.nope_dim = config.qk_nope_head_dim
         self.latent_dim, self.rope_dim = config.cached_sizes(extract_layer_index(prefix))
         self.v_dim = config.v_head_dim

@@ -10,7 +10,7 @@ import torch
 from rich.progress import Progress
 
 from mla_converters.cards.card import source_card
-from mla_converters.cards.describe import describe_model, outcome
+from mla_converters.cards.describe import outcome
 from mla_converters.checkpoints.families import active_window, window_refusal
 from mla_converters.checkpoints.locate import local_path
 from mla_converters.checkpoints.mla_config import mla_config, per_layer_sizes
@@ -22,6 +22,7 @@ from mla_converters.methods.base import Job, Method, Prepared
 from mla_converters.methods.layer_conversion import ConvertedLayer, Measured
 from mla_converters.methods.registry import method_of
 from mla_converters.options import ConvertOptions, command_line
+from mla_converters.proof import prove_and_describe
 from mla_converters.reports.conversion import (
     CachedNumbers,
     CalibrationText,
@@ -114,8 +115,8 @@ def _convert(
             "per_layer": _rounded(measured) if measured else None,
         }
     )
-    describe_model(work.model, mla_config(source, prepared.budget, sizes, nope_dim, context, dtype_name), report)
-    return report
+    config = mla_config(source, prepared.budget, sizes, nope_dim, context, dtype_name)
+    return prove_and_describe(source, work.model, config, report, device)
 
 
 def _context(source: Source, options: ConvertOptions) -> int:

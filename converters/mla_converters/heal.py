@@ -10,7 +10,7 @@ import torch
 from rich.progress import Progress
 
 from mla_converters.cards.card import CARD, REPORT, read_report
-from mla_converters.cards.describe import describe_model, outcome
+from mla_converters.cards.describe import outcome
 from mla_converters.checkpoints.families import architecture_names
 from mla_converters.checkpoints.locate import local_path
 from mla_converters.checkpoints.manifest import MANIFEST
@@ -20,6 +20,7 @@ from mla_converters.checkpoints.source import Source, open_source
 from mla_converters.checkpoints.writer import Shards
 from mla_converters.errors import ConversionError
 from mla_converters.options import HealOptions, given_options
+from mla_converters.proof import prove_and_describe
 from mla_converters.reports.conversion import ConversionReport, Divergence, Healing
 from mla_converters.resume.identity import VERSIONS, healing_identity
 from mla_converters.resume.work_folder import Work, work_folder
@@ -80,7 +81,7 @@ def heal(
             _write_weights(checkpoint, healed, work.model)
             _copy_others(model, checkpoint, work.model)
             report = report.model_copy(update={"healing": healing})
-            describe_model(work.model, config, report)
+            report = prove_and_describe(teacher, work.model, config, report, device)
     return outcome(report, out, started)
 
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CALIBRATION, MIXTRAL_EXPERTS, RandomModel, load
 from safetensors.torch import load_file
-from test_exact import attend
+from support.files import CALIBRATION
+from support.latent import attend
+from support.models import MIXTRAL_EXPERTS, RandomModel, load
 
 from mla_converters.checkpoints.source import open_source
 from mla_converters.convert import convert
@@ -366,6 +367,7 @@ def weights(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_every_ingredient_does_something(tmp_path: Path) -> None:
     source = RandomModel(heads=HEADS, kv_heads=KV_HEADS, head_dim=32, hidden=96).save(tmp_path / "source")
     ids = torch.randint(0, 128, (1, 64), generator=torch.Generator().manual_seed(1))

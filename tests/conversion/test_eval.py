@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, CommandLine, RandomModel, Refused, load
+from support.commands import CommandLine, Refused
+from support.files import ROOT
+from support.models import RandomModel, load
 from transformers import AutoTokenizer
 
 from mla_converters.evaluation.hf_engine import kl_per_token
@@ -114,6 +116,7 @@ def with_context(model: Path, context: int, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.engine
 def test_vllm_engine(run: Run, smollm2: Path, exact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine gives transformers' numbers, even for windows that fill the context, and reports no KL."""
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -129,6 +132,7 @@ def test_vllm_engine(run: Run, smollm2: Path, exact: Path, tmp_path: Path, monke
     assert "vllm" in report["versions"] and report["device"] is None
 
 
+@pytest.mark.engine
 def test_vllm_failure(refused: Refused, random_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM's CPU attention has no kernel for heads of 16. Its message arrives in one sentence."""
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -137,8 +141,11 @@ def test_vllm_failure(refused: Refused, random_model: Path, monkeypatch: pytest.
 
 
 def test_vllm_that_dies(refused: Refused, random_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mla_converters.evaluation.vllm_engine.WORKER", "no.such.module")
-    assert "exit code 1" in refused(random_model, *CUT, "--engine", "vllm")
+    """The sentence has the last words of the engine's process, and an advice."""
+    monkeypatch.setattr("mla_converters.engines.process.WORKER", "no.such.module")
+    line = refused(random_model, *CUT, "--engine", "vllm")
+    assert "exit code 1" in line and "try --engine hf" in line
+    assert "its last words were: ModuleNotFoundError: No module named 'no'" in line
 
 
 def test_wikitext2_protocol(run: Run, random_model: Path, tmp_path: Path) -> None:
@@ -308,6 +315,7 @@ metric_list: [{{metric: acc}}]
 """
 
 
+@pytest.mark.engine
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm_eval is not installed")
 def test_lm_eval(exact: Path, tmp_path: Path) -> None:
     """lm-eval runs a converted checkpoint in vLLM with the command in ``docs/evaluating.md``."""

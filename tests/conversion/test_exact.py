@@ -5,14 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CALIBRATION, LLAMA3, MIXTRAL_EXPERTS, QWEN3_EXPERTS, YARN, RandomModel, convert, load
 from safetensors import safe_open
+from support.commands import convert
+from support.files import CALIBRATION
+from support.latent import attend
+from support.models import LLAMA3, MIXTRAL_EXPERTS, QWEN3_EXPERTS, YARN, RandomModel, load
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm
 
 from mla_converters.latent.attention import gqa_attention
-from mla_converters.latent.maps import LatentMap, mla_weights
-from mla_converters.latent.module import LatentAttention
 from mla_converters.latent.moments import LayerMoments
 from mla_converters.methods.transmla.map import transmla_map
 
@@ -68,18 +69,6 @@ def test_exact_equals_source(variant: str, tmp_path: Path, monkeypatch: pytest.M
         if "yarn" in variant and dtype == torch.float64:
             tolerance = 1e-6  # transformers rounds cos and sin times the attention factor to float32
         assert error < tolerance, f"{dtype}: relative error {error:.2e}"
-
-
-def attend(maps: LatentMap, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    """Attention with ``maps`` on queries ``[windows, H, tokens, d]``, and on keys and values with ``g`` heads."""
-    parts = [x.transpose(1, 2).flatten(2) for x in (q, k, v)]
-    widths = [part.shape[-1] for part in parts]
-    eye = torch.eye(sum(widths), dtype=torch.float64)
-    source = {f"{name}_proj.weight": rows for name, rows in zip("qkv", eye.split(widths), strict=True)}
-    source["o_proj.weight"] = torch.eye(widths[0], dtype=torch.float64)
-    module = LatentAttention(mla_weights(source, maps), q.shape[1], scale, dtype=torch.float64)
-    with torch.inference_mode():
-        return module(torch.cat(parts, dim=-1)).unflatten(-1, (q.shape[1], -1)).transpose(1, 2)
 
 
 def test_maps_are_exact_in_float64() -> None:

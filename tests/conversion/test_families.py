@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CALIBRATION, SPLIT, convert, converted_layers, load, run_engine
 from support.agreement import assert_agrees, text_prompts
+from support.commands import SPLIT, convert
+from support.engine import run_engine
+from support.files import CALIBRATION
+from support.models import converted_layers, load
 from transformers import AutoTokenizer
 
 from mla_converters.checkpoints.source import open_source
@@ -15,6 +18,8 @@ from mla_converters.methods.transmla.run import transmla
 from scripts.as_family import as_family
 
 
+@pytest.mark.engine
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "mixtral"])
 def test_real_weights(family: str, smollm2: Path, tmp_path: Path) -> None:
     """At half of the cache, the family's conversion equals Llama's. vLLM agrees with transformers."""

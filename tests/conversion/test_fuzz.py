@@ -19,11 +19,12 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import CALIBRATION, MIXTRAL_EXPERTS, QWEN3_EXPERTS, RandomModel, load
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from support.files import CALIBRATION
+from support.models import MIXTRAL_EXPERTS, QWEN3_EXPERTS, RandomModel, load
 from transformers import AutoModelForCausalLM
 
 from mla_converters.cli.main import main

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MIXTRAL_EXPERTS, QWEN3_EXPERTS, TEXT, RandomModel, convert, load
+from support.commands import convert
+from support.files import TEXT
+from support.models import MIXTRAL_EXPERTS, QWEN3_EXPERTS, RandomModel, load
 from transformers import AutoTokenizer, DynamicCache
 
 

@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CALIBRATION, RandomModel, convert, load, run_engine
 from safetensors.torch import load_file, save_file
 from support.agreement import assert_agrees
+from support.commands import convert
+from support.engine import run_engine
+from support.files import CALIBRATION
+from support.models import RandomModel, load
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mla_converters.methods.attention_aware.layer_sizes import spread
@@ -54,6 +57,7 @@ def random_prompts(*lengths: int) -> list[list[int]]:
     return [torch.randint(0, 199, (length,), generator=generator).tolist() for length in lengths]
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize(("case", "eager"), [("widths", False), ("one-width-many-splits", True)])
 def test_sizes_per_layer(case: str, eager: bool, tmp_path: Path) -> None:
     """The engine agrees with transformers, and reserves memory for each layer's own width."""

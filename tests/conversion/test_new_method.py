@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, RandomModel
+from support.files import ROOT
+from support.models import RandomModel
 
 COMMAND = "import support.toy_method; from mla_converters.cli.main import main; main()"
 
@@ -37,6 +38,7 @@ def test_help_and_plan(source: Path, tmp_path: Path) -> None:
     assert set(planned["core_seconds"]) > {"toy", "exact"}
 
 
+@pytest.mark.slow
 def test_convert_card_and_verify(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert (

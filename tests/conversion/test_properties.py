@@ -5,11 +5,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from conftest import CALIBRATION, QWEN3_EXPERTS, RandomModel, load, run_engine
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.agreement import assert_agrees
+from support.engine import run_engine
+from support.files import CALIBRATION
+from support.models import QWEN3_EXPERTS, RandomModel, load
 
 from mla_converters.convert import convert
 from mla_converters.options import (
@@ -72,6 +75,7 @@ def test_nothing_truncated_nothing_changed(model: RandomModel, method: MethodOpt
     assert (got - expected).norm() / expected.norm() < 1e-4
 
 
+@pytest.mark.engine
 @settings(max_examples=max(2, EXAMPLES // 12), **SETTINGS)
 @given(model=random_models(), data=st.data())
 def test_vllm_equals_transformers(model: RandomModel, data: st.DataObject) -> None:

@@ -10,20 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import (
-    CALIBRATION,
-    ROOT,
-    RandomModel,
-    Refused,
-    contents,
-    convert,
-    fill,
-    hear_interrupts,
-    running,
-    vllm_mla,
-    wait_for,
-)
 from filelock import FileLock
+from support.commands import Refused, contents, convert, hear_interrupts, running, vllm_mla, wait_for
+from support.disk import fill
+from support.files import CALIBRATION, ROOT
+from support.models import RandomModel
 
 from mla_converters.errors import StoppedError
 from mla_converters.resume.work_folder import work_folder

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MIXTRAL_EXPERTS, CommandLine, RandomModel, Refused, convert
 from safetensors.torch import load_file, save_file
+from support.commands import CommandLine, Refused, convert
+from support.models import MIXTRAL_EXPERTS, RandomModel
 
 from mla_converters.checkpoints.manifest import write_manifest
 

@@ -9,7 +9,10 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
-from conftest import SPLIT, RandomModel, convert
+from support.commands import SPLIT, convert
+from support.models import RandomModel
+
+pytestmark = pytest.mark.gpu
 
 METHODS = {
     "attention-aware": ("--refit-steps", 8),

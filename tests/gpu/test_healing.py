@@ -9,7 +9,11 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
-from conftest import CALIBRATION, SPLIT, RandomModel, convert, heal
+from support.commands import SPLIT, convert, heal
+from support.files import CALIBRATION
+from support.models import RandomModel
+
+pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])

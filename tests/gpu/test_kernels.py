@@ -8,8 +8,6 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
-from support.backend_cpu import cached_tokens, make_cache, reference
-from support.gpu_backends import Case, configured, impl_for, make_prefill
 from vllm.platforms import current_platform
 from vllm.triton_utils import triton
 
@@ -23,6 +21,10 @@ from vllm_mla_plugin.checkpoint.layouts import (
     SHARED_BYTES,
     gpu_backends,
 )
+from vllm_mla_plugin.testing.gpu import Case, configured, impl_for, make_prefill
+from vllm_mla_plugin.testing.layer import cached_tokens, make_cache, reference
+
+pytestmark = pytest.mark.gpu
 
 CASES = {
     # vLLM's own backends serve these.

@@ -10,7 +10,12 @@ from transformers import DynamicCache
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
-from conftest import CALIBRATION, SPLIT, RandomModel, convert, load, run_engine
+from support.commands import SPLIT, convert
+from support.engine import run_engine
+from support.files import CALIBRATION
+from support.models import RandomModel, load
+
+pytestmark = pytest.mark.gpu
 
 # FlashAttention has kernels for these head sizes. The weights do not enlarge activations from layer to layer, because
 # 16-bit rounding errors would then grow too, in the source as in the conversion.

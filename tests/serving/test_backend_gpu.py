@@ -11,9 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
-from support.backend_cpu import Projection, Sizes
-from test_backend_cpu import PREFILLS, check_prefill
+from support.attention import PREFILLS, check_prefill
+from support.files import ROOT
 from vllm.v1.attention.backends.mla.prefill.cpu_sdpa import CPUSDPAMLAPrefillBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
@@ -30,6 +29,7 @@ from vllm_mla_plugin.checkpoint.layouts import (
     gpu_backends,
     suited_tiles,
 )
+from vllm_mla_plugin.testing.layer import Projection, Sizes
 
 pytest.importorskip("triton", reason="without Triton, vLLM has no such kernel")
 
@@ -56,6 +56,7 @@ def errors() -> dict[str, float]:
     return json.loads(result.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_decode_kernel(errors: dict[str, float], case: tuple) -> None:
     """The kernel is right for every layout and number of heads, and for several new tokens of a request at once."""

@@ -5,10 +5,11 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import CommandLine, RandomModel, Refused, convert
+from support.commands import CommandLine, Refused, convert
+from support.models import RandomModel
 
 from mla_converters.bench.run import medians
-from mla_converters.engines.worker import Step, decode_rate, peak_concurrency, spread
+from mla_converters.engines.measuring import Step, decode_rate, peak_concurrency, spread
 
 ENGINE = json.dumps({"enforce_eager": True})
 
@@ -25,6 +26,7 @@ def refused(refusal: Refused) -> Refused:
     return partial(refusal, "bench")
 
 
+@pytest.mark.engine
 def test_two_models(command_line: CommandLine, random_model: Path, tmp_path: Path) -> None:
     """The JSON and the table have every figure of every model and workload, and the picture is drawn."""
     pytest.importorskip("matplotlib", reason="--plot needs matplotlib")
@@ -59,6 +61,7 @@ def test_two_models(command_line: CommandLine, random_model: Path, tmp_path: Pat
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.engine
 def test_dummy_weights_need_no_weights(command_line: CommandLine, random_model: Path, tmp_path: Path) -> None:
     shape = tmp_path / "shape"
     shape.mkdir()
@@ -78,6 +81,7 @@ def test_dummy_weights_need_no_weights(command_line: CommandLine, random_model: 
     assert full["preemptions"] == 0
 
 
+@pytest.mark.engine
 def test_engine_that_fails(refused: Refused, random_model: Path) -> None:
     """vLLM's own message arrives in one sentence."""
     line = refused(random_model, "--lengths", 16, "--engine", '{"tensor_parallel_size": 3, "enforce_eager": true}')

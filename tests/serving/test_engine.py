@@ -5,20 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import (
-    CALIBRATION,
-    LLAMA3,
-    MIXTRAL_EXPERTS,
-    QWEN3_EXPERTS,
-    TEXT,
-    YARN,
-    RandomModel,
-    convert,
-    load,
-    run_engine,
-)
 from support.agreement import assert_agrees, hf_logprobs, text_prompts
+from support.commands import convert
+from support.engine import run_engine
+from support.files import CALIBRATION, TEXT
+from support.models import LLAMA3, MIXTRAL_EXPERTS, QWEN3_EXPERTS, YARN, RandomModel, load
 from transformers import AutoTokenizer
+
+pytestmark = pytest.mark.engine
 
 
 def perplexity(logprobs: list[float]) -> float:

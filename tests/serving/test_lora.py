@@ -5,9 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import RandomModel, convert, load, run_engine
 from safetensors.torch import save_file
 from support.agreement import MAX_LOGPROB_ERROR, hf_logprobs
+from support.commands import convert
+from support.engine import run_engine
+from support.models import RandomModel, load
+
+pytestmark = pytest.mark.engine
 
 RANK = 4
 PROMPTS = [list(range(5, 45)), [7], list(range(100, 117))]

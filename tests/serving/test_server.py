@@ -8,9 +8,12 @@ from types import SimpleNamespace
 
 import openai
 import pytest
-from conftest import TEXT
+from support.files import TEXT
 
+from mla_converters.engines.server import serve
 from scripts import demo
+
+pytestmark = pytest.mark.server
 
 SCHEMA = {
     "type": "object",
@@ -23,12 +26,12 @@ SCHEMA = {
 @pytest.fixture(scope="module")
 def served(exact: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
     """A running server, with its URL, log, model name and an OpenAI client."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "DEMO", tmp_path_factory.mktemp("server"))
-        # float32, because 16-bit rounding depends on the other requests in a batch, and may change the likeliest token.
-        with demo.server(exact, "float32") as (url, log):
-            client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-            yield SimpleNamespace(url=url, log=log, model=str(exact), client=client)
+    log = tmp_path_factory.mktemp("server") / "log"
+    # float32, because 16-bit rounding depends on the other requests in a batch, and may change the likeliest token.
+    options = ("--dtype", "float32", "--max-model-len", "2048", "--enforce-eager")
+    with serve(exact, log, *options, environment={"VLLM_CPU_KVCACHE_SPACE": "1"}) as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        yield SimpleNamespace(url=url, log=log, model=str(exact), client=client)
 
 
 def complete(served: SimpleNamespace, prompt: object, **options: object) -> openai.types.Completion:

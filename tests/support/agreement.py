@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from conftest import TEXT
+from support.files import TEXT
 from transformers import AutoTokenizer
 
 MAX_LOGPROB_ERROR = 1e-3

@@ -1,9 +1,35 @@
 """One run of the vLLM engine, in a process of its own, because an engine never gives back everything it took."""
 
 import json
+import multiprocessing
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
+
+# Engines run in processes of their own, which start as copies of one that has imported vLLM: imports are half of a
+# short run's time.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["vllm.entrypoints.llm"])
+
+
+def run_engine(model: Path, prompts: list[list[int]], timeout: int = 600, **job: Any) -> dict[str, Any]:
+    """Generate with the real vLLM engine, in a process of its own; see :func:`generate`."""
+    job |= {"model": str(model), "prompts": prompts}
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1"} | job.pop("environment", {})
+    # One rank needs no processes beside this one, each of which would import vLLM again. (The server has them.)
+    if {"tensor_parallel_size", "pipeline_parallel_size"}.isdisjoint(job.get("engine", {})):
+        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    with tempfile.TemporaryDirectory() as folder:
+        answer, output = Path(folder) / "answer.json", Path(folder) / "output.txt"
+        process = PROCESSES.Process(target=generate, args=(job, environment, answer, output))
+        process.start()
+        process.join(timeout)
+        if process.is_alive():
+            process.kill()
+            process.join()
+        assert process.exitcode == 0, output.read_text()[-6000:]
+        return json.loads(answer.read_text())
 
 
 def generate(job: dict[str, Any], environment: dict[str, str], answer: Path, output: Path) -> None:

@@ -1,6 +1,7 @@
-"""This plugin's Triton decode kernel in Triton's interpreter: cases as JSON in the argument, their errors on stdout.
+"""Runs this plugin's Triton decode kernel in Triton's interpreter.
 
-A process of its own, because TRITON_INTERPRET must be set before Triton is imported.
+The argument holds cases as JSON; their errors are printed as JSON. This runs in a process of its own, because
+TRITON_INTERPRET must be set before Triton is imported.
 """
 
 import json
@@ -14,25 +15,24 @@ import vllm.triton_utils
 # Without a GPU, vLLM has put an empty module in Triton's place.
 vllm.triton_utils.triton, vllm.triton_utils.tl = triton, triton.language
 
-from support.backend_cpu import Sizes, cached_tokens, make_cache, reference
-
 from vllm_mla_plugin.backends.gpu_decode import decode
 from vllm_mla_plugin.checkpoint.layouts import suited_tiles
+from vllm_mla_plugin.testing.layer import Sizes, cached_tokens, make_cache, reference
 
 LENGTHS = [5, 170, 97]
 PARTS = 3
 GPU = 232448  # bytes of shared memory
-FILLING = 1  # rows at the end without tokens, as there are in CUDA graphs
+FILLING = 1  # rows without tokens at the end, as in CUDA graphs
 
 
 def error(heads: int, latent: int, rope: int, queries: int, causal: bool) -> float:
-    """Largest error of outputs and log-sum-exps, for requests that ask with so many of their newest tokens each."""
+    """Largest error of outputs and log-sum-exps, if each request asks with its ``queries`` newest tokens."""
     torch.manual_seed(0)
     row = latent + rope
     scale = row**-0.5
     cache, table = make_cache(Sizes(latent=latent, rope=rope), [*LENGTHS, FILLING], torch.float32)
     rows = (len(LENGTHS) + FILLING) * queries
-    # As vLLM hands them over: the rotary part is a slice of the projection's result.
+    # The rotary part is a slice of the projection's result, as when vLLM hands it over.
     q_latent, q_rope = torch.randn(rows, heads, latent), torch.randn(rows, heads, 3 + rope)[..., 3:]
     output, lse = decode(
         q_latent,

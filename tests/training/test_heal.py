@@ -9,23 +9,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import (
-    CALIBRATION,
-    MIXTRAL_EXPERTS,
-    QWEN3_EXPERTS,
-    ROOT,
-    CommandLine,
-    RandomModel,
-    Refused,
-    contents,
-    convert,
-    fill,
-    heal,
-    load,
-    running,
-    wait_for,
-)
 from safetensors.torch import load_file
+from support.commands import CommandLine, Refused, contents, convert, heal, running, wait_for
+from support.disk import fill
+from support.files import CALIBRATION, ROOT
+from support.models import MIXTRAL_EXPERTS, QWEN3_EXPERTS, RandomModel, load
 
 from mla_converters import heal as healing
 from mla_converters.checkpoints.models import Model

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import CALIBRATION, CommandLine, RandomModel, Refused, convert
 from huggingface_hub import ModelCard
+from support.commands import CommandLine, Refused, convert
+from support.files import CALIBRATION
+from support.models import RandomModel
 
 from mla_converters.cards.card import source_card, update_card, write_card
 

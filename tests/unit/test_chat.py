@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import RandomModel, Refused
 from rich.progress import Progress
+from support.commands import Refused
+from support.models import RandomModel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mla_converters.checkpoints.source import open_source
@@ -39,6 +40,7 @@ def test_a_template_does_not_know_the_day(tokenizer: PreTrainedTokenizerBase, mo
     assert tokenizer.decode(chat_template(tokenizer, 512).opening) == "Today is 26 Jul 2024. [INST] "
 
 
+@pytest.mark.slow
 def test_conversations_are_what_the_template_makes_of_their_turns(
     smollm2: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CALIBRATION, HALF, ROOT, RandomModel, Refused, convert, convert_alone, vllm_mla
 from safetensors.torch import load_file, save_file
+from support.commands import HALF, Refused, convert, convert_alone, vllm_mla
+from support.files import CALIBRATION, ROOT
+from support.models import RandomModel
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 
@@ -306,6 +308,7 @@ def core_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
+@pytest.mark.slow
 def test_time_and_memory(smollm2: Path, tmp_path: Path) -> None:
     """Converting with 16k tokens from a file and a search for FreqFold takes at most 60 s on two cores, and 2 GB.
 
@@ -357,6 +360,7 @@ def coded(source: Path, tmp_path: Path) -> Path:
     return mark
 
 
+@pytest.mark.slow
 def test_code_runs_only_where_it_is_trusted(
     refused: Refused, refusal: Refused, source: Path, coded: Path, tmp_path: Path
 ) -> None:

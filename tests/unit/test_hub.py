@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import RandomModel, vllm_mla
 from huggingface_hub import ModelCard
+from support.commands import vllm_mla
+from support.models import RandomModel
 
 USER, ORGANISATION, READ_ONLY = "ada", "lab", "museum"
 TOKEN = "hf_right"

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CALIBRATION, RandomModel, Refused, converted_layers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.commands import Refused
+from support.files import CALIBRATION
+from support.models import RandomModel, converted_layers
 from transformers import AutoTokenizer
 
 from mla_converters.checkpoints.source import open_source

@@ -8,15 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import (
-    CALIBRATION,
-    MIXTRAL_EXPERTS,
-    QWEN3_EXPERTS,
-    CommandLine,
-    RandomModel,
-    Refused,
-    convert,
-)
+from support.commands import CommandLine, Refused, convert
+from support.files import CALIBRATION
+from support.models import MIXTRAL_EXPERTS, QWEN3_EXPERTS, RandomModel
 
 from mla_converters.checkpoints.shape import read_source
 from mla_converters.latent.cache_size import CacheBudget

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CALIBRATION, RandomModel
 from rich.progress import Progress
+from support.files import CALIBRATION
+from support.models import RandomModel
 from transformers import AutoModelForCausalLM
 
 from mla_converters.checkpoints.source import open_source

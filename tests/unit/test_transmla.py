@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import RandomModel
+from support.models import RandomModel
 
 from mla_converters.checkpoints.source import open_source
 from mla_converters.latent.maps import mla_weights

@@ -34,6 +34,8 @@ class MLAFields:
         softmax_scale: factor on attention scores: ``head_dim ** -0.5`` of the source, times the
             square of its RoPE attention factor (YaRN).
         qk_norm: whether the family normalises each head's query and key before RoPE.
+        converted_rope_parameters: the source's ``rope_parameters``, from which the checkpoint's ``rope_freqs`` were
+            made; None in checkpoints of version 0.1.0.
         mla_conversion: how the checkpoint was made: method, source, calibration, versions.
 
     Raises:
@@ -50,6 +52,7 @@ class MLAFields:
     v_head_dim: int = 128
     softmax_scale: float | None = None
     qk_norm: ClassVar[bool] = False
+    converted_rope_parameters: dict[str, Any] | None = None
     mla_conversion: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -70,6 +73,22 @@ class MLAFields:
         """Whether queries, keys and values have a bias, and whether the output has one."""
         bias: bool = getattr(self, "attention_bias", False)
         return bias, bias
+
+    def check_rope(self) -> None:
+        """Refuse another RoPE than that of the conversion, which cannot have any effect: each layer's frequencies are
+        in its ``rope_freqs``.
+
+        Raises:
+            ValueError: ``rope_parameters`` were changed, by an override for instance.
+        """
+        converted: dict[str, Any] = self.converted_rope_parameters or {}
+        now: dict[str, Any] = self.rope_parameters or {}  # type: ignore[attr-defined]  # the source family's
+        changed = [name for name, value in converted.items() if now.get(name) != value]
+        if changed:
+            raise ValueError(
+                f"This MLA checkpoint was converted with the RoPE parameters {converted}, and {', '.join(changed)} "
+                "cannot be changed afterwards: convert the source again with --rope-scaling."
+            )
 
     def cached_sizes(self, layer: int) -> tuple[int, int]:
         """``(R, r)`` of a layer, counted over the whole model: a token costs ``R + r`` numbers there."""

@@ -155,6 +155,7 @@ class MLAModel:
     _supports_flex_attn = False
 
     def __init__(self, config: PretrainedConfig) -> None:
+        config.check_rope()  # type: ignore[attr-defined]
         super().__init__(config)  # type: ignore[call-arg]
         for index, layer in enumerate(self.model.layers):  # type: ignore[attr-defined]
             layer.self_attn = (QKNormMLASelfAttention if config.qk_norm else MLASelfAttention)(config, index)

@@ -1,1 +1,1 @@
-"""Measuring how fast models serve: the same random requests, sent to several engines in turn."""
+"""Measuring how fast models serve: several engines take turns at the same random requests."""

@@ -1,14 +1,14 @@
-"""The picture: throughput against length, for all models."""
+"""The picture of a benchmark: throughput against length, for all models."""
 
 from pathlib import Path
-from typing import Any
 
+from mla_converters.reports.bench import BenchReport
 from mla_converters.support.labels import short_names
 from mla_converters.support.plots import png
 
 
-def plot_report(report: dict[str, Any], path: Path) -> None:
-    """Draw output tokens per second against input + output length, a line per model and number of requests.
+def plot_report(report: BenchReport, path: Path) -> None:
+    """Draw output tokens per second against input + output length: one line for each model and number of requests.
 
     Args:
         report: of :func:`mla_converters.bench.run.bench`.
@@ -16,14 +16,14 @@ def plot_report(report: dict[str, Any], path: Path) -> None:
     """
     with png(path) as figure:
         axes = figure.add_subplot()
-        rows = report["models"]
-        full = list(dict.fromkeys(row["name"] for row in rows))
+        rows = report.models
+        full = list(dict.fromkeys(row.name for row in rows))
         for name, short in zip(full, short_names(full), strict=True):
-            for requests in dict.fromkeys(row["requests"] for row in rows):
+            for requests in dict.fromkeys(row.requests for row in rows):
                 points = [
-                    (row["input_len"] + row["output_len"], row["output_tokens_per_second"])
+                    (row.input_len + row.output_len, row.output_tokens_per_second)
                     for row in rows
-                    if (row["name"], row["requests"]) == (name, requests)
+                    if (row.name, row.requests) == (name, requests)
                 ]
                 axes.plot(*zip(*sorted(points), strict=True), "o-", label=f"{short}, {requests} requests")
         axes.set_xscale("log", base=2)

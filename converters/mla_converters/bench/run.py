@@ -1,10 +1,10 @@
-"""The benchmark, start to end. :func:`bench` is the Python API behind ``vllm-mla bench``."""
+"""The benchmark from start to end. :func:`bench` is the Python API behind ``vllm-mla bench``."""
 
 import os
 import platform
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from statistics import median
@@ -16,6 +16,7 @@ from mla_converters.checkpoints.models import Model, find_models
 from mla_converters.engines.process import Engine
 from mla_converters.errors import ConversionError
 from mla_converters.options import MOST, BenchOptions, Workload
+from mla_converters.reports.bench import BenchReport, BenchRow, Figures
 from mla_converters.support.progress import progress_bars
 
 DEFAULT_LENGTHS = (1024, 2048, 4096, 8192, 16384)
@@ -23,26 +24,27 @@ DEFAULT_LENGTHS = (1024, 2048, 4096, 8192, 16384)
 RATES = ("output_tokens_per_second", "decode_tokens_per_second")
 TIMES = ("time_to_first_token", "time_per_output_token")
 CPU_CACHE_BYTES = 4 * 2**30
-"""On a CPU, vLLM would take most of the memory for the cache of one engine."""
+"""On a CPU, vLLM would take most of the memory for one engine's cache; here several engines run side by side."""
 
 
-def bench(names: list[str], options: BenchOptions, *, quiet: bool = False) -> dict[str, Any]:
-    """Measure how fast vLLM serves some models, in turns.
+def bench(names: list[str], options: BenchOptions, *, quiet: bool = False) -> BenchReport:
+    """Measure how fast vLLM serves several models.
 
-    On a CPU all engines run from the start and take turns at every workload, so that what else the machine does hits
-    them alike. On a GPU an engine has the memory to itself: the models' engines follow each other, once per round.
+    On a CPU all engines run from the start and take turns at every workload, so that other work of the machine slows
+    all of them down equally. On a GPU each engine needs the memory for itself: in every round, the engines of the
+    models run one after the other.
 
     Args:
-        names: folders or hub ids; the first is what the others are compared with.
+        names: folders or hub ids; the others are compared with the first.
         options: workloads and engine.
         quiet: no progress bar.
 
     Returns:
-        The report: a row per model and workload with medians over the rounds, ratios to the first model, and all
-        rounds; hardware and versions.
+        The report: hardware, versions and, for each model and workload, a row with medians over the rounds, ratios to
+        the first model, and all rounds.
 
     Raises:
-        ConversionError: the models cannot be measured so.
+        ConversionError: an option does not fit the models, or vLLM cannot serve one of them.
     """
     started = time.monotonic()
     with ExitStack() as stack:
@@ -57,24 +59,24 @@ def bench(names: list[str], options: BenchOptions, *, quiet: bool = False) -> di
             progress.advance(task)
     rows = [_row(model, workload, runs, facts, models[0]) for workload in workloads for model in models]
     first = facts[models[0].name]
-    return {
-        "models": rows,
-        "engines": facts,
-        "rounds": options.rounds,
-        "load_format": options.load_format,
-        "engine_arguments": options.engine,
-        "hardware": hardware(first["device"]),
-        "versions": {
+    return BenchReport(
+        models=rows,
+        engines=facts,
+        rounds=options.rounds,
+        load_format=options.load_format,
+        engine_arguments=options.engine,
+        hardware=hardware(first["device"]),
+        versions={
             **first["versions"],
             "vllm-mla-plugin": version("vllm-mla-plugin"),
             "python": platform.python_version(),
         },
-        "seconds": time.monotonic() - started,
-    }
+        seconds=time.monotonic() - started,
+    )
 
 
 def hardware(device: str) -> dict[str, Any]:
-    """What the numbers were measured on."""
+    """The machine on which the numbers were measured."""
     return {
         "device": device,
         "processor": platform.processor() or platform.machine(),
@@ -107,17 +109,17 @@ def _workloads(models: list[Model], options: BenchOptions) -> list[Workload]:
 def _measure(
     models: list[Model], workloads: list[Workload], options: BenchOptions, facts: dict[str, dict[str, Any]]
 ) -> Iterator[tuple[Model, Workload, dict[str, Any]]]:
-    """Runs of all models, in turns; fills ``facts`` with what the engines say of themselves."""
+    """Yield the runs of all models, in turns, and put the facts of each model's engine into ``facts``."""
     if torch.cuda.is_available():
         for seed in range(options.rounds):
             for model in models:
-                with _start(model, workloads, options) as engine:
+                with _engine(model, workloads, options) as engine:
                     facts[model.name] = engine.facts
                     for workload in workloads:
                         yield model, workload, _serve(engine, workload, seed)
         return
     with ExitStack() as stack:
-        engines = [stack.enter_context(_start(model, workloads, options)) for model in models]
+        engines = [stack.enter_context(_engine(model, workloads, options)) for model in models]
         facts.update({model.name: engine.facts for model, engine in zip(models, engines, strict=True)})
         for seed in range(options.rounds):
             for workload in workloads:
@@ -126,39 +128,42 @@ def _measure(
 
 
 def _serve(engine: Engine, workload: Workload, seed: int) -> dict[str, Any]:
-    """Measure one workload."""
+    """Measure one workload with one engine."""
     input_len, output_len = workload.input_len, workload.output_len
     return engine.measure(_request_count(workload, engine.facts), input_len, output_len, seed)
 
 
 def _request_count(workload: Workload, facts: dict[str, Any]) -> int:
-    """How many requests an engine gets, of which ``facts`` are known."""
+    """How many requests the engine with these facts gets."""
     if workload.requests != MOST:
         return workload.requests
     block_size = facts["kv_block_size"]
-    blocks = facts["kv_capacity_tokens"] // block_size - 1  # vLLM keeps one empty
+    blocks = facts["kv_capacity_tokens"] // block_size - 1  # vLLM keeps one block empty
     return max(1, blocks // -(-(workload.input_len + workload.output_len) // block_size))
 
 
-def _start(model: Model, workloads: list[Workload], options: BenchOptions) -> Engine:
+@contextmanager
+def _engine(model: Model, workloads: list[Workload], options: BenchOptions) -> Iterator[Engine]:
+    """A model's engine, warmed up."""
     longest = max(workload.input_len + workload.output_len for workload in workloads)
     arguments: dict[str, Any] = {
         "model": model.path,
         "dtype": options.dtype,
         "load_format": options.load_format,
         "max_model_len": longest,
-        # Every prompt is new; rounds repeat none.
+        # Prompts do not repeat, neither within a round nor between rounds.
         "enable_prefix_caching": False,
     }
     if MOST not in (counts := [workload.requests for workload in workloads]):
-        arguments["max_num_seqs"] = max(counts)  # else vLLM's own limit
+        arguments["max_num_seqs"] = max(counts)  # otherwise vLLM's own limit holds
     cache = options.cache or (None if torch.cuda.is_available() else CPU_CACHE_BYTES)
     if cache is not None:
         arguments["kv_cache_memory_bytes"] = cache
-    engine = Engine(model.name, arguments | options.engine)
-    # The first requests pay for what is compiled or allocated once.
-    engine.measure(requests=2, input_len=min(64, longest - 4), output_len=4, seed=-1)
-    return engine
+    advice = "give fewer --requests, shorter --lengths or a smaller --cache"
+    with Engine(f"serve {model.name}", arguments | options.engine, advice=advice) as engine:
+        # The first requests take longer, because some things are compiled or allocated once.
+        engine.measure(requests=2, input_len=min(64, longest - 4), output_len=4, seed=-1)
+        yield engine
 
 
 def _row(
@@ -167,37 +172,40 @@ def _row(
     runs: dict[tuple[str, Workload], list[dict[str, Any]]],
     facts: dict[str, dict[str, Any]],
     first: Model,
-) -> dict[str, Any]:
+) -> BenchRow:
     own, base = runs[model.name, workload], runs[first.name, workload]
-    return {
-        "name": model.name,
-        "cached_per_token_and_layer": model.cached_numbers,
+    return BenchRow(
+        name=model.name,
+        cached_per_token_and_layer=model.cached_numbers,
         **asdict(workload),
-        "kv_capacity_tokens": facts[model.name]["kv_capacity_tokens"],
+        kv_capacity_tokens=facts[model.name]["kv_capacity_tokens"],
         **medians(own),
-        "ratios": {
+        ratios={
             "kv_capacity": facts[model.name]["kv_capacity_tokens"] / facts[first.name]["kv_capacity_tokens"],
             **{key: _ratio(own, base, key) for key in RATES},
             **{key: _ratio(base, own, key) for key in TIMES},
         },
-        "runs": own,
-    }
+        runs=[Figures(**run) for run in own],
+    )
 
 
 def _ratio(above: list[dict[str, Any]], below: list[dict[str, Any]], key: str) -> float | None:
-    """Median of the ratios of a figure, round by round, for a round's runs were close in time; None without it."""
+    """Median over the rounds of a figure's ratio; None if the figure is missing.
+
+    Ratios are taken within a round, because its runs were close in time.
+    """
     pairs = [(_figure(a[key]), _figure(b[key])) for a, b in zip(above, below, strict=True)]
     known = [a / b for a, b in pairs if a is not None and b is not None]
     return median(known) if known else None
 
 
 def _figure(value: Any) -> float | None:
-    """A rate, or a time's median over requests."""
+    """A rate as it is; of a time, the median over requests."""
     return value["median"] if isinstance(value, dict) else value
 
 
 def medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Each figure's median over the rounds."""
+    """The median of each figure over the rounds; None where no round has the figure."""
     result: dict[str, Any] = {}
     for key, value in runs[0].items():
         values = [run[key] for run in runs if run[key] is not None]

@@ -158,6 +158,9 @@ def _measurements(report: ConversionReport, evaluation: Evaluation | None) -> st
         error = sum(layer.output_error for layer in layers) / len(layers)
         when = ", before it was healed" if report.healing else ""
         rows.append((f"relative squared error of attention outputs, mean of layers{when}", "0", f"{error:.4f}"))
+    if check := report.self_check:
+        agreement = f"{check.top1_agreement:.1%} of {check.tokens} tokens"
+        rows.append(("self-check: likeliest token is the source's, on a short English text", "100%", agreement))
     if evaluation is not None:
         rows += evaluation.rows
     return table(("", "source", "MLA"), rows)

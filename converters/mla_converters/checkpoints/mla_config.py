@@ -47,5 +47,6 @@ def mla_config(
         "qk_nope_head_dim": nope_dim,
         "v_head_dim": source.head_dim,
         "softmax_scale": source.softmax_scale,
+        "converted_rope_parameters": dict(source.config.rope_parameters),
         **sizes,
     }

@@ -4,7 +4,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -13,6 +13,7 @@ from rich.table import Table
 from mla_converters.cli.common import ReportFile, check_output, check_plot, quiet_transformers, write_report
 from mla_converters.cli.flags import with_flags
 from mla_converters.options import BenchOptions
+from mla_converters.reports.bench import BenchReport, BenchRow
 from mla_converters.support.labels import short_names
 
 EPILOG = """
@@ -58,38 +59,34 @@ def bench(
     check_plot(plot)
     require("vllm", "bench", "run pip install 'vllm-mla-plugin[cuda]' or '[cpu]'")
     report = run(models, options)
-    report["command"] = shlex.join(["vllm-mla", *sys.argv[1:]])
+    report = report.model_copy(update={"command": shlex.join(["vllm-mla", *sys.argv[1:]])})
     write_report(json_file, report)
     if plot:
         plot_report(report, plot)
     _print_report(report)
 
 
-def _print_report(report: dict[str, Any]) -> None:
-    rows, out = report["models"], Console()
-    hardware, versions = report["hardware"], report["versions"]
+def _print_report(report: BenchReport) -> None:
+    rows, out = report.models, Console()
+    hardware, versions = report.hardware, report.versions
     out.print(
-        f"vLLM {versions['vllm']} on {hardware['device']}, {hardware['cores']} cores; medians of {report['rounds']} "
-        f"rounds; {report['seconds']:.0f} s",
+        f"vLLM {versions['vllm']} on {hardware['device']}, {hardware['cores']} cores; medians of {report.rounds} "
+        f"rounds; {report.seconds:.0f} s",
         highlight=False,
     )
-    names = list(dict.fromkeys(row["name"] for row in rows))
+    names = list(dict.fromkeys(row.name for row in rows))
     short = dict(zip(names, short_names(names), strict=True))
-    for requests, input_len, output_len in dict.fromkeys(
-        (row["requests"], row["input_len"], row["output_len"]) for row in rows
-    ):
+    for requests, input_len, output_len in dict.fromkeys((row.requests, row.input_len, row.output_len) for row in rows):
         count = f"{requests:,}" if isinstance(requests, int) else requests
         table = Table(title=f"{count} x {input_len:,} in, {output_len:,} out", title_justify="left", title_style="bold")
         table.add_column("", overflow="fold")
         measured = [
-            row
-            for row in rows
-            if (row["requests"], row["input_len"], row["output_len"]) == (requests, input_len, output_len)
+            row for row in rows if (row.requests, row.input_len, row.output_len) == (requests, input_len, output_len)
         ]
         for row in measured:
-            table.add_column(short[row["name"]], justify="right")
+            table.add_column(short[row.name], justify="right")
         for label, key, figure in FIGURES:
-            table.add_row(label, *(_cell(figure(row), row["ratios"].get(key)) for row in measured))
+            table.add_row(label, *(_cell(figure(row), row.ratios.get(key)) for row in measured))
         out.print(table)
     out.print("In parentheses: how many times as good as the first model.", highlight=False)
 
@@ -101,17 +98,17 @@ def _cell(value: float | None, ratio: float | None) -> str:
     return text if ratio is None else f"{text} ({ratio:.2f}x)"
 
 
-def _milliseconds(key: str, statistic: str) -> Callable[[dict[str, Any]], float | None]:
-    return lambda row: row[key] and 1e3 * row[key][statistic]
+def _milliseconds(key: str, statistic: str) -> Callable[[BenchRow], float | None]:
+    return lambda row: None if getattr(row, key) is None else 1e3 * getattr(getattr(row, key), statistic)
 
 
 # Label, name of the ratio if there is one, and how a row of the report gives the figure.
-FIGURES: tuple[tuple[str, str, Callable[[dict[str, Any]], float | None]], ...] = (
-    ("output tokens/s", "output_tokens_per_second", lambda row: row["output_tokens_per_second"]),
-    ("decode tokens/s", "decode_tokens_per_second", lambda row: row["decode_tokens_per_second"]),
+FIGURES: tuple[tuple[str, str, Callable[[BenchRow], float | None]], ...] = (
+    ("output tokens/s", "output_tokens_per_second", lambda row: row.output_tokens_per_second),
+    ("decode tokens/s", "decode_tokens_per_second", lambda row: row.decode_tokens_per_second),
     ("time to first token, ms (median)", "time_to_first_token", _milliseconds("time_to_first_token", "median")),
     ("time to first token, ms (p99)", "", _milliseconds("time_to_first_token", "p99")),
     ("time per output token, ms (median)", "time_per_output_token", _milliseconds("time_per_output_token", "median")),
-    ("requests at once, at most", "", lambda row: row["peak_concurrency"]),
-    ("KV capacity, tokens", "kv_capacity", lambda row: row["kv_capacity_tokens"]),
+    ("requests at once, at most", "", lambda row: row.peak_concurrency),
+    ("KV capacity, tokens", "kv_capacity", lambda row: row.kv_capacity_tokens),
 )

@@ -18,7 +18,7 @@ from mla_converters.cli.common import (
 from mla_converters.cli.flags import with_flags
 from mla_converters.errors import OptionError
 from mla_converters.options import ConvertOptions
-from mla_converters.reports.conversion import ConversionReport
+from mla_converters.reports.conversion import ConversionReport, SelfCheck
 
 EPILOG = """
 **Examples**
@@ -83,6 +83,7 @@ def _print_report(report: ConversionReport) -> None:
         "KV cache per token": f"{source:,} -> {mla:,} bytes ({report.dtype})",
         "Share of the source's cache": f"{report.cache_ratio:.1%}",
         **{name: str(value) for name, value in report.settings.items() if value != []},
+        **({"Self-check": _self_check(report.self_check)} if report.self_check else {}),
         "Weights": f"{report.weights_bytes / 1e6:,.0f} MB",
         "Took": f"{report.seconds:.1f} s, {(report.peak_rss_bytes or 0) / 1e9:.2f} GB peak memory",
     }
@@ -92,3 +93,9 @@ def _print_report(report: ConversionReport) -> None:
     out.print(table)
     print_warnings(out, report.warnings)
     out.print(f"Serve it: vllm serve {report.out}", highlight=False, soft_wrap=True)
+
+
+def _self_check(check: SelfCheck) -> str:
+    """The proof's numbers in a line."""
+    agreement = f"likeliest token the source's for {check.top1_agreement:.0%} of {check.tokens} tokens"
+    return f"{agreement}, KL {check.kl:.4f}"

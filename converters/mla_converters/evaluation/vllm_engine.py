@@ -1,20 +1,22 @@
-"""Scores from the vLLM engine, which computes them as it does for a served model."""
+"""Scores from the vLLM engine, which will serve the model."""
 
-import json
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 
 from mla_converters.checkpoints.models import Model
-from mla_converters.errors import ConversionError
+from mla_converters.engines.process import Engine
 from mla_converters.evaluation.scores import TokenScores
 
-WORKER = "mla_converters.engines.scoring_worker"
+ENVIRONMENT = {
+    # A window may fill the whole context, but vLLM needs room for the one token that it generates. That token is
+    # never fed back, so no position beyond the context is computed.
+    "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
+    # GiB. On a CPU, vLLM would take most of the memory for its cache, but one window at a time needs little.
+    "VLLM_CPU_KVCACHE_SPACE": "4",
+    # The engine's process needs no process beside it, which would only cost start-up time and memory.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+}
 
 
 def vllm_scores(
@@ -24,9 +26,8 @@ def vllm_scores(
     dtype: str,
     advance: Callable[[int], None],
 ) -> Iterator[tuple[TokenScores, TokenScores | None]]:
-    """Score one model after the other. Each model gets its own engine in its own process.
+    """Score one model after the other. Each model gets its own engine.
 
-    The process is needed because an engine never frees all of its memory, and because it prints to the standard output.
     There is no KL divergence, because the engine gives the likeliest tokens, not all logits.
 
     Args:
@@ -50,35 +51,15 @@ def vllm_scores(
 
 
 def _score(model: Model, ids: torch.Tensor, dtype: str) -> TokenScores:
-    job = {"model": model.path, "dtype": dtype, "windows": ids.tolist()}
-    environment = {
-        # A window may fill the whole context, but vLLM also needs room for the one token that it generates. That
-        # token is never fed back, so no position beyond the context is computed.
-        "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
-        # On a CPU, vLLM would take most of the memory for its cache, but one window at a time needs little.
-        "VLLM_CPU_KVCACHE_SPACE": "4",
-        # The worker is already a separate process, so two more would only cost start-up time and memory.
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        **os.environ,
+    arguments = {
+        "model": model.path,
+        "dtype": dtype,
+        "max_model_len": ids.shape[1] + 1,  # vLLM always generates one token
+        "max_num_seqs": 1,
+        "enforce_eager": True,  # compiling takes longer than it saves in so short a run
+        "enable_prefix_caching": False,
     }
-    with tempfile.TemporaryDirectory(prefix="vllm-mla-eval-") as folder:
-        answer = Path(folder, "scores.json")
-        process = subprocess.run(
-            [sys.executable, "-m", WORKER, str(answer)],
-            input=json.dumps(job),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=environment,
-            check=False,
-        )
-        # The answer decides, not the exit code, because an engine can crash in its shutdown, after all is computed.
-        if not answer.exists():
-            raise ConversionError(
-                f"vLLM died of signal or exit code {process.returncode} while it scored {model.name}: "
-                "it may have run out of memory; try --engine hf, or shorter windows with --length."
-            )
-        scores = json.loads(answer.read_text())
-    if "error" in scores:
-        raise ConversionError(f"vLLM cannot score {model.name} in {dtype}: {scores['error']}")
+    advice = "try --engine hf, or shorter windows with --length"
+    with Engine(f"score {model.name} in {dtype}", arguments, advice=advice, environment=ENVIRONMENT) as engine:
+        scores = engine.score(ids.tolist())
     return TokenScores(torch.tensor(scores["losses"]), torch.tensor(scores["top1"]))

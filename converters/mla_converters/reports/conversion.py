@@ -93,6 +93,27 @@ class Healing(Part):
     versions: dict[str, str]
 
 
+class SelfCheck(Part):
+    """A comparison of source and conversion on a short probe, with transformers; see :mod:`mla_converters.proof`.
+
+    Attributes:
+        tokens: number of tokens in the probe.
+        text: whether the probe is text. For a source without a tokenizer, it is token ids without meaning.
+        source_perplexity, perplexity: perplexities of the source and of the conversion.
+        kl: KL divergence from the source, in nats per token.
+        top1_agreement: share of positions, 0 to 1, at which both models find the same token likeliest.
+        worst_layer_error: the largest relative squared error of any layer's attention output.
+    """
+
+    tokens: int
+    text: bool
+    source_perplexity: float
+    perplexity: float
+    kl: float
+    top1_agreement: float
+    worst_layer_error: float
+
+
 class ConversionReport(Report):
     """The source, the settings and the measurements of a conversion.
 
@@ -114,6 +135,7 @@ class ConversionReport(Report):
         dtype, weights_bytes: dtype and size of the written weights.
         per_layer: measurements of each layer; None for a method without calibration.
         healing: the healing of the model; None if it was not healed.
+        self_check: the short proof that was made before the model got its name.
         out, seconds, peak_rss_bytes: folder, time and peak memory of this run; not in the copy in the model's folder.
     """
 
@@ -141,6 +163,7 @@ class ConversionReport(Report):
     weights_bytes: int
     per_layer: list[LayerMeasures] | None = None
     healing: Healing | None = None
+    self_check: SelfCheck | None = None
     out: str | None = None
     seconds: float | None = None
     peak_rss_bytes: int | None = None

@@ -1,7 +1,7 @@
 """Running calibration text through a model layer by layer, with the weights of one layer in memory at a time."""
 
 from collections.abc import Callable, Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Protocol
 
 import torch
@@ -12,7 +12,7 @@ from mla_converters.checkpoints.source import Source
 from mla_converters.latent.attention import gqa_attention
 from mla_converters.latent.module import LatentAttention
 from mla_converters.latent.moments import LayerMoments
-from mla_converters.streaming.experts import StreamedExperts
+from mla_converters.streaming.whole_model import layer_weights
 from mla_converters.support.devices import calibration_autocast, native_bfloat16
 
 ERROR_QUERIES = 256  # queries of each window at which attentions are compared
@@ -179,24 +179,9 @@ def _kept_dtype(name: str, tensor: torch.Tensor, device: str) -> torch.dtype:
 
 
 def _other_weights(source: Source, index: int, module: nn.Module, device: str) -> dict[str, torch.Tensor]:
-    """The tensors of a layer except those of its attention, under their names in transformers' ``module``.
-
-    Experts are left out: ``module`` gets a :class:`StreamedExperts` in their place.
-    """
-    names = source.other_names(index)
-    experts = source.family.experts
-    if experts is None or not has_experts(module):
-        return {name: source.layer_tensor(index, name) for name in names}
-
-    def read(expert: int) -> tuple[torch.Tensor, ...]:
-        return tuple(source.layer_tensor(index, experts.weight(expert, name)) for name in experts.projections)
-
-    module.mlp.experts = StreamedExperts(read, source.config.num_experts, source.config.hidden_act, device)
-    return {
-        name.replace(f"{experts.block}.", "mlp."): source.layer_tensor(index, name)
-        for name in names
-        if not experts.is_expert(name)
-    }
+    """All tensors of a layer except those of its attention, see :func:`layer_weights`."""
+    read = partial(source.layer_tensor, index)
+    return layer_weights(source.other_names(index), read, source.family.experts, module, device)
 
 
 @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""The backends that a served layer would get on this GPU, alone: for :mod:`test_kernels`."""
+"""The backends that a layer gets when it is served on this GPU: this plugin's or, for some sizes, vLLM's own."""
 
 import tempfile
 from collections.abc import Iterator
@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
-from support.backend_cpu import Projection, Sizes, impl_arguments
 from transformers import AutoConfig
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
@@ -19,13 +19,14 @@ from vllm.v1.attention.selector import get_attn_backend
 
 from vllm_mla_plugin import register
 from vllm_mla_plugin.backends import select_backend, select_prefill_backend
+from vllm_mla_plugin.testing.layer import Projection, Sizes, impl_arguments
 
-BLOCK = 64  # tokens of a page; every backend takes it
+BLOCK = 64  # tokens of a page; every backend takes this number
 
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes of one layer."""
+    """Sizes of one layer, with pages of :data:`BLOCK` tokens; the names are those of :class:`Sizes`."""
 
     latent: int
     rope: int
@@ -35,16 +36,18 @@ class Case:
 
     @property
     def scale(self) -> float:
+        """Of the scores before the softmax."""
         return self.v**-0.5
 
     @property
     def sizes(self) -> Sizes:
+        """The same as :class:`Sizes`."""
         return Sizes(self.heads, self.latent, self.rope, self.nope, self.v, BLOCK)
 
 
 @contextmanager
 def configured(case: Case, dtype: torch.dtype, cache_dtype: str = "auto") -> Iterator[VllmConfig]:
-    """vLLM configured to serve a model of these sizes; no weights."""
+    """Configure vLLM to serve a model of one such layer, which has no weights."""
     register()
     config = AutoConfig.for_model(
         "llama_mla",
@@ -70,26 +73,33 @@ def configured(case: Case, dtype: torch.dtype, cache_dtype: str = "auto") -> Ite
 
 @dataclass
 class Decoder:
-    """A decode backend and its metadata builder."""
+    """A decode backend and its metadata builder.
+
+    Attributes:
+        name: of the backend, and the GPU.
+        impl: the backend's implementation.
+        layer: what the backend reads of vLLM's MLA layer.
+        vllm_config: for the builder.
+    """
 
     name: str
-    impl: object
-    layer: object
+    impl: Any
+    layer: Any
     vllm_config: VllmConfig
 
     def as_read(self, q: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
-        """Queries in the dtype that the layer would hand over: some kernels want them like an fp8 cache."""
+        """Queries in the dtype that the layer hands over: with an fp8 cache, some kernels take queries in fp8 too."""
         rounds = cache.dtype == torch.float8_e4m3fn and self.impl.supports_quant_query_input
         return q.to(cache.dtype) if rounds else q
 
     def decode(
         self, q: torch.Tensor, cache: torch.Tensor, table: torch.Tensor, lengths: list[int]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """One query per sequence; shapes as ``forward_mqa``."""
+        """Attention of one query per sequence; arguments and results as in ``forward_mqa``."""
         return self.impl.forward_mqa(q, cache, self.metadata(cache, table, lengths), self.layer)
 
     def metadata(self, cache: torch.Tensor, table: torch.Tensor, lengths: list[int]) -> object:
-        """What the backend's builder makes of so many cached tokens, the newest of each sequence asking."""
+        """The backend's metadata for sequences of these lengths, of which each asks with its newest token."""
         from vllm.v1.attention.backend import CommonAttentionMetadata
         from vllm.v1.kv_cache_interface import MLAAttentionSpec
 
@@ -115,7 +125,7 @@ class Decoder:
 
 
 def impl_for(case: Case, dtype: torch.dtype, cache_dtype: str) -> Decoder:
-    """What a layer of these sizes decodes with: ours, or vLLM's own choice."""
+    """The backend that decodes for a layer of these sizes: this plugin's, or vLLM's own choice."""
     with configured(case, dtype, cache_dtype) as vllm_config:
         backend = select_backend(case.latent, case.rope) or get_attn_backend(
             case.latent + case.rope, dtype, cache_dtype, use_mla=True, num_heads=case.heads
@@ -144,7 +154,7 @@ def impl_for(case: Case, dtype: torch.dtype, cache_dtype: str) -> Decoder:
 
 
 def make_prefill(case: Case, dtype: torch.dtype) -> MLAPrefillBackend:
-    """What a layer of these sizes prefills with: ours, or vLLM's own choice."""
+    """The backend that prefills for a layer of these sizes: this plugin's, or vLLM's own choice."""
     with configured(case, dtype) as vllm_config:
         dims = MLADimensions(qk_nope_head_dim=case.nope, qk_rope_head_dim=case.rope, v_head_dim=case.v)
         cls = select_prefill_backend(dims) or get_mla_prefill_backend(vllm_config)

@@ -1,19 +1,23 @@
-"""One attention layer's backend alone, its cache, and attention in float64 to compare it with."""
+"""One attention layer: its sizes, a random cache, and attention in float64 to compare a backend with."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from vllm.platforms import current_platform
-
-from vllm_mla_plugin.backends.cpu import AnySizeCPUMLAImpl
-
-current_platform.import_kernels()
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of one layer; the defaults are SmolLM2's at half its cache."""
+    """Sizes of one layer; the defaults are SmolLM2's at half of its cache.
+
+    Attributes:
+        heads: query heads.
+        latent: ``kv_lora_rank``.
+        rope: ``qk_rope_head_dim``.
+        nope: ``qk_nope_head_dim``.
+        v: ``v_head_dim``.
+        block: tokens of a page of the cache.
+    """
 
     heads: int = 9
     latent: int = 128
@@ -24,16 +28,17 @@ class Sizes:
 
 
 class Projection(torch.nn.Linear):
-    """What the backend needs of vLLM's linear layers, which need a distributed environment."""
+    """What a backend uses of vLLM's linear layers, which themselves need a distributed environment."""
 
     quant_method = None
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """The product, and no bias: vLLM's layers return both."""
         return super().forward(x), None
 
 
 def impl_arguments(sizes: Sizes, kv_b_proj: torch.nn.Module, cache_dtype: str = "auto") -> dict[str, Any]:
-    """What vLLM's MLA layer makes its backend's implementation with."""
+    """The arguments with which vLLM's MLA layer makes its backend's implementation."""
     return dict(
         num_heads=sizes.heads,
         head_size=sizes.latent + sizes.rope,
@@ -55,16 +60,13 @@ def impl_arguments(sizes: Sizes, kv_b_proj: torch.nn.Module, cache_dtype: str = 
     )
 
 
-def make_impl(sizes: Sizes, dtype: torch.dtype) -> AnySizeCPUMLAImpl:
-    kv_b_proj = Projection(sizes.latent, sizes.heads * (sizes.nope + sizes.v), bias=False, dtype=dtype)
-    kv_b_proj.weight.data.normal_(std=sizes.latent**-0.5)
-    impl = AnySizeCPUMLAImpl(**impl_arguments(sizes, kv_b_proj))
-    impl.process_weights_after_loading(dtype)
-    return impl
-
-
 def make_cache(sizes: Sizes, lengths: list[int], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """A cache whose pages lie in random order, NaN where no token is; and the block table, its slack pointing there."""
+    """A cache with random tokens for sequences of these lengths, its pages in random order.
+
+    Returns:
+        The cache ``[pages, block, latent + rope]``, NaN wherever there is no token, and the block table
+        ``[sequences, pages of the longest + 1]`` int32. Unused entries of the table point to a page of NaN.
+    """
     needed = [-(-length // sizes.block) for length in lengths]
     order = (torch.randperm(sum(needed)) + 1).int()
     cache = torch.full((sum(needed) + 1, sizes.block, sizes.latent + sizes.rope), float("nan"), dtype=dtype)
@@ -77,12 +79,22 @@ def make_cache(sizes: Sizes, lengths: list[int], dtype: torch.dtype) -> tuple[to
 
 
 def cached_tokens(cache: torch.Tensor, table: torch.Tensor, length: int) -> torch.Tensor:
-    """``[length, width]`` in float64."""
+    """The tokens of the sequence with this row of the block table: ``[length, latent + rope]`` float64."""
     return cache[table.long()].flatten(0, 1)[:length].double()
 
 
 def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    """Causal attention ``[new, heads, v]`` of the newest tokens, in float64."""
+    """Causal attention of the newest tokens to all tokens, in float64.
+
+    Args:
+        q: ``[new, heads, nope + rope]``.
+        k: ``[tokens, heads, nope + rope]``.
+        v: ``[tokens, heads, v]``.
+        scale: of the scores before the softmax.
+
+    Returns:
+        ``[new, heads, v]`` float64.
+    """
     scores = torch.einsum("qhd,khd->hqk", q.double(), k.double()) * scale
     new, total = scores.shape[1:]
     scores.masked_fill_(torch.ones(new, total, dtype=torch.bool).triu(total - new + 1), float("-inf"))

@@ -1,0 +1,102 @@
+"""Small random models of every family, and loading models with transformers."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import vllm_mla_plugin.hf  # noqa: F401 - registers the MLA models with transformers
+from mla_converters.checkpoints.source import Source
+from mla_converters.methods.layer_conversion import LayerConversion
+from mla_converters.streaming.layers import source_layers
+
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+QWEN3_EXPERTS = {
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "mlp_only_layers": [0],
+}
+MIXTRAL_EXPERTS = {"num_local_experts": 3, "num_experts_per_tok": 2}
+
+
+@dataclass
+class RandomModel:
+    """A small random model; the defaults are an ordinary GQA Llama."""
+
+    family: str = "llama"
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 16
+    hidden: int = 64
+    layers: int = 2
+    bias: bool = False
+    tied: bool = False
+    rope: dict = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
+    window: int | None = None
+    experts: dict[str, Any] = field(default_factory=dict)
+    std: float = 0.2  # of weights
+    dtype: torch.dtype = torch.float32
+
+    def save(self, folder: Path) -> Path:
+        """Write the model; biases and norms get random values, which initialisation leaves at 0 and 1."""
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(
+            self.family,
+            vocab_size=199,
+            hidden_size=self.hidden,
+            intermediate_size=48,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            tie_word_embeddings=self.tied,
+            rope_parameters=dict(self.rope),
+            max_position_embeddings=256,
+            initializer_range=self.std,
+            dtype=self.dtype,
+            **({"attention_bias": True} if self.bias else {}),
+            **({"mlp_bias": True} if self.bias and self.family == "llama" else {}),
+            **({"sliding_window": self.window} if self.family in ("mistral", "mixtral") else {}),
+            **self.experts,
+        )
+        model = AutoModelForCausalLM.from_config(config, dtype=self.dtype)
+        for name, parameter in model.named_parameters():
+            if "bias" in name or "norm" in name:
+                parameter.data += 0.2 * torch.randn_like(parameter)
+        model.save_pretrained(folder)
+        # One token per ASCII character, so that text can calibrate the model.
+        vocabulary = {chr(i): i for i in range(128)} | {"<unk>": 128}
+        tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+        tokenizer.save(str(folder / "tokenizer.json"))
+        return folder
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32, **kwargs: Any) -> torch.nn.Module:
+    """A model in transformers, converted or not, for evaluation."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **kwargs).eval()
+
+
+def converted_layers(source: Source, conversion: LayerConversion) -> Iterator[dict[str, torch.Tensor]]:
+    """Each layer's converted projections."""
+    streams = conversion.start()
+    for layer in source_layers(source, "cpu"):
+        yield conversion.convert(layer, streams).weights
