@@ -1,6 +1,5 @@
 """The conversion, start to end. :func:`convert` is the Python API behind ``vllm-mla convert``."""
 
-import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +10,7 @@ from rich.progress import Progress
 
 from mla_converters.cards.card import source_card
 from mla_converters.cards.describe import describe_model, outcome, progress_bars
+from mla_converters.checkpoints.carry import carry_side_files
 from mla_converters.checkpoints.families import active_window, window_refusal
 from mla_converters.checkpoints.locate import local_path
 from mla_converters.checkpoints.source import Source, open_source
@@ -63,6 +63,7 @@ def convert(
         context, budget = _context(opened, options), asked_budget(opened, options)
         with work_folder(out, force, conversion_identity(opened, options)) as work:
             work.check_space(_disk_bytes(opened, budget, options))
+            warnings = opened.warnings + carry_side_files(opened, work.model)
             try:
                 prepared = prepare(opened, budget, options, work, progress)
                 details = prepared.details | _convert_weights(opened, prepared, work, options, progress)
@@ -70,7 +71,8 @@ def convert(
                 raise ConversionError(
                     f"{source} gives numbers out of range on the calibration text: its weights are broken."
                 ) from error
-            _copy_side_files(opened, work.model)
+            if warnings:
+                details["warnings"] = [*warnings, *details.get("warnings", ())]
             config = _mla_config(opened, prepared.budget, context, options, details)
             describe_model(work.model, config)
     return outcome(config["mla_conversion"], out, started)
@@ -94,7 +96,7 @@ def _convert_weights(
     """Write all weights; return what the report says of them."""
     shards = Shards(work.model, _planned(source, prepared.budgets, options))
     measured = write_weights(source, prepared, shards, work.record("layers"), options.device, progress)
-    dtype = str(_dtype(source, options)).removeprefix("torch.")
+    dtype = options.dtype or str(source.dtype()).removeprefix("torch.")
     details: dict[str, Any] = {"dtype": dtype, "weights_bytes": shards.total_bytes}
     if measured:
         details["per_layer"] = [{key: round(value, 6) for key, value in asdict(row).items()} for row in measured]
@@ -102,11 +104,8 @@ def _convert_weights(
 
 
 def _planned(source: Source, budgets: list[CacheBudget], options: Options) -> dict[str, torch.Tensor]:
-    return planned_tensors(source, budgets, _nope_dim(source, options), _dtype(source, options))
-
-
-def _dtype(source: Source, options: Options) -> torch.dtype:
-    return DTYPES[options.dtype] if options.dtype else source.dtype()
+    dtype = DTYPES[options.dtype] if options.dtype else None
+    return planned_tensors(source, budgets, _nope_dim(source, options), dtype)
 
 
 def _disk_bytes(source: Source, budget: CacheBudget, options: Options) -> int:
@@ -119,11 +118,6 @@ def _disk_bytes(source: Source, budget: CacheBudget, options: Options) -> int:
 
 def _nope_dim(source: Source, options: Options) -> int:
     return 0 if options.method == Method.EXACT else source.head_dim
-
-
-def _copy_side_files(source: Source, folder: Path) -> None:
-    for path in source.side_files():
-        shutil.copyfile(path, folder / path.name)
 
 
 def _mla_config(

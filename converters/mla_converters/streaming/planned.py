@@ -14,11 +14,12 @@ from mla_converters.methods.registry import Prepared
 from mla_converters.resume.layer_pass import Record, Streams
 
 LAYERS = "model.layers."
+FREQS = "rope_freqs"
 MEASURES = 2  # numbers of a :class:`Measured`
 
 
 def planned_tensors(
-    source: Source, budgets: list[CacheBudget], nope_dim: int, dtype: torch.dtype
+    source: Source, budgets: list[CacheBudget], nope_dim: int, dtype: torch.dtype | None
 ) -> dict[str, torch.Tensor]:
     """Every tensor of the converted checkpoint, on the meta device.
 
@@ -26,18 +27,21 @@ def planned_tensors(
         source: the model.
         budgets: sizes of each layer.
         nope_dim: ``qk_nope_head_dim``.
-        dtype: of the written weights.
+        dtype: of the written weights; None keeps the dtype of each, and gives converted projections that of the
+            projections that they are made of.
     """
-    tensors = {name: source.meta(name).to(dtype) for name in source.names() if not name.startswith(LAYERS)}
+    tensors = {name: source.meta(name) for name in source.names() if not name.startswith(LAYERS)}
     for index, budget in enumerate(budgets):
         attention = {name: source.meta(f"{LAYERS}{index}.self_attn.{name}") for name in source.attention_names(index)}
         maps = _meta_map(source.config.num_key_value_heads, source.head_dim, nope_dim, budget)
         converted = mla_weights(attention, maps)
         for name, tensor in converted.items():
-            tensors[f"{LAYERS}{index}.self_attn.{name}"] = tensor.to(_written_dtype(name, dtype))
+            tensors[f"{LAYERS}{index}.self_attn.{name}"] = tensor.to(_converted_dtype(name, attention))
         for name in source.other_names(index):
-            tensors[f"{LAYERS}{index}.{name}"] = source.meta(f"{LAYERS}{index}.{name}").to(dtype)
-    return tensors
+            tensors[f"{LAYERS}{index}.{name}"] = source.meta(f"{LAYERS}{index}.{name}")
+    if dtype is None:
+        return tensors
+    return {name: tensor if name.endswith(FREQS) else tensor.to(dtype) for name, tensor in tensors.items()}
 
 
 def _meta_map(kv_heads: int, head_dim: int, nope_dim: int, budget: CacheBudget) -> LatentMap:
@@ -54,9 +58,13 @@ def _meta_map(kv_heads: int, head_dim: int, nope_dim: int, budget: CacheBudget) 
         )
 
 
-def _written_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    # Rounded to 16 bits, a frequency is off by whole turns after a few hundred tokens.
-    return torch.float32 if name == "rope_freqs" else dtype
+def _converted_dtype(name: str, attention: dict[str, torch.Tensor]) -> torch.dtype:
+    """Of a converted tensor, by those of the source's attention."""
+    if name == FREQS:
+        return torch.float32  # rounded to 16 bits, a frequency is off by whole turns after a few hundred tokens
+    if name in attention:
+        return attention[name].dtype
+    return torch.promote_types(attention["k_proj.weight"].dtype, attention["v_proj.weight"].dtype)
 
 
 def write_weights(
