@@ -1,6 +1,6 @@
 """Whether a converted checkpoint is whole: files, configuration, tensors, tokenizer, and what it predicts."""
 
-import tempfile
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 import vllm_mla_plugin.hf  # noqa: F401 - registers the MLA models with transformers
 from mla_converters.checkpoints.families import FAMILIES, architecture_names
 from mla_converters.checkpoints.manifest import manifest_problems
+from mla_converters.checkpoints.models import Model, find_model, read_config
 from mla_converters.checkpoints.reader import Checkpoint
 from mla_converters.checkpoints.tokenizer import load_tokenizer
+from mla_converters.checkpoints.tokenizer_check import tokenizer_difference
 from mla_converters.errors import ConversionError
-from mla_converters.evaluation.run import EvalOptions, evaluate
+from mla_converters.evaluation.run import compare
 from mla_converters.support.json_files import read_json_object
 
 EXACT_KL = 0.01  # nats per token; a lossless conversion differs by rounding alone
@@ -51,7 +53,8 @@ def verify(folder: Path, source: str | None = None, trust_remote_code: bool = Fa
 
     Args:
         folder: the checkpoint.
-        source: what it was converted from, to compare predictions on a short text; None leaves that out.
+        source: what it was converted from, to compare tokenizers, and predictions on a short text; None leaves that
+            out.
         trust_remote_code: whether code that comes with the tokenizer may run.
 
     Returns:
@@ -64,10 +67,15 @@ def verify(folder: Path, source: str | None = None, trust_remote_code: bool = Fa
     checks = [Check("files", manifest_problems(folder), "size and SHA-256 of every file")]
     config, check = _config(folder)
     checks.append(check)
-    if config is not None:
-        checks += [_tensors(folder, config), _tokenizer(folder, trust_remote_code)]
-    if not any(check.problems for check in checks):
-        checks.append(_predictions(folder, description, source, trust_remote_code))
+    with ExitStack() as stack:
+        reference = None if source is None else find_model(source, stack, trust_remote_code)
+        if config is not None:
+            checks.append(_tensors(folder, config))
+            check, ids = _tokenizer(folder, reference, trust_remote_code, config.vocab_size)
+            checks.append(check)
+        # Another tokenizer than the source's is no reason to leave out whether the weights compute the same.
+        if config is not None and ids and not any(check.problems for check in checks if check.name != "tokenizer"):
+            checks.append(_predictions(folder, description, reference, ids, trust_remote_code))
     return {
         "model": str(folder),
         "source": source,
@@ -117,25 +125,36 @@ def _tensors(folder: Path, config: PretrainedConfig) -> Check:
     return Check("tensors", problems[:SHOWN] + more, f"{count} tensors: names, shapes, finite numbers")
 
 
-def _tokenizer(folder: Path, trust_remote_code: bool) -> Check:
+def _tokenizer(
+    folder: Path, reference: Model | None, trust_remote_code: bool, vocab_size: int
+) -> tuple[Check, list[int]]:
+    """Whether the tokenizer works, and does what the source's does; and the sample's ids, of the source if there is
+    one. No ids where a tokenizer cannot be loaded, or is of a larger vocabulary."""
+    name = "tokenizer"
     try:
-        count = len(load_tokenizer(folder, trust_remote_code)(SAMPLE).input_ids)
+        tokenizer = load_tokenizer(folder, trust_remote_code)
+        expected = load_tokenizer(reference.path, trust_remote_code) if reference else tokenizer
     except ConversionError as error:
-        return Check("tokenizer", [str(error)], "")
-    return Check("tokenizer", [], f"cuts the sample into {count} tokens")
+        return Check(name, [str(error)], ""), []
+    difference = tokenizer_difference(expected, tokenizer) if reference else None
+    problems = [f"differs from the source's: {difference}"] if difference else []
+    ids = expected(SAMPLE).input_ids
+    if max(ids, default=0) >= vocab_size:
+        return Check(name, [*problems, f"gives ids beyond the vocabulary of {vocab_size} tokens"], ""), []
+    return Check(
+        name, problems, f"cuts the sample into {len(ids)} tokens{', as the source does' * bool(reference)}"
+    ), ids
 
 
-def _predictions(folder: Path, description: dict[str, Any], source: str | None, trust_remote_code: bool) -> Check:
+def _predictions(
+    folder: Path, description: dict[str, Any], reference: Model | None, ids: list[int], trust_remote_code: bool
+) -> Check:
     """Run the sample through the model, and through its source."""
-    ids = load_tokenizer(folder, trust_remote_code)(SAMPLE).input_ids
     length = min(len(ids), description["max_position_embeddings"])
-    with tempfile.TemporaryDirectory() as scratch:
-        text = Path(scratch) / "sample.txt"
-        text.write_text(SAMPLE)
-        options = EvalOptions(text=text, windows=1, length=length, trust_remote_code=trust_remote_code)
-        (row,) = evaluate([str(folder)], options, reference=source, quiet=True)["models"]
+    model = Model(str(folder), str(folder), read_config(folder, trust_remote_code), trust_remote_code)
+    row = compare(model, reference, torch.tensor([ids[:length]]))
     detail = f"perplexity {row['perplexity']:.2f} on {length} tokens"
-    if source is None:
+    if reference is None:
         return Check("predictions", [], detail)
     detail += f"; KL {row['kl']:.4f} from the source, likeliest token the same for {row['top1_agreement']:.0%}"
     problems = []

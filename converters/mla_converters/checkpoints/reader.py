@@ -86,6 +86,10 @@ class Checkpoint:
         """The shards, sorted."""
         return sorted({stored.path for stored in self._tensors.values()})
 
+    def weight_map(self) -> dict[str, str]:
+        """The file of each tensor, as an index has it, under the names that the files have."""
+        return {stored.name: stored.path.name for stored in self._tensors.values()}
+
     def names(self) -> list[str]:
         """Names of all tensors, sorted."""
         return sorted(self._tensors)
@@ -163,7 +167,9 @@ def _shards(folder: Path) -> list[Path]:
         if Path(name).name != name:  # a path could name any file of the machine; links were made by whoever has it
             raise ConversionError(f"{index} names {name!r}, which is not a file of the same folder.")
         if not (folder / name).is_file():
-            raise ConversionError(f"{folder} lacks {name}, which holds a part of the weights: download it again.")
+            raise ConversionError(
+                f"{name}, which holds a part of the weights, is missing from {folder}: download it again."
+            )
     return [folder / name for name in names]
 
 

@@ -10,6 +10,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from mla_converters.checkpoints.families import active_window, check_config, find_family, source_head_dim
+from mla_converters.checkpoints.kinds import files_below, refuse_no_checkpoint, refuse_other_tasks
 from mla_converters.checkpoints.locate import local_path, not_on_the_hub
 from mla_converters.errors import ConversionError
 from mla_converters.streaming.experts import has_experts
@@ -92,7 +93,9 @@ def read_source(source: str, revision: str | None = None, dtype: str | None = No
     if dtype not in (None, *DTYPE_BYTES):
         raise ConversionError(f"--dtype is {dtype!r}; choose one of {', '.join(DTYPE_BYTES)}.")
     path = _config_path(source, revision)
-    family = find_family(read_json_object(path))
+    described = read_json_object(path)
+    refuse_other_tasks(path.parent, described)
+    family = find_family(described)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         check_config(config)
@@ -159,6 +162,8 @@ def _config_path(source: str, revision: str | None) -> Path:
         )
     path = local_path(source)
     if path is not None:
+        if path.is_dir() and not (path / "config.json").exists():
+            refuse_no_checkpoint(path, source, files_below(path))
         return path / "config.json" if path.is_dir() else path
     try:
         return Path(hf_hub_download(source, "config.json", revision=revision))

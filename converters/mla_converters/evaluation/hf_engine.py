@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
+from mla_converters.checkpoints.loadable import loadable
 from mla_converters.checkpoints.models import Model
 from mla_converters.errors import ConversionError
 from mla_converters.evaluation.scores import TokenScores
@@ -53,13 +54,14 @@ def load_model(model: Model, dtype: torch.dtype, device: str) -> torch.nn.Module
         ConversionError: there are no safetensors weights, or they do not fill the model.
     """
     try:
-        network, info = AutoModelForCausalLM.from_pretrained(
-            model.path,
-            dtype=dtype,
-            use_safetensors=True,
-            output_loading_info=True,
-            trust_remote_code=model.trust_remote_code,
-        )
+        with loadable(model.path) as path:
+            network, info = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                trust_remote_code=model.trust_remote_code,
+            )
         network.to(device)
     except Exception as error:  # transformers raises whatever the files provoke
         reason = str(error).strip().split("\n")[0]
