@@ -5,6 +5,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.integrations.mistral import convert_tekken_tokenizer
+from transformers.utils import cached_file
 
 from mla_converters.errors import ConversionError
 
@@ -30,7 +31,7 @@ def load_tokenizer(source: str | Path, trust_remote_code: bool, revision: str | 
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, revision=revision)
-        return _from_tekken(tokenizer) if type(tokenizer).__name__ == MISTRAL else tokenizer
+        return _from_tekken(tokenizer, source, revision) if type(tokenizer).__name__ == MISTRAL else tokenizer
     except Exception as error:  # tokenizers raises bare Exception
         if not trust_remote_code and "trust_remote_code" in str(error):
             raise ConversionError(
@@ -40,9 +41,11 @@ def load_tokenizer(source: str | Path, trust_remote_code: bool, revision: str | 
         raise ConversionError(f"The tokenizer in {source} cannot be loaded: {error}") from error
 
 
-def _from_tekken(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+def _from_tekken(
+    tokenizer: PreTrainedTokenizerBase, source: str | Path, revision: str | None
+) -> PreTrainedTokenizerBase:
     """The same ids as mistral-common gives, from a tokenizer that can be saved and that has a Jinja chat template."""
-    converted = convert_tekken_tokenizer(str(tokenizer.init_kwargs["tokenizer_path"]))
+    converted = convert_tekken_tokenizer(cached_file(source, "tekken.json", revision=revision))
     converted.padding_side = tokenizer.padding_side
     converted.add_bos_token = True  # as mistral-common does; transformers' converter leaves it out
     return converted

@@ -34,7 +34,9 @@ def tokenizer_difference(expected: PreTrainedTokenizerBase, got: PreTrainedToken
         if theirs != ours:
             what = (theirs or ours)[0]
             wanted, found = (pair[1] if pair else None for pair in (theirs, ours))
-            return f"{what} gives {_shown(found, wanted)}, where {_shown(wanted, found)} was expected"
+            start = _first_difference(found, wanted)
+            place = "" if start is None else f" from position {start} on"
+            return f"{what} gives {_shown(found, start)}{place}, where {_shown(wanted, start)} was expected"
     return None
 
 
@@ -76,10 +78,13 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
     return {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
 
 
-def _shown(value: Any, other: Any) -> str:
-    """A value from where it differs from the other one on."""
-    if not (isinstance(value, list | str) and isinstance(other, list | str)):
-        return repr(value)
-    pairs = enumerate(zip(value, other, strict=False))
-    start = next((index for index, (a, b) in pairs if a != b), min(len(value), len(other)))
-    return f"{value[start : start + SHOWN]!r} at position {start}"
+def _first_difference(one: Any, other: Any) -> int | None:
+    """Where two sequences begin to differ; None for what are no sequences."""
+    if not (isinstance(one, list | str) and isinstance(other, list | str)):
+        return None
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((index for index, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _shown(value: Any, start: int | None) -> str:
+    return repr(value if start is None else value[start : start + SHOWN])
