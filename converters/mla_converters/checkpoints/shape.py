@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from mla_converters.checkpoints.families import active_window, check_config, find_family, source_head_dim
 from mla_converters.checkpoints.kinds import files_below, refuse_no_checkpoint, refuse_other_tasks
-from mla_converters.checkpoints.locate import local_path, not_on_the_hub
+from mla_converters.checkpoints.locate import local_path
+from mla_converters.checkpoints.repository import fetch_config
 from mla_converters.errors import ConversionError
 from mla_converters.streaming.experts import has_experts
 from mla_converters.support.json_files import read_json_object
@@ -165,10 +164,7 @@ def _config_path(source: str, revision: str | None) -> Path:
         if path.is_dir() and not (path / "config.json").exists():
             refuse_no_checkpoint(path, source, files_below(path))
         return path / "config.json" if path.is_dir() else path
-    try:
-        return Path(hf_hub_download(source, "config.json", revision=revision))
-    except (HFValidationError, HfHubHTTPError, EntryNotFoundError, LocalEntryNotFoundError, OSError) as error:
-        raise not_on_the_hub(source, error) from error
+    return fetch_config(source, revision)
 
 
 def _convertible_name(source: str) -> str:

@@ -23,7 +23,15 @@ SIDE_FILES = (
     "COPYING*",
 )
 CODE = "*.py"  # travels too where it is trusted
-READ = ("config.json", "README.md", "modules.json", "adapter_config.json")  # but not carried over
+DESCRIPTIONS = (
+    "config.json",
+    "modules.json",
+    "adapter_config.json",
+    "quantize_config.json",
+    "quant_config.json",
+    "hf_quant_config.json",
+)
+"""Say what a model is; read, but not carried over. So is the card."""
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 OTHER_WEIGHTS = (
     "consolidated*",
@@ -51,7 +59,7 @@ def hub_patterns(trust_remote_code: bool) -> tuple[list[str], list[str]]:
 
     The hub's patterns also match across ``/``, unlike those of a folder, so sub-folders are left out by name.
     """
-    wanted = [*READ, *WEIGHTS, *_side_patterns(trust_remote_code)]
+    wanted = [*DESCRIPTIONS, "README.md", *WEIGHTS, *_side_patterns(trust_remote_code)]
     return wanted, [*OTHER_WEIGHTS, *(f"*/{pattern}" for pattern in wanted if "/" not in pattern)]
 
 

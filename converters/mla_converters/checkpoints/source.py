@@ -9,8 +9,6 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -28,9 +26,10 @@ from mla_converters.checkpoints.kinds import (
     refuse_other_tasks,
     refuse_other_tensors,
 )
-from mla_converters.checkpoints.locate import local_path, not_a_model_file, not_on_the_hub
+from mla_converters.checkpoints.locate import local_path, not_a_model_file
 from mla_converters.checkpoints.reader import Checkpoint
-from mla_converters.checkpoints.side_files import has_tokenizer, hub_patterns, side_files
+from mla_converters.checkpoints.repository import fetch_checkpoint
+from mla_converters.checkpoints.side_files import has_tokenizer, side_files
 from mla_converters.checkpoints.tokenizer import load_tokenizer
 from mla_converters.errors import ConversionError
 from mla_converters.support.json_files import read_json_object
@@ -219,23 +218,12 @@ def open_source(source: str, revision: str | None = None, trust_remote_code: boo
     with ExitStack() as stack:
         path = local_path(source)
         if path is None:
-            folder = _download(source, revision, trust_remote_code)
+            folder = fetch_checkpoint(source, revision, trust_remote_code)
         elif path.is_dir():
             folder = path
         else:
             folder = unpacked_gguf(source, stack)
         yield Source(source, folder, revision, trust_remote_code)
-
-
-def _download(repo: str, revision: str | None, trust_remote_code: bool) -> Path:
-    wanted, unwanted = hub_patterns(trust_remote_code)
-    try:
-        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted))
-        if not (folder / "config.json").exists():
-            refuse_no_checkpoint(folder, repo, HfApi().list_repo_files(repo, revision=revision))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise not_on_the_hub(repo, error) from error
-    return folder
 
 
 def unpacked_gguf(name: str, stack: ExitStack) -> Path:

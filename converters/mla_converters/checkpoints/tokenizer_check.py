@@ -58,8 +58,8 @@ def _behaviour(tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, Any]]:
     yield "text that names special tokens", _tried(lambda: ids(named))
     yield "decoding", _tried(lambda: tokenizer.decode(ids(PROBE)))
     yield "decoding without special tokens", _tried(lambda: tokenizer.decode(ids(named), skip_special_tokens=True))
-    for name in ("bos_token", "eos_token"):
-        yield name, getattr(tokenizer, f"{name}_id")
+    for name in ("bos_token_id", "eos_token_id", "padding_side", "truncation_side", "model_max_length"):
+        yield name, getattr(tokenizer, name)
     templates = tokenizer.chat_template
     for template in sorted(templates) if isinstance(templates, dict) else [None] if templates else []:
         what = "the chat template" if template is None else f"the chat template {template}"
