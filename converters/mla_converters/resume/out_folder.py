@@ -26,7 +26,7 @@ OF_THE_DISK = "lost+found"  # in the root of every ext4 file system
 def work_place(out: Path) -> Path:
     """The folder in which the model for ``out`` is put together."""
     inside = out / f"{out.name}.partial"
-    if out.is_dir() and (is_mount_point(out) or not _entries(out) - {inside.name}):
+    if out.is_dir() and (inside.exists() or not _entries(out) or is_mount_point(out)):
         return inside
     return out.with_name(inside.name)
 
