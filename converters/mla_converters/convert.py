@@ -1,6 +1,5 @@
 """The conversion, start to end. :func:`convert` is the Python API behind ``vllm-mla convert``."""
 
-import shutil
 import time
 from dataclasses import asdict, replace
 from math import isnan
@@ -11,6 +10,7 @@ from rich.progress import Progress
 
 from mla_converters.cards.card import source_card
 from mla_converters.cards.describe import outcome
+from mla_converters.checkpoints.carry import carry_side_files
 from mla_converters.checkpoints.families import active_window, window_refusal
 from mla_converters.checkpoints.locate import local_path
 from mla_converters.checkpoints.mla_config import mla_config, per_layer_sizes
@@ -93,26 +93,27 @@ def _convert(
     progress: Progress,
 ) -> ConversionReport:
     """Calibrate, convert all layers, and write the model with its report."""
-    dtype, nope_dim = _dtype(source, options), method.nope_dim(source.shape)
+    nope_dim = method.nope_dim(source.shape)
+    warnings = source.warnings + carry_side_files(source, work.model)
     try:
         calibration = _calibrate(source, options, method.window, work, progress) if method.window else None
         job = Job(source, options, budget, calibration, options.seed, device, work, progress)
         prepared = method.prepare(job)
+        dtype = DTYPES[options.dtype] if options.dtype else None
         shards = Shards(work.model, planned_tensors(source, prepared.budgets, nope_dim, dtype))
         measured = _write_weights(source, prepared, shards, work.record("layers"), device, progress)
     except torch.linalg.LinAlgError as error:
         raise ConversionError(
             f"{source.name} gives numbers out of range on the calibration text: its weights are broken."
         ) from error
-    for path in source.side_files():
-        shutil.copyfile(path, work.model / path.name)
-    sizes, dtype_name = per_layer_sizes(prepared.budgets), str(dtype).removeprefix("torch.")
+    sizes, dtype_name = per_layer_sizes(prepared.budgets), str(dtype or source.dtype()).removeprefix("torch.")
     report = _report(source, method, prepared, calibration, options).model_copy(
         update={
             **sizes,
             "dtype": dtype_name,
             "weights_bytes": shards.total_bytes,
             "per_layer": _rounded(measured) if measured else None,
+            "warnings": warnings + prepared.warnings,
         }
     )
     config = mla_config(source, prepared.budget, sizes, nope_dim, context, dtype_name)
@@ -131,13 +132,10 @@ def _context(source: Source, options: ConvertOptions) -> int:
     return context
 
 
-def _dtype(source: Source, options: ConvertOptions) -> torch.dtype:
-    return DTYPES[options.dtype] if options.dtype else source.dtype()
-
-
 def _disk_bytes(source: Source, method: Method, budget: CacheBudget, options: ConvertOptions) -> int:
     """What the conversion takes on disk, by the estimate that ``plan`` shows."""
-    shape = replace(source.shape, weight_bytes=_dtype(source, options).itemsize)
+    dtype = DTYPES[options.dtype] if options.dtype else source.dtype()
+    shape = replace(source.shape, weight_bytes=dtype.itemsize)
     return method.cost(shape, budget, options.calibration_tokens).disk_bytes
 
 
@@ -227,7 +225,6 @@ def _report(
             seed=options.seed,
         ),
         searches=prepared.searches,
-        warnings=prepared.warnings,
         dtype="",
         weights_bytes=0,
     )

@@ -13,10 +13,12 @@ from mla_converters.cards.card import CARD, REPORT, read_report
 from mla_converters.cards.describe import outcome
 from mla_converters.checkpoints.families import architecture_names
 from mla_converters.checkpoints.locate import local_path
-from mla_converters.checkpoints.manifest import MANIFEST
+from mla_converters.checkpoints.manifest import MANIFEST, all_files
 from mla_converters.checkpoints.models import Model, converted_config, load_model, read_config
 from mla_converters.checkpoints.reader import INDEX, Checkpoint
 from mla_converters.checkpoints.source import Source, open_source
+from mla_converters.checkpoints.tokenizer import load_tokenizer
+from mla_converters.checkpoints.tokenizer_check import tokenizer_difference
 from mla_converters.checkpoints.writer import Shards
 from mla_converters.errors import ConversionError
 from mla_converters.options import HealOptions, given_options
@@ -109,7 +111,7 @@ def _recorded_source(model: Path, report: ConversionReport) -> tuple[str, str | 
 
 
 def _check_pair(model: Path, config: dict[str, Any], source: Source) -> None:
-    """Refuse a source that the model was not converted from, as far as sizes tell."""
+    """Refuse a source that the model was not converted from, as far as sizes and the tokenizer tell."""
     same = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     differ = [name for name in same if config.get(name) != getattr(source.config, name)]
     if source.family.mla_architecture not in architecture_names(config):
@@ -118,6 +120,11 @@ def _check_pair(model: Path, config: dict[str, Any], source: Source) -> None:
         raise ConversionError(
             f"{model} was not converted from {source.name}: they differ in {', '.join(differ)}. Name its source with "
             "--source."
+        )
+    if difference := tokenizer_difference(source.tokenizer, load_tokenizer(model, source.trust_remote_code)):
+        raise ConversionError(
+            f"{model} has another tokenizer than {source.name}, with which it would be healed: {difference}. Convert "
+            "it again."
         )
 
 
@@ -187,11 +194,12 @@ def _write_weights(checkpoint: Checkpoint, healed: dict[str, torch.Tensor], fold
 
 
 def _copy_others(model: Path, checkpoint: Checkpoint, folder: Path) -> None:
-    """Copy what is neither weights nor about to be written anew."""
+    """Copy what is neither weights nor about to be written again."""
     written = {INDEX, MANIFEST, REPORT, CARD, "config.json", *(path.name for path in checkpoint.files())}
-    for path in sorted(model.iterdir()):
-        if path.is_file() and path.name not in written:
-            shutil.copyfile(path, folder / path.name)
+    for name in all_files(model):
+        if name not in written:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(model / name, folder / name)
 
 
 def _command_line(model: Path, options: HealOptions) -> str:

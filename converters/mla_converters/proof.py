@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 import vllm_mla_plugin.hf  # noqa: F401 - registers the MLA models with transformers
 from mla_converters.cards.describe import describe_model
 from mla_converters.checkpoints.reader import Checkpoint
+from mla_converters.checkpoints.side_files import has_tokenizer
 from mla_converters.checkpoints.source import Source
 from mla_converters.errors import ConversionError
 from mla_converters.reports.conversion import ConversionReport, SelfCheck
@@ -115,7 +116,7 @@ def _rounded(value: float) -> float:
 def _probe(source: Source) -> tuple[torch.Tensor, bool]:
     """Token ids ``[1, tokens]``, and whether they are text: a source without tokenizer gets every n-th of its ids."""
     longest = min(TOKENS, source.config.max_position_embeddings)
-    if any(source.folder.glob("tokenizer*")):
+    if has_tokenizer(source.folder):
         ids = source.tokenizer(PROBE, return_tensors="pt").input_ids[:, :longest]
         if ids.shape[1] > 1 and int(ids.max()) < source.config.vocab_size:
             return ids, True

@@ -1,6 +1,6 @@
 """Checks that a converted checkpoint is whole: files, configuration, tensors, tokenizer, and predictions."""
 
-import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +9,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 import vllm_mla_plugin.hf  # noqa: F401 - registers the MLA models with transformers
 from mla_converters.checkpoints.manifest import manifest_problems
-from mla_converters.checkpoints.models import converted_config
+from mla_converters.checkpoints.models import Model, converted_config, find_model, read_config
 from mla_converters.checkpoints.reader import Checkpoint
 from mla_converters.checkpoints.tokenizer import load_tokenizer
+from mla_converters.checkpoints.tokenizer_check import tokenizer_difference
 from mla_converters.errors import ConversionError
-from mla_converters.evaluation.run import evaluate
-from mla_converters.options import EvalOptions, VerifyOptions
+from mla_converters.evaluation.run import compare
+from mla_converters.options import VerifyOptions
 from mla_converters.reports.conversion import WRITER, ConversionReport
 from mla_converters.reports.verification import Check, Verification
 
@@ -37,7 +38,7 @@ def verify(folder: Path, options: VerifyOptions | None = None) -> Verification:
 
     Args:
         folder: the checkpoint.
-        options: the source to compare predictions with; None for the defaults.
+        options: the source to compare tokenizers and predictions with; None for the defaults.
 
     Returns:
         Each check with its problems; later checks are left out where an earlier one makes them pointless.
@@ -50,10 +51,16 @@ def verify(folder: Path, options: VerifyOptions | None = None) -> Verification:
     checks = [Check(name="files", problems=manifest_problems(folder), detail="size and SHA-256 of every file")]
     config, check = _config(folder)
     checks.append(check)
-    if config is not None:
-        checks += [_tensors(folder, config), _tokenizer(folder, options.trust_remote_code)]
-    if not any(check.problems for check in checks):
-        checks.append(_predictions(folder, description, options))
+    trusted = options.trust_remote_code
+    with ExitStack() as stack:
+        reference = None if options.source is None else find_model(options.source, stack, trusted)
+        if config is not None:
+            checks.append(_tensors(folder, config))
+            check, ids = _tokenizer(folder, reference, trusted, config.vocab_size)
+            checks.append(check)
+        # Another tokenizer than the source's is no reason to leave out whether the weights compute the same.
+        if config is not None and ids and not any(check.problems for check in checks if check.name != "tokenizer"):
+            checks.append(_predictions(folder, description, reference, ids, trusted))
     ok = not any(check.problems for check in checks)
     return Verification(model=str(folder), source=options.source, ok=ok, checks=checks)
 
@@ -88,29 +95,33 @@ def _tensors(folder: Path, config: PretrainedConfig) -> Check:
     return Check(name="tensors", problems=problems[:SHOWN] + more, detail=detail)
 
 
-def _tokenizer(folder: Path, trust_remote_code: bool) -> Check:
+def _tokenizer(
+    folder: Path, reference: Model | None, trust_remote_code: bool, vocab_size: int
+) -> tuple[Check, list[int]]:
+    """Whether the tokenizer works, and does what the source's does; and the sample's ids, of the source if there is
+    one. No ids where a tokenizer cannot be loaded, or is of a larger vocabulary."""
+    name = "tokenizer"
     try:
-        count = len(load_tokenizer(folder, trust_remote_code)(SAMPLE).input_ids)
+        tokenizer = load_tokenizer(folder, trust_remote_code)
+        expected = load_tokenizer(reference.path, trust_remote_code) if reference else tokenizer
     except ConversionError as error:
-        return Check(name="tokenizer", problems=[str(error)])
-    return Check(name="tokenizer", problems=[], detail=f"cuts the sample into {count} tokens")
+        return Check(name=name, problems=[str(error)]), []
+    difference = tokenizer_difference(expected, tokenizer) if reference else None
+    problems = [f"differs from the source's: {difference}"] if difference else []
+    ids = expected(SAMPLE).input_ids
+    if max(ids, default=0) >= vocab_size:
+        return Check(name=name, problems=[*problems, f"gives ids beyond the vocabulary of {vocab_size} tokens"]), []
+    detail = f"cuts the sample into {len(ids)} tokens{', as the source does' if reference else ''}"
+    return Check(name=name, problems=problems, detail=detail), ids
 
 
-def _predictions(folder: Path, description: dict[str, Any], options: VerifyOptions) -> Check:
+def _predictions(
+    folder: Path, description: dict[str, Any], reference: Model | None, ids: list[int], trust_remote_code: bool
+) -> Check:
     """Run the sample through the model, and through its source."""
-    ids = load_tokenizer(folder, options.trust_remote_code)(SAMPLE).input_ids
     length = min(len(ids), description["max_position_embeddings"])
-    with tempfile.TemporaryDirectory() as scratch:
-        text = Path(scratch) / "sample.txt"
-        text.write_text(SAMPLE)
-        scored = EvalOptions(
-            text=text,
-            windows=1,
-            length=length,
-            reference=options.source,
-            trust_remote_code=options.trust_remote_code,
-        )
-        (row,) = evaluate([str(folder)], scored, quiet=True).models
+    model = Model(str(folder), str(folder), read_config(folder, trust_remote_code), trust_remote_code)
+    row = compare(model, reference, torch.tensor([ids[:length]]))
     detail = f"perplexity {row.perplexity:.2f} on {length} tokens"
     if row.kl is None or row.top1_agreement is None:
         return Check(name="predictions", problems=[], detail=detail)

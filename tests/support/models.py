@@ -52,6 +52,7 @@ class RandomModel:
     rope: dict = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
     window: int | None = None
     experts: dict[str, Any] = field(default_factory=dict)
+    vocab: int = 199
     std: float = 0.2  # of weights
     dtype: torch.dtype = torch.float32
 
@@ -60,7 +61,7 @@ class RandomModel:
         torch.manual_seed(0)
         config = AutoConfig.for_model(
             self.family,
-            vocab_size=199,
+            vocab_size=self.vocab,
             hidden_size=self.hidden,
             intermediate_size=48,
             num_hidden_layers=self.layers,

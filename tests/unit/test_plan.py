@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.commands import CommandLine, Refused, convert
+from support.commands import CommandLine, Refused, contents, convert, vllm_mla
+from support.download_hub import download_hub
 from support.files import CALIBRATION
 from support.models import MIXTRAL_EXPERTS, QWEN3_EXPERTS, RandomModel
 
@@ -227,20 +228,18 @@ def test_bare_config_file(planned: Planner, tmp_path: Path) -> None:
     assert planned(folder / "config.json") == planned(folder)
 
 
-def test_hub_id(planned: Planner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only config.json is fetched."""
-    folder = write_config(tmp_path / "cache")
-    fetched = []
-
-    def download(repo: str, file: str, revision: str | None) -> str:
-        fetched.append((repo, file, revision))
-        return str(folder / file)
-
-    monkeypatch.setattr("mla_converters.checkpoints.shape.hf_hub_download", download)
-    plan = planned("meta-llama/Llama-3-8B", "--revision", "v1")
-    assert fetched == [("meta-llama/Llama-3-8B", "config.json", "v1")]
-    assert plan["command"].startswith("vllm-mla convert meta-llama/Llama-3-8B ./Llama-3-8B-mla ")
-    assert plan["command"].endswith(" --revision v1")
+def test_hub_id(tmp_path: Path) -> None:
+    """No weights are fetched."""
+    report = tmp_path / "plan.json"
+    with download_hub() as hub:
+        hub.files = contents(write_config(tmp_path / "model")) | {"model.safetensors": b"", "tokenizer.json": b"{}"}
+        command = ("plan", "lab/tiny", "--revision", "main", "--json", report)
+        result = vllm_mla(*command, environment=hub.environment(tmp_path / "home"))
+    assert result.returncode == 0, result.stderr
+    assert hub.fetched == {"config.json"}
+    plan = json.loads(report.read_text())
+    assert plan["command"].startswith("vllm-mla convert lab/tiny ./tiny-mla ")
+    assert plan["command"].endswith(" --revision main")
 
 
 def test_sliding_window(planned: Planner, tmp_path: Path) -> None:

@@ -10,9 +10,16 @@ MANIFEST = "mla_manifest.json"
 
 
 def write_manifest(folder: Path) -> None:
-    """Write size and SHA-256 of every file of a folder into :data:`MANIFEST`."""
-    files = {path.name: _describe(path) for path in sorted(folder.iterdir()) if path.name != MANIFEST}
+    """Write size and SHA-256 of every file of a folder and of its sub-folders into :data:`MANIFEST`."""
+    files = {name: _describe(folder / name) for name in all_files(folder) if name != MANIFEST}
     write_json(folder / MANIFEST, {"files": files})
+
+
+def all_files(folder: Path) -> list[str]:
+    """The files of a folder and of its sub-folders, as POSIX paths below it, sorted; nothing of hidden sub-folders,
+    in which download tools and git keep files of their own."""
+    below = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    return sorted(path.as_posix() for path in below if not any(part.startswith(".") for part in path.parent.parts))
 
 
 def update_manifest(folder: Path, changed: list[Path]) -> None:
@@ -21,7 +28,8 @@ def update_manifest(folder: Path, changed: list[Path]) -> None:
     Raises:
         ConversionError: there is no manifest, or it is something else.
     """
-    files = _described_files(folder) | {path.name: _describe(path) for path in changed}
+    changes = {path.relative_to(folder).as_posix(): _describe(path) for path in changed}
+    files = _described_files(folder) | changes
     write_json(folder / MANIFEST, {"files": files})
 
 
@@ -33,8 +41,8 @@ def manifest_problems(folder: Path) -> list[str]:
     """
     problems = []
     for name, described in _described_files(folder).items():
-        path = folder / Path(name).name
-        if not path.is_file():
+        path = folder / name
+        if ".." in path.parts or Path(name).is_absolute() or not path.is_file():
             problems.append(f"{name} is missing")
         elif path.stat().st_size != described["bytes"]:
             problems.append(f"{name} has {path.stat().st_size:,} bytes where {described['bytes']:,} were written")

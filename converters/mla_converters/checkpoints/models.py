@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 import vllm_mla_plugin.hf  # noqa: F401 - registers the MLA models with transformers
 from mla_converters.checkpoints.families import architecture_names, source_head_dim
+from mla_converters.checkpoints.loadable import loadable
 from mla_converters.checkpoints.locate import local_path, not_on_the_hub
 from mla_converters.checkpoints.source import unpacked_gguf
 from mla_converters.errors import ConversionError
@@ -127,13 +128,14 @@ def load_model(model: Model, dtype: torch.dtype, device: str) -> torch.nn.Module
         ConversionError: there are no safetensors weights, or they do not fill the model.
     """
     try:
-        network, info = AutoModelForCausalLM.from_pretrained(
-            model.path,
-            dtype=dtype,
-            use_safetensors=True,
-            output_loading_info=True,
-            trust_remote_code=model.trust_remote_code,
-        )
+        with loadable(model.path) as path:
+            network, info = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                trust_remote_code=model.trust_remote_code,
+            )
         network.to(device)
     except Exception as error:  # transformers raises whatever the files provoke
         reason = str(error).strip().split("\n")[0]

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from mla_converters.checkpoints.families import active_window, check_config, find_family, source_head_dim
-from mla_converters.checkpoints.locate import local_path, not_on_the_hub
+from mla_converters.checkpoints.kinds import files_below, refuse_no_checkpoint, refuse_other_tasks
+from mla_converters.checkpoints.locate import local_path
+from mla_converters.checkpoints.repository import fetch_config
 from mla_converters.errors import ConversionError
 from mla_converters.support.json_files import read_json_object
 
@@ -96,7 +96,9 @@ def read_source(source: str, revision: str | None = None, dtype: str | None = No
         ConversionError: there is none, or ``convert`` would refuse it.
     """
     path = _config_path(source, revision)
-    family = find_family(read_json_object(path))
+    described = read_json_object(path)
+    refuse_other_tasks(path.parent, described)
+    family = find_family(described)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         check_config(config)
@@ -175,11 +177,10 @@ def _config_path(source: str, revision: str | None) -> Path:
         )
     path = local_path(source)
     if path is not None:
+        if path.is_dir() and not (path / "config.json").exists():
+            refuse_no_checkpoint(path, source, files_below(path))
         return path / "config.json" if path.is_dir() else path
-    try:
-        return Path(hf_hub_download(source, "config.json", revision=revision))
-    except (HFValidationError, HfHubHTTPError, EntryNotFoundError, LocalEntryNotFoundError, OSError) as error:
-        raise not_on_the_hub(source, error) from error
+    return fetch_config(source, revision)
 
 
 def _convertible_name(source: str) -> str:

@@ -2,14 +2,13 @@
 
 import math
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,27 +20,23 @@ from transformers import (
 )
 
 from mla_converters.checkpoints.families import check_config, find_family, source_head_dim
-from mla_converters.checkpoints.locate import local_path, not_a_model_file, not_on_the_hub
-from mla_converters.checkpoints.reader import INDEX, Checkpoint
+from mla_converters.checkpoints.kinds import (
+    files_below,
+    refuse_no_checkpoint,
+    refuse_other_tasks,
+    refuse_other_tensors,
+)
+from mla_converters.checkpoints.locate import local_path, not_a_model_file
+from mla_converters.checkpoints.reader import Checkpoint
+from mla_converters.checkpoints.repository import fetch_checkpoint
 from mla_converters.checkpoints.shape import Shape, shape_of
+from mla_converters.checkpoints.side_files import has_tokenizer, side_files
 from mla_converters.checkpoints.tokenizer import load_tokenizer
 from mla_converters.errors import ConversionError
 from mla_converters.support.json_files import read_json_object
 from vllm_mla_plugin.checkpoint.families import Family
 
-# Everything that is carried over with a model besides its configuration and weights.
-SIDE_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "chat_template*",
-    "generation_config.json",
-    "LICENSE*",
-)
-CODE = "*.py"  # carried over too where the user trusts it
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class Source:
@@ -55,6 +50,7 @@ class Source:
         family: the source's family.
         raw_config: its ``config.json``.
         config: its transformers configuration.
+        warnings: what the user should know of it.
     """
 
     def __init__(self, name: str, folder: Path, revision: str | None = None, trust_remote_code: bool = False) -> None:
@@ -62,14 +58,20 @@ class Source:
         self.revision = revision
         self.trust_remote_code = trust_remote_code
         self.folder = folder
+        self.warnings: list[str] = []
+        if not (folder / "config.json").exists():
+            refuse_no_checkpoint(folder, name, files_below(folder))
         self.raw_config = read_json_object(folder / "config.json")
+        refuse_other_tasks(folder, self.raw_config)
         self.family: Family = find_family(self.raw_config)
         try:
             self.config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # transformers validates with many exception types
             raise ConversionError(f"{folder / 'config.json'} is not a valid configuration: {error}") from error
         check_config(self.config)
-        self._checkpoint = Checkpoint(folder)
+        self._checkpoint = Checkpoint(folder, self.family.experts)
+        refuse_other_tensors(self._checkpoint.names())
+        self._settle_head()
         try:
             skeleton = self.skeleton()
             freqs, scale = self.rope
@@ -87,8 +89,6 @@ class Source:
         for name in self._checkpoint.names():
             if name.endswith("rotary_emb.inv_freq"):
                 self._checkpoint.ignore(name)
-        if self.config.tie_word_embeddings:
-            self._checkpoint.ignore("lm_head.weight")
         problems = self._checkpoint.problems(skeleton)
         if problems:
             more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
@@ -96,9 +96,24 @@ class Source:
                 f"The weights in {self.folder} do not fit config.json: {'; '.join(problems[:5])}{more}."
             )
 
+    def _settle_head(self) -> None:
+        """Where the configuration ties the output head to the embedding, but the file has a head: keep another one, as
+        transformers does."""
+        if not (self.config.tie_word_embeddings and HEAD in self._checkpoint and EMBEDDING in self._checkpoint):
+            return
+        head, embedding = self.tensor(HEAD), self.tensor(EMBEDDING)
+        if head.shape == embedding.shape and bool((head == embedding).all()):
+            self._checkpoint.ignore(HEAD)
+            return
+        self.config.tie_word_embeddings = self.raw_config["tie_word_embeddings"] = False
+        self.warnings.append(
+            "The source's config.json ties the output head to the embedding, but its weights hold another head: OUT "
+            "has that head, and does not tie."
+        )
+
     def _check_side_files(self) -> None:
         """Load the files that are carried over unread, because one that cannot be loaded here would fail in serving."""
-        if any(self.folder.glob("tokenizer*")):
+        if has_tokenizer(self.folder):
             _ = self.tokenizer
         if (self.folder / "generation_config.json").exists():
             try:
@@ -138,10 +153,11 @@ class Source:
         return self._checkpoint.names()
 
     def dtype(self) -> torch.dtype:
-        """The dtype of the checkpoint, for which the embedding's is taken."""
-        dtype = self._checkpoint.dtype("model.embed_tokens.weight")
-        assert dtype is not None, "checked when the source was opened"
-        return dtype
+        """The dtype of most of the numbers, which stands for the checkpoint's."""
+        numbers: Counter[torch.dtype] = Counter()
+        for name in self.names():
+            numbers[self.meta(name).dtype] += self.meta(name).numel()
+        return numbers.most_common(1)[0][0]
 
     def tensor(self, name: str) -> torch.Tensor:
         """Read one tensor; see :meth:`Checkpoint.tensor`."""
@@ -175,7 +191,9 @@ class Source:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The source's tokenizer."""
+        """The source's tokenizer, as transformers opens what the user named."""
+        if local_path(self.name) is None:
+            return load_tokenizer(self.name, self.trust_remote_code, self.revision)
         return load_tokenizer(self.folder, self.trust_remote_code)
 
     def files(self) -> list[Path]:
@@ -184,12 +202,7 @@ class Source:
 
     def side_files(self) -> Iterator[Path]:
         """Files to carry over unchanged."""
-        for pattern in _side_patterns(self.trust_remote_code):
-            yield from sorted(path for path in self.folder.glob(pattern) if path.is_file())
-
-
-def _side_patterns(trust_remote_code: bool) -> tuple[str, ...]:
-    return (*SIDE_FILES, CODE) if trust_remote_code else SIDE_FILES
+        return side_files(self.folder, self.trust_remote_code)
 
 
 @contextmanager
@@ -207,20 +220,12 @@ def open_source(source: str, revision: str | None = None, trust_remote_code: boo
     with ExitStack() as stack:
         path = local_path(source)
         if path is None:
-            folder = _download(source, revision, trust_remote_code)
+            folder = fetch_checkpoint(source, revision, trust_remote_code)
         elif path.is_dir():
             folder = path
         else:
             folder = unpacked_gguf(source, stack)
         yield Source(source, folder, revision, trust_remote_code)
-
-
-def _download(repo: str, revision: str | None, trust_remote_code: bool) -> Path:
-    patterns = ("config.json", "README.md", "*.safetensors", INDEX, *_side_patterns(trust_remote_code))
-    try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise not_on_the_hub(repo, error) from error
 
 
 def unpacked_gguf(name: str, stack: ExitStack) -> Path:

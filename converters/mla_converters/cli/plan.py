@@ -15,7 +15,7 @@ from vllm_mla_plugin.checkpoint.layouts import GPUS
 EPILOG = """
 **Examples**
 
-What would Llama 3.1 look like with MLA? Only its config.json is fetched:
+What would Llama 3.1 look like with MLA? No weights are fetched, only its config.json:
 
 `vllm-mla plan meta-llama/Llama-3.1-8B --memory 40GiB`
 

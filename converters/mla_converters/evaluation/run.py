@@ -73,6 +73,27 @@ def evaluate(names: list[str], options: EvalOptions, *, quiet: bool = False) -> 
     )
 
 
+def compare(model: Model, reference: Model | None, ids: torch.Tensor) -> ModelScores:
+    """Score one model on ids, in float32 on the CPU.
+
+    Args:
+        model: to score.
+        reference: what to compare it with, or None.
+        ids: ``[windows, length]`` int64, of both vocabularies.
+
+    Returns:
+        The model's scores, as in the report of :func:`evaluate`.
+
+    Raises:
+        ConversionError: the models cannot be loaded, or have vocabularies of different sizes.
+    """
+    if reference is not None:
+        _check_vocabularies([model], reference)
+    scores = hf_scores([model], reference, ids, torch.float32, "cpu", lambda _: None)
+    ((row,), _) = _rows([model], reference, scores, None)
+    return row
+
+
 def _check_options(options: EvalOptions) -> None:
     """Refuse wrong options before anything is loaded."""
     if options.engine == Engine.VLLM:

@@ -1,4 +1,4 @@
-"""The folder beside OUT in which a run writes its model. An interrupted run goes on from that folder."""
+"""The folder in which a run writes its model. An interrupted run goes on from that folder."""
 
 import os
 import shutil
@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 from mla_converters.errors import ConversionError, StoppedError, UnfinishedError
 from mla_converters.resume.interruption import interruptible
 from mla_converters.resume.layer_pass import Record
+from mla_converters.resume.out_folder import check_out, put_in_place, work_place
 from mla_converters.support.json_files import read_json_object, write_json
 
 IDENTITY = "conversion.json"
@@ -24,7 +25,7 @@ class Work:
     """An unfinished model on disk.
 
     Attributes:
-        folder: ``OUT.partial``.
+        folder: ``OUT.partial``, beside OUT or in it.
         model: the folder below it that becomes OUT.
     """
 
@@ -85,22 +86,16 @@ class Work:
                 f"{available / 1e9:,.2f} GB free: choose another OUT, or make room."
             )
 
-    def finish(self, out: Path) -> None:
-        """Give the model its final name. A model of that name is deleted only after the new one is in its place."""
-        if out.exists():
-            out.rename(self.folder / "replaced")
-        self.model.rename(out)
-
 
 @contextmanager
 def work_folder(out: Path, force: bool, identity: dict[str, Any]) -> Iterator[Work]:
-    """A folder beside ``out`` to work in. Its model gets the name ``out`` when the block succeeds.
+    """A folder beside ``out``, or in it, to work in. Its model gets the name ``out`` when the block succeeds.
 
     An interruption leaves the folder, so that a later run can go on. A :class:`ConversionError` removes it.
 
     Args:
         out: the final name.
-        force: replace ``out`` if it exists.
+        force: replace ``out`` if it is a model.
         identity: everything that decides the result; a run goes on with earlier work only if its identity is the same.
 
     Raises:
@@ -108,8 +103,10 @@ def work_folder(out: Path, force: bool, identity: dict[str, Any]) -> Iterator[Wo
             of another identity is there.
         UnfinishedError: the run was interrupted or the disk is full; the same command goes on with the work.
     """
-    _check_out(out, force)
-    folder = out.with_name(f"{out.name}.partial")
+    if out.is_symlink() or not out.name:
+        out = out.resolve()  # the model goes where a link points to; and the folder "." has a name
+    check_out(out, force)
+    folder = work_place(out)
     if folder.exists() and not _is_ours(folder):
         raise ConversionError(f"{folder} exists and is no unfinished work: move it away.")
     try:
@@ -119,15 +116,15 @@ def work_folder(out: Path, force: bool, identity: dict[str, Any]) -> Iterator[Wo
     except Timeout as error:
         raise ConversionError(f"Another run is writing {folder}: wait for it, or choose another OUT.") from error
     except OSError as error:
-        raise ConversionError(f"{out.parent} cannot be written: {error.strerror}.") from error
+        raise ConversionError(f"{folder.parent} cannot be written: {error.strerror}.") from error
     with lock:
-        _check_out(out, force)  # another run may have finished in the meantime
+        check_out(out, force)  # another run may have finished in the meantime
         work = Work(folder)
         work.begin(identity)
         try:
             with interruptible():
                 yield work
-                work.finish(out)
+                put_in_place(work.model, out, folder)
         except KeyboardInterrupt as error:
             raise StoppedError(f"Interrupted. {_go_on(folder)}") from error
         except UnfinishedError as error:
@@ -138,13 +135,6 @@ def work_folder(out: Path, force: bool, identity: dict[str, Any]) -> Iterator[Wo
         except OSError as error:
             raise UnfinishedError(f"{out} could not be written: {error.strerror or error}. {_go_on(folder)}") from error
         _remove(folder)
-
-
-def _check_out(out: Path, force: bool) -> None:
-    if out.exists() and not force:
-        raise ConversionError(f"{out} exists: choose another OUT, or replace it with --force.")
-    if out.exists() and not (out.is_dir() and ((out / "config.json").exists() or not any(out.iterdir()))):
-        raise ConversionError(f"{out} exists and is no model folder, so --force will not replace it.")
 
 
 def _is_ours(folder: Path) -> bool:

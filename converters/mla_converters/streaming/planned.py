@@ -7,10 +7,11 @@ from mla_converters.latent.cache_size import CacheBudget
 from mla_converters.latent.maps import LatentMap, mla_weights
 
 LAYERS = "model.layers."
+FREQS = "rope_freqs"
 
 
 def planned_tensors(
-    source: Source, budgets: list[CacheBudget], nope_dim: int, dtype: torch.dtype
+    source: Source, budgets: list[CacheBudget], nope_dim: int, dtype: torch.dtype | None
 ) -> dict[str, torch.Tensor]:
     """Every tensor of the converted checkpoint, on the meta device.
 
@@ -18,18 +19,21 @@ def planned_tensors(
         source: the model.
         budgets: cache sizes of each layer.
         nope_dim: ``qk_nope_head_dim``.
-        dtype: dtype of the written weights.
+        dtype: dtype of the written weights. None keeps the dtype of each tensor, and gives converted projections the
+            dtype of the projections that they are made of.
     """
-    tensors = {name: source.meta(name).to(dtype) for name in source.names() if not name.startswith(LAYERS)}
+    tensors = {name: source.meta(name) for name in source.names() if not name.startswith(LAYERS)}
     for index, budget in enumerate(budgets):
         attention = {name: source.meta(f"{LAYERS}{index}.self_attn.{name}") for name in source.attention_names(index)}
         maps = _meta_map(source.config.num_key_value_heads, source.head_dim, nope_dim, budget)
         converted = mla_weights(attention, maps)
         for name, tensor in converted.items():
-            tensors[f"{LAYERS}{index}.self_attn.{name}"] = tensor.to(_written_dtype(name, dtype))
+            tensors[f"{LAYERS}{index}.self_attn.{name}"] = tensor.to(_converted_dtype(name, attention))
         for name in source.other_names(index):
-            tensors[f"{LAYERS}{index}.{name}"] = source.meta(f"{LAYERS}{index}.{name}").to(dtype)
-    return tensors
+            tensors[f"{LAYERS}{index}.{name}"] = source.meta(f"{LAYERS}{index}.{name}")
+    if dtype is None:
+        return tensors
+    return {name: tensor if name.endswith(FREQS) else tensor.to(dtype) for name, tensor in tensors.items()}
 
 
 def _meta_map(kv_heads: int, head_dim: int, nope_dim: int, budget: CacheBudget) -> LatentMap:
@@ -46,6 +50,11 @@ def _meta_map(kv_heads: int, head_dim: int, nope_dim: int, budget: CacheBudget) 
         )
 
 
-def _written_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    # Frequencies stay float32, because one that is rounded to 16 bits is off by whole turns after a few hundred tokens.
-    return torch.float32 if name == "rope_freqs" else dtype
+def _converted_dtype(name: str, attention: dict[str, torch.Tensor]) -> torch.dtype:
+    """The dtype of a converted tensor, by the dtypes of the source's attention."""
+    if name == FREQS:
+        # One that is rounded to 16 bits is off by whole turns after a few hundred tokens.
+        return torch.float32
+    if name in attention:
+        return attention[name].dtype
+    return torch.promote_types(attention["k_proj.weight"].dtype, attention["v_proj.weight"].dtype)

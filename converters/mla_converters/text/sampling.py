@@ -6,6 +6,7 @@ import torch
 from rich.progress import Progress
 from transformers import AutoModelForCausalLM, Cache, DynamicLayer
 
+from mla_converters.checkpoints.loadable import loadable
 from mla_converters.checkpoints.source import Source
 from mla_converters.errors import ConversionError
 from mla_converters.support.devices import native_bfloat16
@@ -82,7 +83,8 @@ def sampled_texts(
     Raises:
         ConversionError: the model's logits are not numbers.
     """
-    model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=sampling_dtype())
+    with loadable(source.folder) as path:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=sampling_dtype())
     # transformers 5.24 renames the argument.
     argument = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     batches = first[:, None].split(max(1, TOKENS // length))

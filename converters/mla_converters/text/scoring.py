@@ -16,6 +16,7 @@ DEFAULTS: dict[TextProtocol, tuple[int | None, int]] = {
     TextProtocol.WIKITEXT2: (None, 2048),
 }
 """Per protocol: the number of windows (None: as many as the text fills), and the tokens in each."""
+SHOWN = 6  # ids of a difference that are named
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,11 @@ def shared_windows(text: Text, models: list[Model], count: int | None, length: i
     windows = _cut(text, load_tokenizer(first.path, first.trust_remote_code), count, length)
     for model in others:
         tokenizer = load_tokenizer(model.path, model.trust_remote_code)
-        if not torch.equal(_cut(text, tokenizer, count, length).ids, windows.ids):
+        ids = _cut(text, tokenizer, count, length).ids
+        if not torch.equal(ids, windows.ids):
             raise ConversionError(
-                f"{model.name} and {first.name} tokenise the text differently, so that their numbers could not be "
-                "compared: evaluate models with the same tokenizer together."
+                f"{model.name} and {first.name} tokenise the text differently ({_first_difference(ids, windows.ids)}), "
+                "so that their numbers could not be compared: evaluate models with the same tokenizer together."
             )
     for model in models:
         if int(windows.ids.max()) >= model.vocab_size:
@@ -61,6 +63,14 @@ def shared_windows(text: Text, models: list[Model], count: int | None, length: i
                 f"({model.vocab_size} tokens): evaluate models with the same tokenizer together."
             )
     return windows
+
+
+def _first_difference(one: torch.Tensor, other: torch.Tensor) -> str:
+    if one.shape != other.shape:
+        return f"{one.numel()} tokens, and {other.numel()}"
+    place = int((one != other).flatten().nonzero()[0])
+    ids, others = (each.flatten()[place : place + SHOWN].tolist() for each in (one, other))
+    return f"the tokens from number {place} on are {ids}, and {others}"
 
 
 def _check_numbers(models: list[Model], count: int | None, length: int) -> None:
