@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.commands import HALF, CommandLine, Refused, once
+from support.commands import HALF, CommandLine, Refused, once, without_progress
 from support.disk import mounted
 from support.files import CALIBRATION
 
@@ -43,7 +43,7 @@ def command_line(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[s
         with pytest.raises(SystemExit) as exit_info:
             main()
         captured = capfd.readouterr()
-        return exit_info.value.code, captured.out, captured.err
+        return exit_info.value.code, captured.out, without_progress(captured.err)
 
     return run
 

@@ -23,6 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from support.commands import without_progress
 from support.files import CALIBRATION
 from support.models import MIXTRAL_EXPERTS, QWEN3_EXPERTS, RandomModel, load
 from transformers import AutoModelForCausalLM
@@ -316,7 +317,7 @@ def check(pristine: Path, model: str, sharded: bool, damages: list[Damage], opti
             code, complaint = command_line("convert", source, out, *options)
         if code:
             assert code == 2, complaint
-            (line,) = complaint.strip().splitlines()
+            (line,) = without_progress(complaint).strip().splitlines()
             assert line.startswith("vllm-mla: error: ")
             assert contents(Path(scratch)) == before
             return

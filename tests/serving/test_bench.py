@@ -107,7 +107,7 @@ OPTIONS = {
     "context": (("--lengths", "200:100"), "longer than the context"),
     "default-lengths": ((), "give --lengths that fit"),
     "requests": (("--requests", "many"), "must be numbers or most"),
-    "no-requests": (("--requests", "0"), "at least 1"),
+    "no-requests": (("--requests", "0"), "1 or more"),
     "dtype": (("--dtype", "int8"), "choose one of auto"),
     "load-format": (("--load-format", "gguf"), "choose one of auto, dummy"),
     "cache": (("--cache", "much"), "--cache is 'much'"),

@@ -1,6 +1,7 @@
 """``vllm-mla`` as users run it: in this process, or in one of its own."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -56,6 +57,11 @@ def once(command: str, source: Path, out: Path, *options: object) -> Path:
     """Make ``out`` with a command of ``vllm-mla``; if another worker makes it or has made it, wait and take that."""
     with FileLock(out.with_suffix(".lock")):
         return out if out.exists() else alone(command, source, out, *options)
+
+
+def without_progress(told: str) -> str:
+    """A command's stderr without the lines that say how far it is, which it prints where there is no terminal."""
+    return re.sub(r"^[^\n:]+: [\d,]+ of [\d,]+(, [\d.]+ (s|min|h) left)?\n", "", told, flags=re.MULTILINE)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from support.commands import CommandLine, Refused, contents, convert, heal, running, wait_for
+from support.commands import CommandLine, Refused, contents, convert, heal, running, wait_for, without_progress
 from support.disk import fill
 from support.files import CALIBRATION, ROOT
 from support.models import MIXTRAL_EXPERTS, QWEN3_EXPERTS, RandomModel, load
@@ -19,8 +19,9 @@ from mla_converters import heal as healing
 from mla_converters.checkpoints.models import Model
 from mla_converters.evaluation.hf_engine import kl_per_token
 from mla_converters.streaming import layers
+from mla_converters.support import devices
 from mla_converters.text.healing import divided
-from mla_converters.training import distillation
+from mla_converters.training import distillation, schedule, trainer
 
 OTHER_TEXT = ROOT / "scripts" / "demo_text.txt"
 CALIBRATED = ("--calibration", CALIBRATION, "--calibration-tokens", 1024, "--refit-steps", 0)
@@ -73,7 +74,7 @@ def test_only_attentions_change_and_predict_better(shape: str, tmp_path: Path) -
     kl = held_out(healed)
     assert 0 < kl["after"] < 0.9 * kl["before"]
     assert reported(healed)["learning_rate"] == pytest.approx(
-        distillation.suited_rate(kl["before"], reported(healed)["window"]), rel=1e-3
+        schedule.suited_rate(kl["before"], reported(healed)["window"]), rel=1e-3
     )
     old, new = (load_file(folder / "model.safetensors") for folder in (mla, healed))
     assert old.keys() == new.keys()
@@ -85,18 +86,18 @@ def test_only_attentions_change_and_predict_better(shape: str, tmp_path: Path) -
 
 def test_windows_by_how_much_was_lost() -> None:
     """More loss gives shorter windows. Windows are cut into equal pieces, and only a remainder is dropped."""
-    assert [distillation.suited_length(lost) for lost in LOST] == list(LOST.values())
+    assert [schedule.suited_length(lost) for lost in LOST] == list(LOST.values())
     windows = torch.arange(2002).view(2, 1001)
     assert torch.equal(divided(windows, 256), torch.cat([row[:999].view(3, 333) for row in windows]))
     assert torch.equal(divided(windows, 2048), windows)
 
 
 def test_windows_are_seen_twice_if_much_was_lost(tmp_path: Path) -> None:
-    assert [distillation.suited_passes(lost) for lost in (0.0, 0.2, 0.21, 9.0)] == [1, 1, 2, 2]
+    assert [schedule.suited_passes(lost) for lost in (0.0, 0.2, 0.21, 9.0)] == [1, 1, 2, 2]
     mla = convert(SHAPES["llama"].save(tmp_path / "source"), tmp_path / "mla", *CALIBRATED)
     healed = heal(mla, tmp_path / "healed", "--text", CALIBRATION, "--tokens", 1408, "--length", 128, "--batch-size", 4)
     # One of the 11 windows is held out.
-    assert reported(healed)["steps"] == math.ceil(distillation.suited_passes(held_out(healed)["before"]) * 10 / 4)
+    assert reported(healed)["steps"] == math.ceil(schedule.suited_passes(held_out(healed)["before"]) * 10 / 4)
 
 
 def test_real_model(command_line: CommandLine, healed: Path, smollm2: Path) -> None:
@@ -146,7 +147,7 @@ def test_with_and_without_bfloat16(native: bool, mla: Path, tmp_path: Path, monk
         return load_model(model, dtype, device)
 
     monkeypatch.setattr(healing, "load_model", spy)
-    for module in (healing, distillation, layers):
+    for module in (healing, trainer, layers, devices):
         monkeypatch.setattr(module, "native_bfloat16", lambda device: native)
     healed = heal(mla, tmp_path / "healed", "--text", CALIBRATION, "--steps", 40)
     assert dtypes == {torch.bfloat16 if native else torch.float32}
@@ -180,7 +181,7 @@ def test_killed(mla: Path, expected: dict[str, bytes], tmp_path: Path, monkeypat
     """After a kill, the same command goes on from the steps that were done, and gives the same bytes."""
     out, folder = tmp_path / "out", tmp_path / "out.partial"
     with running("heal", mla, out, *OPTIONS) as process:
-        wait_for(process, lambda: list(folder.glob(f"trainer/*/{distillation.COMPLETE}")))
+        wait_for(process, lambda: list(folder.glob(f"trainer/*/{trainer.COMPLETE}")))
         process.kill()
     started_from: list[str] = []
     train = transformers.Trainer.train
@@ -199,8 +200,8 @@ def test_a_checkpoint_that_was_not_finished_is_passed_over(tmp_path: Path) -> No
     for step, whole in ((9, True), (12, True), (15, False)):
         (tmp_path / f"checkpoint-{step}").mkdir()
         if whole:
-            (tmp_path / f"checkpoint-{step}" / distillation.COMPLETE).touch()
-    assert distillation._last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-12")
+            (tmp_path / f"checkpoint-{step}" / trainer.COMPLETE).touch()
+    assert trainer._last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-12")
 
 
 def test_other_options_do_not_go_on(mla: Path, refusal: Refused, tmp_path: Path) -> None:
@@ -216,11 +217,11 @@ def test_disk_that_fills_up(mla: Path, expected: dict[str, bytes], small_disk: P
     """If the disk fills up during a run, the run ends with one sentence. It goes on when there is space again."""
     out, folder = small_disk / "out", small_disk / "out.partial"
     with running("heal", mla, out, *OPTIONS) as process:
-        wait_for(process, lambda: list(folder.glob(f"trainer/*/{distillation.COMPLETE}")))
+        wait_for(process, lambda: list(folder.glob(f"trainer/*/{trainer.COMPLETE}")))
         fill(small_disk, process)
         _, complaint = process.communicate(timeout=60)
     assert process.returncode == 2, complaint
-    (line,) = complaint.strip().splitlines()
+    (line,) = without_progress(complaint).strip().splitlines()
     assert "No space left on device" in line and "goes on from" in line
     (small_disk / "filler").unlink()
     assert contents(heal(mla, out, *OPTIONS)) == expected
@@ -240,8 +241,8 @@ def test_what_both_models_have_is_in_memory_once(smollm2: Path, half: Path) -> N
         (("--steps", 0), "--steps is 0, but must be 1 or more"),
         (("--length", 0), "--length is 0, but must be 1 or more"),
         (("--batch-size", -1), "--batch-size is -1, but must be 1 or more"),
-        (("--learning-rate", "nan"), "--learning-rate is nan, but must be above 0"),
-        (("--learning-rate", 0), "--learning-rate is 0.0, but must be above 0"),
+        (("--learning-rate", "nan"), "--learning-rate is nan, but must be a finite number"),
+        (("--learning-rate", 0), "--learning-rate is 0, but must be above 0"),
         (("--learning-rate", 1e30, "--steps", 5), "Training made the model worse"),
         (("--tokens", 256), "--tokens is 256, but must be at least 512"),
         (("--text", "nowhere.txt"), "nowhere.txt cannot be read"),

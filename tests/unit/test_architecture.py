@@ -24,7 +24,7 @@ LAYERS = (
     {"api"},
     {"convert", "heal", "verify", "planning"},
     {"methods"},
-    {"resume", "evaluation"},
+    {"resume", "evaluation", "proof"},
     {"streaming", "text", "training", "bench", "cards"},
     {"checkpoints"},
     {"latent", "engines", "support"},

@@ -172,7 +172,7 @@ OPTIONS = {
     "without-mlp": (("--without", "mlp", "--refit-steps", 0), "changes only the refit"),
     "without-method": ((*TRANSMLA, "--without", "search"), "an option of --method attention-aware"),
     "refit-steps": (("--refit-steps", -1), "must be 0 or more"),
-    "freqfold-word": (("--freqfold", "many"), "must be a whole number or auto"),
+    "freqfold-word": ((*TRANSMLA, "--freqfold", "many"), "must be a whole number or auto"),
     "ratio": (("--cache-ratio", 1.5), "must be above 0 and at most 1"),
     "both": (("--cache-ratio", 0.5, "--kv-lora-rank", 8), "give one of them"),
     "exact-rank": (("--method", "exact", "--kv-lora-rank", 8), "keeps the whole cache"),

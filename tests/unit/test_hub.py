@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
-from support.commands import vllm_mla
+from support.commands import vllm_mla, without_progress
 from support.models import RandomModel
 
 USER, ORGANISATION, READ_ONLY = "ada", "lab", "museum"
@@ -175,7 +175,7 @@ def test_refused_before_the_work(hub: Hub, case: str, source: Path, tmp_path: Pa
     environment = hub.environment(HF_HOME=str(tmp_path / "home"), **changes)
     result = vllm_mla("convert", source, tmp_path / "out", "--push-to-hub", repo, environment=environment)
     assert result.returncode == 2, result.stderr
-    (line,) = result.stderr.strip().splitlines()
+    (line,) = without_progress(result.stderr).strip().splitlines()
     assert reason in line
     assert not (tmp_path / "out").exists()
     assert not any(call.startswith(("POST", "PUT")) for call in hub.requests)
