@@ -168,6 +168,7 @@ def _mla_config(
             "versions": VERSIONS,
             "source_card": source_card(source.folder, source.name if local_path(source.name) is None else None),
             **details,
+            **({"unknown_keys": source.unknown_keys} if source.unknown_keys else {}),
         },
     }
     return config

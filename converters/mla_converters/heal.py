@@ -147,7 +147,7 @@ def _train(
     trained_on, held_out = hold_out(windows)
     dtype = torch.bfloat16 if native_bfloat16(options.device) else torch.float32
     student = load_model(Model(str(model), str(model), read_config(model, False)), dtype, options.device)
-    teacher = load_model(Model(source.name, str(source.folder), source.config), dtype, options.device)
+    teacher = load_model(Model(source.name, str(source.model_folder), source.config), dtype, options.device)
     task = progress.add_task("Healing", total=None)
 
     def advance(step: int, loss: float) -> None:

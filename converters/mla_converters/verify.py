@@ -12,6 +12,7 @@ import vllm_mla_plugin.hf  # noqa: F401 - registers the MLA models with transfor
 from mla_converters.checkpoints.families import FAMILIES, architecture_names
 from mla_converters.checkpoints.manifest import manifest_problems
 from mla_converters.checkpoints.reader import Checkpoint
+from mla_converters.checkpoints.tensors import tensor_problems
 from mla_converters.checkpoints.tokenizer import load_tokenizer
 from mla_converters.errors import ConversionError
 from mla_converters.evaluation.run import EvalOptions, evaluate
@@ -106,7 +107,7 @@ def _tensors(folder: Path, config: PretrainedConfig) -> Check:
         checkpoint = Checkpoint(folder)
     except ConversionError as error:
         return Check("tensors", [str(error)], "")
-    problems = checkpoint.problems(skeleton)
+    problems = tensor_problems(checkpoint, skeleton)
     for name in checkpoint.names() if not problems else ():
         try:
             checkpoint.tensor(name)

@@ -1,13 +1,12 @@
-"""A checkpoint folder's safetensors: which tensors there are, and whether they are what the model wants."""
+"""A checkpoint folder's safetensors."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 
+from mla_converters.checkpoints.tensors import is_finite
 from mla_converters.errors import ConversionError, UnfinishedError
 from mla_converters.support.json_files import read_json_object
 
@@ -26,7 +25,7 @@ class Stored:
 
 
 class Checkpoint:
-    """The tensors of a folder, read one at a time.
+    """The tensors of a folder, read one at a time; a :class:`mla_converters.checkpoints.tensors.Tensors`.
 
     Args:
         folder: with ``model.safetensors`` or shards and their index.
@@ -60,9 +59,21 @@ class Checkpoint:
         """Names of all tensors, sorted."""
         return sorted(self._tensors)
 
+    def own_name(self, name: str) -> str:
+        """The name itself, by which safetensors files have it."""
+        return name
+
     def ignore(self, name: str) -> None:
         """Forget a tensor, if it is there."""
         self._tensors.pop(name, None)
+
+    def shape(self, name: str) -> list[int]:
+        """A tensor's shape."""
+        return self._tensors[name].shape
+
+    def stored_as(self, name: str) -> str:
+        """A tensor's dtype in safetensors' own terms."""
+        return self._tensors[name].dtype
 
     def dtype(self, name: str) -> torch.dtype | None:
         """A tensor's dtype; None if it is no float of 16 bits or more."""
@@ -89,29 +100,6 @@ class Checkpoint:
         if not is_finite(tensor):
             raise ConversionError(f"Tensor {name} of {self.folder} holds NaN or infinity.")
         return tensor
-
-    def problems(self, skeleton: PreTrainedModel) -> list[str]:
-        """What differs from the tensors that a model (its weights on the meta device) is saved with."""
-        # transformers stacks experts when it loads them; files hold them one by one.
-        stored = revert_weight_conversion(skeleton, skeleton.state_dict())
-        expected = {name: list(tensor.shape) for name, tensor in stored.items()}
-        if skeleton.config.tie_word_embeddings:
-            expected.pop("lm_head.weight", None)
-        problems = [f"{name} is missing" for name in expected if name not in self]
-        problems += [f"{name} is no part of the architecture" for name in self.names() if name not in expected]
-        for name in (name for name in expected if name in self):
-            found = self._tensors[name]
-            if expected[name] != found.shape:
-                problems.append(f"{name} has shape {found.shape} where {expected[name]} was expected")
-            elif self.dtype(name) is None:
-                problems.append(f"{name} has dtype {found.dtype}, not a float of 16 bits or more")
-        return problems
-
-
-def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is free of NaN and infinity."""
-    # NaN is both the least and the greatest of what it is among: one pass, and no copy.
-    return not tensor.numel() or all(torch.isfinite(extreme) for extreme in torch.aminmax(tensor))
 
 
 def _shards(folder: Path) -> list[Path]:

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from mla_converters.checkpoints.families import active_window, check_config, find_family, source_head_dim
+from mla_converters.checkpoints.gguf.model import GgufModel
 from mla_converters.checkpoints.locate import local_path, not_on_the_hub
+from mla_converters.checkpoints.stored import config_from_dict
 from mla_converters.errors import ConversionError
 from mla_converters.streaming.experts import has_experts
 from mla_converters.support.json_files import read_json_object
@@ -23,7 +25,7 @@ class PlannedSource:
     """Sizes of a source.
 
     Attributes:
-        name: what ``vllm-mla convert`` is to be given: a folder or a hub id.
+        name: what ``vllm-mla convert`` is to be given: a folder, a ``.gguf`` file or a hub id.
         revision: hub revision asked for, or None.
         architecture: as in ``config.json``.
         dtype: of the weights.
@@ -82,7 +84,8 @@ def read_source(source: str, revision: str | None = None, dtype: str | None = No
     """Read and check a configuration.
 
     Args:
-        source: a folder with ``config.json``, such a file, or a hub id (only ``config.json`` is fetched).
+        source: a folder with ``config.json``, such a file, a ``.gguf`` file (of which only the header is read), or a
+            hub id (of which only ``config.json`` is fetched).
         revision: branch, tag or commit of a hub id.
         dtype: to serve in; None is what ``vllm serve`` takes: the source's, but bfloat16 for float32.
 
@@ -91,22 +94,20 @@ def read_source(source: str, revision: str | None = None, dtype: str | None = No
     """
     if dtype not in (None, *DTYPE_BYTES):
         raise ConversionError(f"--dtype is {dtype!r}; choose one of {', '.join(DTYPE_BYTES)}.")
-    path = _config_path(source, revision)
-    family = find_family(read_json_object(path))
+    raw, where = _description(source, revision)
+    family = find_family(raw)
+    config = config_from_dict(raw, where)
+    check_config(config)
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        check_config(config)
         # Read before building the skeleton, which overwrites it.
         stored = str(config.dtype or torch.float32).removeprefix("torch.")
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         sizes = _sizes(config, skeleton)
-    except ConversionError:
-        raise
     except Exception as error:  # transformers and torch raise whatever the numbers provoke
-        raise ConversionError(f"{path} is not a valid configuration: {error}") from error
+        raise ConversionError(f"{where} is not a valid configuration: {error}") from error
     if stored not in DTYPE_BYTES:
-        raise ConversionError(f"{path} says dtype {stored!r}; supported are: {', '.join(DTYPE_BYTES)}.")
+        raise ConversionError(f"{where} says dtype {stored!r}; supported are: {', '.join(DTYPE_BYTES)}.")
     return PlannedSource(
         name=_convertible_name(source),
         revision=revision,
@@ -151,13 +152,16 @@ def _count(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _config_path(source: str, revision: str | None) -> Path:
-    if source.endswith(".gguf"):
-        raise ConversionError(
-            f"{source} is a GGUF file, whose sizes cannot be planned from a config.json: convert it directly, or "
-            "plan the model that it was made from."
-        )
+def _description(source: str, revision: str | None) -> tuple[dict[str, Any], str]:
+    """A source's ``config.json``, and where it stands, for messages; of a GGUF file what its header says."""
     path = local_path(source)
+    if path is not None and path.suffix == ".gguf":
+        return GgufModel(path).config, f"the header of {path}"
+    file = _config_file(source, path, revision)
+    return read_json_object(file), str(file)
+
+
+def _config_file(source: str, path: Path | None, revision: str | None) -> Path:
     if path is not None:
         return path / "config.json" if path.is_dir() else path
     try:
@@ -168,4 +172,5 @@ def _config_path(source: str, revision: str | None) -> Path:
 
 def _convertible_name(source: str) -> str:
     """The source as ``convert`` takes it: the folder of a bare configuration file."""
-    return str(Path(source).parent) if Path(source).is_file() else source
+    path = Path(source)
+    return str(path.parent) if path.is_file() and path.suffix != ".gguf" else source

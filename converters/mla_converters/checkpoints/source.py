@@ -3,7 +3,7 @@
 import math
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -11,9 +11,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -21,11 +19,13 @@ from transformers import (
 )
 
 from mla_converters.checkpoints.families import Family, check_config, find_family, source_head_dim
-from mla_converters.checkpoints.locate import local_path, not_a_model_file, not_on_the_hub
-from mla_converters.checkpoints.reader import INDEX, Checkpoint
+from mla_converters.checkpoints.folder import write_folder
+from mla_converters.checkpoints.locate import local_path, model_file, not_on_the_hub
+from mla_converters.checkpoints.reader import INDEX
+from mla_converters.checkpoints.stored import Stored, config_from_dict, stored_in_folder, stored_in_gguf
+from mla_converters.checkpoints.tensors import tensor_problems
 from mla_converters.checkpoints.tokenizer import load_tokenizer
 from mla_converters.errors import ConversionError
-from mla_converters.support.json_files import read_json_object
 
 # Everything that travels with a model besides its configuration and weights.
 SIDE_FILES = (
@@ -43,55 +43,58 @@ CODE = "*.py"  # travels too where it is trusted
 
 
 class Source:
-    """A checkpoint folder, opened and checked; tensors are read one at a time.
+    """A model, opened and checked; tensors are read one at a time.
 
-    Attributes:
+    Args:
         name: hub id or path, as the user gave it.
+        stored: where all of it is.
         revision: hub revision asked for, or None.
         trust_remote_code: whether code that comes with the tokenizer may run.
-        folder: where the files are.
+
+    Attributes:
+        folder: where the tokenizer and other side files are.
+        unknown_keys: keys that were not understood, of a GGUF file.
         family: the source's family.
         raw_config: its ``config.json``.
         config: its transformers configuration.
     """
 
-    def __init__(self, name: str, folder: Path, revision: str | None = None, trust_remote_code: bool = False) -> None:
+    def __init__(self, name: str, stored: Stored, revision: str | None = None, trust_remote_code: bool = False) -> None:
         self.name = name
         self.revision = revision
         self.trust_remote_code = trust_remote_code
-        self.folder = folder
-        self.raw_config = read_json_object(folder / "config.json")
+        self.folder = stored.folder
+        self.unknown_keys = stored.unknown_keys
+        self.raw_config = stored.config
         self.family: Family = find_family(self.raw_config)
-        try:
-            self.config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        except Exception as error:  # transformers validates with many exception types
-            raise ConversionError(f"{folder / 'config.json'} is not a valid configuration: {error}") from error
+        self.config: PretrainedConfig = config_from_dict(stored.config, stored.config_name)
         check_config(self.config)
-        self._checkpoint = Checkpoint(folder)
+        self._stored = stored
+        self._tensors = stored.tensors
         try:
             skeleton = self.skeleton()
             freqs, scale = self.rope
         except Exception as error:  # torch and transformers raise whatever the numbers provoke
             reason = str(error).strip().split("\n")[0]
-            raise ConversionError(f"{folder / 'config.json'} describes no model that can be built: {reason}") from error
+            raise ConversionError(f"{stored.config_name} describes no model that can be built: {reason}") from error
         if not (torch.isfinite(freqs).all() and math.isfinite(scale)):
-            raise ConversionError(f"{folder / 'config.json'} gives RoPE frequencies that are not finite numbers.")
+            raise ConversionError(f"{stored.config_name} gives RoPE frequencies that are not finite numbers.")
         self._check_tensors(skeleton)
         self._check_side_files()
 
     def _check_tensors(self, skeleton: PreTrainedModel) -> None:
         """Compare names, shapes and dtypes with what the configuration asks for; report all at once."""
         # Derived tensors that some checkpoints carry along; the model does not read them.
-        for name in self._checkpoint.names():
+        for name in self._tensors.names():
             if name.endswith("rotary_emb.inv_freq"):
-                self._checkpoint.ignore(name)
+                self._tensors.ignore(name)
         if self.config.tie_word_embeddings:
-            self._checkpoint.ignore("lm_head.weight")
-        problems = self._checkpoint.problems(skeleton)
+            self._tensors.ignore("lm_head.weight")
+        problems = tensor_problems(self._tensors, skeleton)
         if problems:
             more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
             raise ConversionError(
-                f"The weights in {self.folder} do not fit config.json: {'; '.join(problems[:5])}{more}."
+                f"The weights in {self.name} do not fit {self._stored.config_name}: {'; '.join(problems[:5])}{more}."
             )
 
     def _check_side_files(self) -> None:
@@ -104,6 +107,23 @@ class Source:
             except Exception as error:  # transformers takes any content for its fields
                 reason = str(error).strip().split("\n")[0]
                 raise ConversionError(f"generation_config.json in {self.folder} cannot be loaded: {reason}") from error
+
+    @cached_property
+    def model_folder(self) -> Path:
+        """A folder from which transformers and vLLM load the model; of a GGUF file, a copy that lasts as long as the
+        source is open.
+
+        Raises:
+            ConversionError: there is no room for the copy.
+        """
+        if self._stored.unpacked is None:
+            return self.folder
+        self.write_folder(self._stored.unpacked)
+        return self._stored.unpacked
+
+    def write_folder(self, folder: Path) -> None:
+        """Write the model as a Hugging Face folder; see :func:`mla_converters.checkpoints.folder.write_folder`."""
+        write_folder(folder, self.raw_config, self._tensors, self.side_files())
 
     @property
     def head_dim(self) -> int:
@@ -124,7 +144,7 @@ class Source:
     @property
     def has_qk_norm(self) -> bool:
         """Whether queries and keys are normalised before RoPE."""
-        return "model.layers.0.self_attn.k_norm.weight" in self._checkpoint
+        return "model.layers.0.self_attn.k_norm.weight" in self._tensors
 
     def skeleton(self) -> PreTrainedModel:
         """The source's transformers model without weights (meta device)."""
@@ -133,21 +153,21 @@ class Source:
 
     def names(self) -> list[str]:
         """Names of all tensors, sorted."""
-        return self._checkpoint.names()
+        return self._tensors.names()
 
     def dtype(self) -> torch.dtype:
         """The dtype of the embedding, which stands for the checkpoint's."""
-        dtype = self._checkpoint.dtype("model.embed_tokens.weight")
+        dtype = self._tensors.dtype("model.embed_tokens.weight")
         assert dtype is not None, "checked when the source was opened"
         return dtype
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Read one tensor; see :meth:`Checkpoint.tensor`."""
-        return self._checkpoint.tensor(name)
+        """Read one tensor; see :meth:`Tensors.tensor`."""
+        return self._tensors.tensor(name)
 
     def meta(self, name: str) -> torch.Tensor:
         """A tensor's shape and dtype, on the meta device."""
-        return self._checkpoint.meta(name)
+        return self._tensors.meta(name)
 
     def layer_names(self, index: int) -> list[str]:
         """Names of a layer's tensors, as below ``model.layers.N.``, sorted."""
@@ -177,8 +197,9 @@ class Source:
         return load_tokenizer(self.folder, self.trust_remote_code)
 
     def files(self) -> list[Path]:
-        """All files that are read or carried over."""
-        return [self.folder / "config.json", *self._checkpoint.files(), *self.side_files()]
+        """All files of the user's that are read or carried over."""
+        described = [] if self._stored.unpacked else [self.folder / "config.json", *self.side_files()]
+        return [*described, *self._tensors.files()]
 
     def side_files(self) -> Iterator[Path]:
         """Files to carry over unchanged."""
@@ -202,15 +223,13 @@ def open_source(source: str, revision: str | None = None, trust_remote_code: boo
     Raises:
         ConversionError: it does not exist or cannot be converted.
     """
-    with ExitStack() as stack:
-        path = local_path(source)
-        if path is None:
-            folder = _download(source, revision, trust_remote_code)
-        elif path.is_dir():
-            folder = path
-        else:
-            folder = unpacked_gguf(source, stack)
-        yield Source(source, folder, revision, trust_remote_code)
+    path = local_path(source)
+    if path is not None and not path.is_dir():
+        with tempfile.TemporaryDirectory(prefix="vllm-mla-gguf-") as scratch:
+            yield Source(source, stored_in_gguf(model_file(path), Path(scratch)), revision)
+        return
+    folder = _download(source, revision, trust_remote_code) if path is None else path
+    yield Source(source, stored_in_folder(folder), revision, trust_remote_code)
 
 
 def _download(repo: str, revision: str | None, trust_remote_code: bool) -> Path:
@@ -219,32 +238,3 @@ def _download(repo: str, revision: str | None, trust_remote_code: bool) -> Path:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise not_on_the_hub(repo, error) from error
-
-
-def unpacked_gguf(name: str, stack: ExitStack) -> Path:
-    """A GGUF file as a folder, for as long as ``stack`` is open.
-
-    Raises:
-        ConversionError: ``name`` is not a GGUF file.
-    """
-    path = Path(name)
-    if path.suffix != ".gguf":
-        raise not_a_model_file(name)
-    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vllm-mla-gguf-")))
-    unpack_gguf(path, folder)
-    return folder
-
-
-def unpack_gguf(path: Path, folder: Path) -> None:
-    """Write a GGUF file as a float32 Hugging Face folder, through transformers' own reader."""
-    try:
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except Exception as error:  # gguf and transformers raise whatever the bytes provoke
-        raise ConversionError(f"{path} is not a GGUF file that transformers can read: {error}") from error
-    # The tensors are plain floats by now, but transformers still calls the model quantised and would not save it.
-    model.hf_quantizer = None
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)

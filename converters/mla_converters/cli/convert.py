@@ -126,7 +126,7 @@ def convert(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help="float32, bfloat16 or float16. [default: the source's; float32 for GGUF]"),
+        typer.Option(help="float32, bfloat16 or float16. [default: the source's; float32 for quantised GGUF]"),
     ] = None,
     device: Annotated[
         str | None, typer.Option(help="Where layers run: cpu, cuda, cuda:1 … [default: the GPU, if there is one]")

@@ -32,7 +32,7 @@ UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TI
 
 def plan(
     source: Annotated[
-        str, typer.Argument(help="Hugging Face folder (weights may be absent), hub id, or config.json file.")
+        str, typer.Argument(help="Hugging Face folder (weights may be absent), hub id, .gguf or config.json file.")
     ],
     memory: Annotated[
         str, typer.Option(help="Memory for the KV cache, to say how many tokens fit: 16GiB, 80GB …")
@@ -46,7 +46,7 @@ def plan(
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the plan here, for machines.")] = None,
 ) -> None:
-    """Say what converting SOURCE would give and cost, from its config.json alone."""
+    """Say what converting SOURCE would give and cost, from its config.json or a GGUF file's header alone."""
     memory_bytes = parse_memory(memory)
     check_output("--json", json_file)
     # Imported here, not above: `--help` should not wait for torch.

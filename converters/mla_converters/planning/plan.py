@@ -36,7 +36,7 @@ def plan(
     """What converting a model would give and cost.
 
     Args:
-        name: a folder with ``config.json``, such a file, or a hub id.
+        name: a folder with ``config.json``, such a file, a ``.gguf`` file, or a hub id.
         revision: of a hub id.
         dtype: to serve in; None is what ``vllm serve`` takes: the source's, but bfloat16 for float32.
         memory_bytes: memory for the KV cache, to say how many tokens fit.
@@ -143,7 +143,7 @@ def _warnings(source: PlannedSource, calibration_tokens: int, refit_steps: int) 
 
 
 def _command(source: PlannedSource, chosen: Candidate, calibration_tokens: int, refit_steps: int) -> str:
-    out = f"./{Path(source.name).resolve().name}-mla"
+    out = f"./{Path(source.name).resolve().name.removesuffix('.gguf')}-mla"
     words = ["vllm-mla", "convert", source.name, out, *chosen.options]
     if source.revision:
         words += ["--revision", source.revision]

@@ -1,0 +1,145 @@
+"""The header of a GGUF model as a Hugging Face ``config.json``."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mla_converters.checkpoints.families import FAMILIES, Family
+from mla_converters.checkpoints.gguf.header import StoredTensor
+from mla_converters.checkpoints.gguf.keys import Keys
+from mla_converters.checkpoints.gguf.parts import Gguf
+from mla_converters.checkpoints.gguf.rope import FACTORS, rope_parameters
+from mla_converters.checkpoints.gguf.values import read_values, value_dtype
+from mla_converters.checkpoints.gguf.vocabulary import Vocabulary
+from mla_converters.errors import ConversionError
+
+EMBEDDING, HEAD = "token_embd.weight", "output.weight"
+QWEN = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "qwen3moe": "Qwen3MoeForCausalLM"}
+BIASES = {"attention_bias": ".attn_q.bias", "mlp_bias": ".ffn_gate.bias"}
+ROLES = {"bos": "bos", "eos": "eos", "pad": "padding"}
+REORDERED = "llama"  # the architecture whose queries and keys llama.cpp's converter reorders
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a header says of its model.
+
+    Attributes:
+        config: as in ``config.json``.
+        family: of the model.
+        heads: heads of the projections whose rows are reordered, by ``attn_q`` or ``attn_k``.
+        unknown_keys: keys that may say more, and were not understood.
+    """
+
+    config: dict[str, Any]
+    family: Family
+    heads: dict[str, int]
+    unknown_keys: list[str]
+
+
+def describe(gguf: Gguf, vocabulary: Vocabulary | None) -> Description:
+    """Understand a header.
+
+    Raises:
+        ConversionError: the model is of no supported family, or its header lacks, or has, what cannot be converted.
+    """
+    keys = Keys(gguf)
+    family, ids = FAMILIES[_architecture(keys)], vocabulary.ids if vocabulary else {}
+    heads = keys.integer("attention.head_count")
+    kv_heads = keys.integer("attention.head_count_kv", heads)
+    config = _common(gguf, keys, heads, kv_heads) | _special(gguf, keys, family)
+    config |= {f"{role}_token_id": ids.get(name) for role, name in ROLES.items()}
+    config |= {"architectures": [family.architecture], "model_type": family.model_type}
+    reordered = {"attn_q": heads, "attn_k": kv_heads} if keys.architecture == REORDERED else {}
+    return Description(config, family, reordered, keys.rest())
+
+
+def _architecture(keys: Keys) -> str:
+    kind = keys.text("general.type", "model")
+    if kind != "model":
+        raise ConversionError(
+            f"{keys.path} holds no model, but is of general.type {kind!r}: give the model's own file."
+        )
+    if keys.architecture in QWEN:
+        return QWEN[keys.architecture]
+    if keys.architecture != "llama":
+        supported = ", ".join(("llama", *QWEN))
+        raise ConversionError(
+            f"{keys.path} is of the architecture {keys.architecture!r}, which is not supported; supported are: "
+            f"{supported}."
+        )
+    # llama.cpp calls all three llama. Mistral computes what Llama does, except that it may have a window.
+    if keys.integer("expert_count", 0):
+        return "MixtralForCausalLM"
+    return "MistralForCausalLM" if keys.integer("attention.sliding_window", 0) else "LlamaForCausalLM"
+
+
+def _common(gguf: Gguf, keys: Keys, heads: int, kv_heads: int) -> dict[str, Any]:
+    """What configurations of all families have."""
+    hidden, embedding = keys.integer("embedding_length"), _embedding(gguf)
+    head_dim = keys.integer("attention.key_length", max(1, hidden // heads))
+    if keys.integer("attention.value_length", head_dim) != head_dim:
+        raise ConversionError(f"{gguf.path} has keys and values of different lengths, which is not supported.")
+    return {
+        "vocab_size": embedding.shape[0],
+        "hidden_size": hidden,
+        "intermediate_size": keys.integer("feed_forward_length"),
+        "num_hidden_layers": keys.integer("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": keys.integer("context_length"),
+        "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
+        "rope_parameters": rope_parameters(keys, _factors(gguf), head_dim),
+        "tie_word_embeddings": HEAD not in gguf.tensors,
+        "dtype": str(value_dtype(embedding.kind) or torch.float32).removeprefix("torch."),
+    }
+
+
+def _embedding(gguf: Gguf) -> StoredTensor:
+    if EMBEDDING not in gguf.tensors:
+        raise ConversionError(f"{gguf.path} lacks {EMBEDDING}, without which its model cannot be read.")
+    return gguf.tensors[EMBEDDING]
+
+
+def _factors(gguf: Gguf) -> torch.Tensor | None:
+    if FACTORS not in gguf.tensors:
+        return None
+    stored = gguf.tensors[FACTORS]
+    if value_dtype(stored.kind) is None:
+        raise ConversionError(f"{gguf.path} has {FACTORS} of type {stored.kind.name}, which is no float.")
+    return read_values(stored).float()
+
+
+def _special(gguf: Gguf, keys: Keys, family: Family) -> dict[str, Any]:
+    """What configurations of one family have, or of some."""
+    biased = {key: any(tensor.endswith(name) for tensor in gguf.tensors) for key, name in BIASES.items()}
+    match family.model_type:
+        case "llama":
+            return biased
+        case "mistral":
+            return {"sliding_window": keys.integer("attention.sliding_window")}
+        case "mixtral":
+            return {
+                "sliding_window": keys.integer("attention.sliding_window", 0) or None,
+                "intermediate_size": keys.integer("expert_feed_forward_length", keys.integer("feed_forward_length")),
+                "num_local_experts": keys.integer("expert_count"),
+                "num_experts_per_tok": keys.integer("expert_used_count"),
+            }
+        case "qwen2":
+            return {"use_sliding_window": False, "sliding_window": None}
+        case "qwen3":
+            return {"use_sliding_window": False, "sliding_window": None, "attention_bias": biased["attention_bias"]}
+    return {
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "attention_bias": biased["attention_bias"],
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "moe_intermediate_size": keys.integer("expert_feed_forward_length"),
+        "norm_topk_prob": keys.truth("expert_weights_norm", True),
+        "num_experts": keys.integer("expert_count"),
+        "num_experts_per_tok": keys.integer("expert_used_count"),
+    }

@@ -1,0 +1,115 @@
+"""The names and layouts of GGUF's tensors, translated to those of a Hugging Face checkpoint."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from mla_converters.checkpoints.families import Family
+from mla_converters.checkpoints.gguf.header import StoredTensor
+from mla_converters.checkpoints.gguf.rope import FACTORS
+
+WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+EXPERTS = ("ffn_gate", "ffn_up", "ffn_down")  # in the order of ExpertNames.projections
+ROUTER = "ffn_gate_inp"
+IN_LAYER = re.compile(r"blk\.(\d+)\.(.+)")
+ONE_EXPERT = re.compile(rf"({'|'.join(EXPERTS)})\.(\d+)\.weight")
+ALL_EXPERTS = re.compile(rf"({'|'.join(EXPERTS)})_exps\.weight")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor of the model is.
+
+    Attributes:
+        name: the file's name of it.
+        stored: the tensor of that name.
+        expert: which of the stacked experts it is; None where it is the whole tensor.
+        heads: heads whose rows llama.cpp's converter reordered; None where rows are in transformers' order.
+    """
+
+    name: str
+    stored: StoredTensor
+    expert: int | None = None
+    heads: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the tensor as the model has it."""
+        return self.stored.shape if self.expert is None else self.stored.shape[1:]
+
+
+class Names:
+    """A family's tensor names, in both directions.
+
+    Args:
+        family: of the model.
+    """
+
+    def __init__(self, family: Family) -> None:
+        self._experts = family.experts
+        self._layer = LAYER | ({ROUTER: f"{family.experts.block}.gate"} if family.experts else {})
+        self._whole_back = {translated: own for own, translated in WHOLE.items()}
+        self._layer_back = {translated: own for own, translated in self._layer.items()}
+
+    def places(self, tensors: dict[str, StoredTensor], heads: dict[str, int]) -> dict[str, Place]:
+        """Where each tensor of the model is, by the name that it has in a Hugging Face checkpoint.
+
+        Args:
+            tensors: of the file, by its names. One for whose name there is no other keeps it.
+            heads: heads of the projections whose rows are to be put back into order, by ``attn_q`` or ``attn_k``.
+        """
+        found = {}
+        for name, stored in tensors.items():
+            if name != FACTORS:  # the configuration has what they say
+                for expert, translated in self._translated(name, stored):
+                    found[translated] = Place(name, stored, expert, heads.get(name.split(".")[-2]))
+        return found
+
+    def own(self, translated: str) -> str:
+        """The name that a GGUF file gives a tensor of the model."""
+        match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", translated)
+        if match is None:
+            return _renamed(translated, self._whole_back)
+        inner = match[2]
+        if self._experts and self._experts.is_expert(inner):
+            projection = self._experts.projections.index(inner.split(".")[-2])
+            return f"blk.{match[1]}.{EXPERTS[projection]}_exps.weight"
+        return f"blk.{match[1]}.{_renamed(inner, self._layer_back)}"
+
+    def _translated(self, name: str, stored: StoredTensor) -> Iterator[tuple[int | None, str]]:
+        """The names of what a tensor holds, each with its place among stacked experts."""
+        match = IN_LAYER.fullmatch(name)
+        if match is None:
+            yield None, _renamed(name, WHOLE)
+            return
+        layer, inner = f"model.layers.{match[1]}.", match[2]
+        if self._experts and (stacked := ALL_EXPERTS.fullmatch(inner)):
+            projection = self._experts.projections[EXPERTS.index(stacked[1])]
+            for expert in range(stored.shape[0]):
+                yield expert, layer + self._experts.weight(expert, projection)
+        elif self._experts and (single := ONE_EXPERT.fullmatch(inner)):
+            projection = self._experts.projections[EXPERTS.index(single[1])]
+            yield None, layer + self._experts.weight(int(single[2]), projection)
+        elif (translated := _renamed(inner, self._layer)) != inner:
+            yield None, layer + translated
+        else:
+            yield None, name
+
+
+def _renamed(name: str, table: dict[str, str]) -> str:
+    """The name with its module translated; the name itself where the table does not have it."""
+    module, _, kind = name.rpartition(".")
+    return f"{table[module]}.{kind}" if module in table and kind in ("weight", "bias") else name

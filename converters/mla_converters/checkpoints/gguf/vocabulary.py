@@ -1,0 +1,151 @@
+"""The vocabulary of a GGUF model, and what its tokens are for."""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from gguf.constants import TokenType
+
+from mla_converters.checkpoints.gguf.parts import Gguf
+from mla_converters.checkpoints.gguf.splits import CUTTINGS, Cutting
+from mla_converters.errors import ConversionError
+
+PREFIX = "tokenizer.ggml."
+NONE = ("none", "no_vocab")  # kinds of files that come without a tokenizer
+BYTE_LEVEL, SENTENCEPIECE = "gpt2", "llama"
+NO_ID = 2**32 - 1  # -1, in 32 bits without sign
+SENTENCEPIECE_IDS = {"bos": 1, "eos": 2, "unknown": 0}  # where a file names none, as llama.cpp takes them
+WHOLE_TYPES = (TokenType.CONTROL, TokenType.USER_DEFINED)  # of tokens that are found in text before it is cut
+ENDS = (
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|end|>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<end_of_turn>",
+    "<end_of_utterance>",
+    "<EOT>",
+)
+"""Tokens that end a turn or a text in whichever model has them; llama.cpp stops at them too."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Tokens, and what they are for.
+
+    Attributes:
+        cutting: of a byte-level tokenizer; None for SentencePiece's.
+        tokens: by id.
+        types: llama.cpp's types of them.
+        scores: of SentencePiece's tokens; what has the higher score is merged first.
+        merges: of a byte-level tokenizer, in order, each ``"left right"``.
+        ids: of the special tokens that there are: ``bos``, ``eos``, ``eot``, ``eom``, ``unknown`` and ``padding``.
+        adds_bos, adds_eos: whether these tokens are put around a text.
+        adds_space: whether SentencePiece puts a space before a text.
+    """
+
+    cutting: Cutting | None
+    tokens: list[str]
+    types: list[int]
+    scores: list[float]
+    merges: list[str]
+    ids: dict[str, int]
+    adds_bos: bool
+    adds_eos: bool
+    adds_space: bool
+
+    def ends(self) -> list[int]:
+        """All ids at which a text ends, ascending."""
+        marked = zip(self.tokens, self.types, strict=True)
+        known = {i for i, (text, kind) in enumerate(marked) if text in ENDS and kind in WHOLE_TYPES}
+        return sorted(known.union(self.ids[role] for role in ("eos", "eot", "eom") if role in self.ids))
+
+
+def read_vocabulary(gguf: Gguf) -> Vocabulary | None:
+    """The vocabulary; None for a file without.
+
+    Raises:
+        ConversionError: it is of a kind that is not supported, or is damaged.
+    """
+    kind = _key(gguf, "model", str, NONE[0])
+    if kind in NONE:
+        return None
+    if kind not in (BYTE_LEVEL, SENTENCEPIECE):
+        raise _unsupported(gguf, "model", kind, (BYTE_LEVEL, SENTENCEPIECE))
+    cutting = None if kind == SENTENCEPIECE else _cutting(gguf)
+    tokens = _list(gguf, "tokens", str)
+    vocabulary = Vocabulary(
+        cutting=cutting,
+        tokens=tokens,
+        types=_list(gguf, "token_type", int, len(tokens), TokenType.NORMAL),
+        scores=_list(gguf, "scores", float, len(tokens)) if cutting is None else [],
+        merges=[] if cutting is None else _list(gguf, "merges", str),
+        ids=_ids(gguf, len(tokens), {} if cutting else SENTENCEPIECE_IDS),
+        adds_bos=_key(gguf, "add_bos_token", bool, cutting is None or cutting.begins),
+        adds_eos=_key(gguf, "add_eos_token", bool, False),
+        adds_space=_key(gguf, "add_space_prefix", bool, cutting is None),
+    )
+    _check(gguf, vocabulary)
+    return vocabulary
+
+
+def _cutting(gguf: Gguf) -> Cutting:
+    name = _key(gguf, "pre", str, "missing")
+    if name not in CUTTINGS:
+        raise _unsupported(gguf, "pre", name, tuple(CUTTINGS))
+    return CUTTINGS[name]
+
+
+def _ids(gguf: Gguf, count: int, default: dict[str, int]) -> dict[str, int]:
+    found = dict(default)
+    for role in ("bos", "eos", "eot", "eom", "unknown", "padding"):
+        name = f"{role}_token_id"
+        value = _key(gguf, name, int, found.get(role, -1))
+        if value == NO_ID:
+            continue
+        if value >= count:
+            raise ConversionError(f"{gguf.path} has {PREFIX}{name} {value}, and its tokenizer has {count:,} tokens.")
+        if value >= 0:
+            found[role] = value
+    return found
+
+
+def _check(gguf: Gguf, vocabulary: Vocabulary) -> None:
+    """Refuse what would give other ids here than in llama.cpp."""
+    for text, count in Counter(filter(None, vocabulary.tokens)).most_common(1):
+        if count > 1:
+            raise ConversionError(f"{gguf.path} has the token {text!r} {count} times in {PREFIX}tokens.")
+    if _key(gguf, "remove_extra_whitespaces", bool, False) or (vocabulary.cutting and vocabulary.adds_space):
+        name = "add_space_prefix" if vocabulary.cutting else "remove_extra_whitespaces"
+        raise _unsupported(gguf, name, True, (False,))
+    for role, added in (("bos", vocabulary.adds_bos), ("eos", vocabulary.adds_eos)):
+        if added and role not in vocabulary.ids:
+            raise ConversionError(f"{gguf.path} has {PREFIX}add_{role}_token, and lacks {PREFIX}{role}_token_id.")
+
+
+def _list(gguf: Gguf, name: str, kind: type, count: int | None = None, default: Any = None) -> list[Any]:
+    values = gguf.keys.get(PREFIX + name)
+    if values is None and default is not None:
+        return [default] * (count or 0)
+    if not isinstance(values, list) or not all(type(value) is kind for value in values) or not values:
+        raise ConversionError(
+            f"{gguf.path} lacks {PREFIX}{name}, or has something else there than {kind.__name__} values."
+        )
+    if count is not None and len(values) != count:
+        raise ConversionError(f"{gguf.path} has {len(values):,} values in {PREFIX}{name}, and {count:,} tokens.")
+    return values
+
+
+def _key(gguf: Gguf, name: str, kind: type, default: Any) -> Any:
+    value = gguf.keys.get(PREFIX + name, default)
+    if type(value) is not kind:
+        raise ConversionError(f"{gguf.path} has {PREFIX}{name} {value!r}, where {kind.__name__} was expected.")
+    return value
+
+
+def _unsupported(gguf: Gguf, name: str, value: Any, known: tuple[Any, ...]) -> ConversionError:
+    return ConversionError(
+        f"{gguf.path} has {PREFIX}{name} {value!r}, a tokenizer that is not supported; supported are: "
+        f"{', '.join(map(str, known))}."
+    )
