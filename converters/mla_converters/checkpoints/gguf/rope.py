@@ -37,9 +37,7 @@ def rope_parameters(keys: Keys, factors: torch.Tensor | None, head_dim: int) -> 
     if factors is None or bool((factors == 1).all()):
         return {"rope_type": kind, "rope_theta": theta, **scaling}
     if kind != "default":
-        raise ConversionError(
-            f"{keys.path} scales RoPE twice, by {FACTORS} and by rope.scaling, which is not supported."
-        )
+        raise ConversionError(f"{keys.path} scales RoPE by {FACTORS} and by rope.scaling too, which is not supported.")
     return {"rope_type": "llama3", "rope_theta": theta, **_llama3(keys, theta, factors, head_dim)}
 
 
@@ -105,5 +103,5 @@ def _llama3(keys: Keys, theta: float, factors: torch.Tensor, head_dim: int) -> d
         if torch.allclose(found, wanted, rtol=TOLERANCE, atol=0):
             return parameters
     raise ConversionError(
-        f"{keys.path} has {FACTORS} that are not those of Llama 3.1's RoPE scaling, which is not supported."
+        f"{keys.path} has {FACTORS} that no setting of Llama 3.1's RoPE scaling gives; no other is supported."
     )
