@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
+    CALIBRATION,
     LLAMA3,
     MIXTRAL_EXPERTS,
     QWEN3_EXPERTS,
@@ -18,6 +19,7 @@ from conftest import (
     Refused,
     contents,
     convert,
+    heal,
     load,
 )
 from safetensors.torch import load_file
@@ -28,7 +30,9 @@ from mla_converters.checkpoints.gguf import values
 from mla_converters.checkpoints.gguf.header import read_header
 from mla_converters.checkpoints.manifest import MANIFEST
 from mla_converters.checkpoints.source import open_source
+from mla_converters.errors import ConversionError
 from mla_converters.evaluation.run import EvalOptions, evaluate
+from mla_converters.planning.plan import plan
 from mla_converters.verify import verify
 
 EXACT = ("--method", "exact")
@@ -196,9 +200,16 @@ REFUSED: dict[str, tuple[GgufFile, str]] = {
     "longrope": (GgufFile(keys={"llama.rope.scaling.type": "longrope"}), "rope.scaling.type 'longrope'"),
     "factor": (GgufFile(keys={"llama.rope.scaling.attn_factor": 1.5}), "rope.scaling.attn_factor 1.5"),
     "yarn-extrapolation": (
-        GgufFile(keys={"llama.rope.scaling.type": "yarn", "llama.rope.scaling.yarn_ext_factor": 0.5}),
+        GgufFile(
+            keys={
+                "llama.rope.scaling.type": "yarn",
+                "llama.rope.scaling.factor": 4.0,
+                "llama.rope.scaling.yarn_ext_factor": 0.5,
+            }
+        ),
         "yarn_ext_factor 0.5",
     ),
+    "yarn-no-factor": (GgufFile(keys={"llama.rope.scaling.type": "yarn"}), "lacks llama.rope.scaling.factor"),
     "frequencies": (
         GgufFile(tensors={"rope_freqs.weight": np.arange(1, 9, dtype=np.float32)}),
         "rope_freqs.weight that no setting",
@@ -219,6 +230,10 @@ REFUSED: dict[str, tuple[GgufFile, str]] = {
     "no-merges": (GgufFile(keys={"tokenizer.ggml.merges": None}), "tokenizer.ggml.merges"),
     "same-tokens": (GgufFile(keys={"tokenizer.ggml.tokens": ["a"] * 199}), "the token 'a' 199 times"),
     "types": (GgufFile(keys={"tokenizer.ggml.token_type": [1] * 10}), "10 values in tokenizer.ggml.token_type"),
+    "more-tokens": (
+        GgufFile(tensors={"token_embd.weight": np.ones((150, 64), np.float32)}),
+        "199 tokens in its tokenizer, and token_embd.weight has 150 rows",
+    ),
     "special": (GgufFile(keys={"tokenizer.ggml.eos_token_id": 500}), "tokenizer.ggml.eos_token_id 500"),
 }
 
@@ -242,6 +257,14 @@ def test_refused_experts(tmp_path: Path, refusal: Refused) -> None:
     ):
         _, (path,) = Case(model, GgufFile(tensors=tensors)).write(tmp_path)
         assert reason in refusal("convert", path, tmp_path / "out", *EXACT)
+
+
+def test_refused_window(tmp_path: Path, refusal: Refused) -> None:
+    """Mistral's, which all layers have, with the way out; Qwen's, because not all do."""
+    _, (path,) = Case(RandomModel("mistral", window=100)).write(tmp_path)
+    assert "--max-context 100" in refusal("convert", path, tmp_path / "out", *EXACT)
+    _, (path,) = Case(RandomModel("qwen2"), GgufFile(keys={"qwen2.attention.sliding_window": 100})).write(tmp_path)
+    assert "window of 100 tokens in some layers" in refusal("convert", path, tmp_path / "out", *EXACT)
 
 
 def test_refused_parts(tmp_path: Path, refusal: Refused) -> None:
@@ -272,10 +295,18 @@ def test_refused_files(tmp_path: Path, refusal: Refused) -> None:
 
 
 def test_unknown_keys_are_reported(tmp_path: Path) -> None:
-    keys = {"llama.new_idea": 3, "llama.rope.scaling.finetuned": True, "llama.logit_scale": 1.0}
+    keys = {
+        "llama.new_idea": 3,
+        "tokenizer.ggml.new_idea": 3,
+        "llama.rope.scaling.finetuned": True,
+        "llama.logit_scale": 1.0,
+    }
     _, (path,) = Case(RandomModel(), GgufFile(keys=keys)).write(tmp_path)
     out = convert(path, tmp_path / "out", *EXACT)
-    assert json.loads((out / "conversion_report.json").read_text())["unknown_keys"] == ["llama.new_idea"]
+    assert json.loads((out / "conversion_report.json").read_text())["unknown_keys"] == [
+        "llama.new_idea",
+        "tokenizer.ggml.new_idea",
+    ]
 
 
 def opened_tokenizer(tmp_path: Path, keys: dict[str, Any]) -> Any:
@@ -341,10 +372,7 @@ def test_without_tokenizer(tmp_path: Path) -> None:
 
 def test_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """From the header alone, what the folder's plan says."""
-    from mla_converters.planning.plan import plan
-
     source, (path,) = RIGHT["qwen3moe"].write(tmp_path)
-    (tmp_path / "moved").mkdir()
     expected = plan(str(source), memory_bytes=2**30)
     monkeypatch.setattr("mla_converters.checkpoints.gguf.config.read_values", pytest.fail)
     got = plan(str(path), memory_bytes=2**30)
@@ -352,6 +380,9 @@ def test_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert got["conversion"] == expected["conversion"]
     assert got["source"] | {"name": expected["source"]["name"]} == expected["source"]
     assert f"convert {path} ./model-mla" in got["command"]
+    _, (lacking,) = Case(RandomModel(), REFUSED["missing"][0]).write(tmp_path)
+    with pytest.raises(ConversionError, match=r"blk\.1\.ffn_down\.weight is missing"):
+        plan(str(lacking), memory_bytes=2**30)
 
 
 def test_as_source_of_everything(tmp_path: Path) -> None:
@@ -361,6 +392,8 @@ def test_as_source_of_everything(tmp_path: Path) -> None:
     out = convert(path, tmp_path / "out", "--cache-ratio", 0.5, *options)
     report = verify(out, source=str(path))
     assert report["ok"], report
+    few_steps = ("--text", CALIBRATION, "--tokens", 2048, "--batch-size", 1, "--steps", 3, "--learning-rate", 1e-4)
+    assert heal(out, tmp_path / "healed", "--source", path, *few_steps).is_dir()
     text = Path(__file__)
     (row,) = evaluate([str(path)], EvalOptions(text=text, windows=1, length=64), reference=str(path), quiet=True)[
         "models"

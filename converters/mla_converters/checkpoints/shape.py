@@ -13,6 +13,7 @@ from mla_converters.checkpoints.families import active_window, check_config, fin
 from mla_converters.checkpoints.gguf.model import GgufModel
 from mla_converters.checkpoints.locate import local_path, not_on_the_hub
 from mla_converters.checkpoints.stored import config_from_dict
+from mla_converters.checkpoints.tensors import Tensors, check_tensors
 from mla_converters.errors import ConversionError
 from mla_converters.streaming.experts import has_experts
 from mla_converters.support.json_files import read_json_object
@@ -94,7 +95,7 @@ def read_source(source: str, revision: str | None = None, dtype: str | None = No
     """
     if dtype not in (None, *DTYPE_BYTES):
         raise ConversionError(f"--dtype is {dtype!r}; choose one of {', '.join(DTYPE_BYTES)}.")
-    raw, where = _description(source, revision)
+    raw, where, tensors = _description(source, revision)
     family = find_family(raw)
     config = config_from_dict(raw, where)
     check_config(config)
@@ -104,6 +105,10 @@ def read_source(source: str, revision: str | None = None, dtype: str | None = No
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         sizes = _sizes(config, skeleton)
+        if tensors is not None:
+            check_tensors(tensors, skeleton, where)
+    except ConversionError:
+        raise
     except Exception as error:  # transformers and torch raise whatever the numbers provoke
         raise ConversionError(f"{where} is not a valid configuration: {error}") from error
     if stored not in DTYPE_BYTES:
@@ -152,13 +157,14 @@ def _count(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _description(source: str, revision: str | None) -> tuple[dict[str, Any], str]:
-    """A source's ``config.json``, and where it stands, for messages; of a GGUF file what its header says."""
+def _description(source: str, revision: str | None) -> tuple[dict[str, Any], str, Tensors | None]:
+    """A source's ``config.json``, where it stands, and the tensors, if they are described in the same place."""
     path = local_path(source)
     if path is not None and path.suffix == ".gguf":
-        return GgufModel(path).config, f"the header of {path}"
+        model = GgufModel(path)
+        return model.config, model.config_name, model.tensors
     file = _config_file(source, path, revision)
-    return read_json_object(file), str(file)
+    return read_json_object(file), str(file), None
 
 
 def _config_file(source: str, path: Path | None, revision: str | None) -> Path:

@@ -23,7 +23,7 @@ from mla_converters.checkpoints.folder import write_folder
 from mla_converters.checkpoints.locate import local_path, model_file, not_on_the_hub
 from mla_converters.checkpoints.reader import INDEX
 from mla_converters.checkpoints.stored import Stored, config_from_dict, stored_in_folder, stored_in_gguf
-from mla_converters.checkpoints.tensors import tensor_problems
+from mla_converters.checkpoints.tensors import check_tensors
 from mla_converters.checkpoints.tokenizer import load_tokenizer
 from mla_converters.errors import ConversionError
 
@@ -79,23 +79,8 @@ class Source:
             raise ConversionError(f"{stored.config_name} describes no model that can be built: {reason}") from error
         if not (torch.isfinite(freqs).all() and math.isfinite(scale)):
             raise ConversionError(f"{stored.config_name} gives RoPE frequencies that are not finite numbers.")
-        self._check_tensors(skeleton)
+        check_tensors(self._tensors, skeleton, stored.config_name)
         self._check_side_files()
-
-    def _check_tensors(self, skeleton: PreTrainedModel) -> None:
-        """Compare names, shapes and dtypes with what the configuration asks for; report all at once."""
-        # Derived tensors that some checkpoints carry along; the model does not read them.
-        for name in self._tensors.names():
-            if name.endswith("rotary_emb.inv_freq"):
-                self._tensors.ignore(name)
-        if self.config.tie_word_embeddings:
-            self._tensors.ignore("lm_head.weight")
-        problems = tensor_problems(self._tensors, skeleton)
-        if problems:
-            more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
-            raise ConversionError(
-                f"The weights in {self.name} do not fit {self._stored.config_name}: {'; '.join(problems[:5])}{more}."
-            )
 
     def _check_side_files(self) -> None:
         """Load what is carried over unread, for what cannot be loaded here would fail when it is served."""

@@ -68,7 +68,7 @@ def stored_in_gguf(path: Path, scratch: Path) -> Stored:
     model.write_side_files(side)
     return Stored(
         config=model.config,
-        config_name=f"the header of {path}",
+        config_name=model.config_name,
         tensors=model.tensors,
         folder=side,
         unpacked=scratch / "model",

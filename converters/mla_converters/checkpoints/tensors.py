@@ -7,6 +7,10 @@ import torch
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from mla_converters.errors import ConversionError
+
+SHOWN = 5  # problems that a message names
+
 
 class Tensors(Protocol):
     """Tensors that are read one at a time, under the names that a Hugging Face checkpoint gives them."""
@@ -53,6 +57,28 @@ class Tensors(Protocol):
             UnfinishedError: its file has gone since it was found.
         """
         ...
+
+
+def check_tensors(tensors: Tensors, skeleton: PreTrainedModel, config_name: str) -> None:
+    """Compare names, shapes and dtypes with those of a model (its weights on the meta device); report all at once.
+
+    Args:
+        tensors: that there are; those that the model does not read, or computes itself, are forgotten.
+        skeleton: the model.
+        config_name: where its configuration stands, for messages.
+
+    Raises:
+        ConversionError: they differ.
+    """
+    for name in tensors.names():
+        if name.endswith("rotary_emb.inv_freq"):
+            tensors.ignore(name)
+    if skeleton.config.tie_word_embeddings:
+        tensors.ignore("lm_head.weight")
+    problems = tensor_problems(tensors, skeleton)
+    if problems:
+        more = f", and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        raise ConversionError(f"The weights do not fit {config_name}: {'; '.join(problems[:SHOWN])}{more}.")
 
 
 def tensor_problems(tensors: Tensors, skeleton: PreTrainedModel) -> list[str]:

@@ -11,12 +11,12 @@ from mla_converters.checkpoints.gguf.keys import Keys
 from mla_converters.checkpoints.gguf.parts import Gguf
 from mla_converters.checkpoints.gguf.rope import FACTORS, rope_parameters
 from mla_converters.checkpoints.gguf.values import read_values, value_dtype
-from mla_converters.checkpoints.gguf.vocabulary import Vocabulary
+from mla_converters.checkpoints.gguf.vocabulary import Vocabulary, unknown_keys
 from mla_converters.errors import ConversionError
 
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 QWEN = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "qwen3moe": "Qwen3MoeForCausalLM"}
-BIASES = {"attention_bias": ".attn_q.bias", "mlp_bias": ".ffn_gate.bias"}
+BIASES = {"attention": ".attn_q.bias", "mlp": ".ffn_gate.bias"}
 ROLES = {"bos": "bos", "eos": "eos", "pad": "padding"}
 REORDERED = "llama"  # the architecture whose queries and keys llama.cpp's converter reorders
 
@@ -45,14 +45,19 @@ def describe(gguf: Gguf, vocabulary: Vocabulary | None) -> Description:
         ConversionError: the model is of no supported family, or its header lacks, or has, what cannot be converted.
     """
     keys = Keys(gguf)
-    family, ids = FAMILIES[_architecture(keys)], vocabulary.ids if vocabulary else {}
+    family = FAMILIES[_architecture(keys)]
+    ids, count = (vocabulary.ids, len(vocabulary.tokens)) if vocabulary else ({}, 0)
     heads = keys.integer("attention.head_count")
     kv_heads = keys.integer("attention.head_count_kv", heads)
     config = _common(gguf, keys, heads, kv_heads) | _special(gguf, keys, family)
+    if count > config["vocab_size"]:
+        raise ConversionError(
+            f"{gguf.path} has {count:,} tokens in its tokenizer, and {EMBEDDING} has {config['vocab_size']:,} rows."
+        )
     config |= {f"{role}_token_id": ids.get(name) for role, name in ROLES.items()}
     config |= {"architectures": [family.architecture], "model_type": family.model_type}
     reordered = {"attn_q": heads, "attn_k": kv_heads} if keys.architecture == REORDERED else {}
-    return Description(config, family, reordered, keys.rest())
+    return Description(config, family, reordered, keys.rest() + unknown_keys(gguf))
 
 
 def _architecture(keys: Keys) -> str:
@@ -115,10 +120,12 @@ def _factors(gguf: Gguf) -> torch.Tensor | None:
 
 def _special(gguf: Gguf, keys: Keys, family: Family) -> dict[str, Any]:
     """What configurations of one family have, or of some."""
-    biased = {key: any(tensor.endswith(name) for tensor in gguf.tensors) for key, name in BIASES.items()}
+    attention, mlp = (
+        {f"{part}_bias": any(tensor.endswith(name) for tensor in gguf.tensors)} for part, name in BIASES.items()
+    )
     match family.model_type:
         case "llama":
-            return biased
+            return attention | mlp
         case "mistral":
             return {"sliding_window": keys.integer("attention.sliding_window")}
         case "mixtral":
@@ -129,13 +136,12 @@ def _special(gguf: Gguf, keys: Keys, family: Family) -> dict[str, Any]:
                 "num_experts_per_tok": keys.integer("expert_used_count"),
             }
         case "qwen2":
-            return {"use_sliding_window": False, "sliding_window": None}
+            return _no_window(keys)
         case "qwen3":
-            return {"use_sliding_window": False, "sliding_window": None, "attention_bias": biased["attention_bias"]}
+            return _no_window(keys) | attention
     return {
-        "use_sliding_window": False,
-        "sliding_window": None,
-        "attention_bias": biased["attention_bias"],
+        **_no_window(keys),
+        **attention,
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
         "moe_intermediate_size": keys.integer("expert_feed_forward_length"),
@@ -143,3 +149,11 @@ def _special(gguf: Gguf, keys: Keys, family: Family) -> dict[str, Any]:
         "num_experts": keys.integer("expert_count"),
         "num_experts_per_tok": keys.integer("expert_used_count"),
     }
+
+
+def _no_window(keys: Keys) -> dict[str, Any]:
+    """Qwen's windows are of some layers only, and a GGUF file does not say which."""
+    window = keys.integer("attention.sliding_window", 0)
+    if 0 < window < keys.integer("context_length"):
+        raise ConversionError(f"{keys.path} has a sliding window of {window} tokens in some layers, not in all.")
+    return {"use_sliding_window": False, "sliding_window": None}

@@ -1,6 +1,5 @@
 """The keys of a GGUF model's architecture, read by type; none is passed over unseen."""
 
-from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -76,17 +75,17 @@ class Keys:
     def integer(self, name: str, default: int | None = None) -> int:
         """A whole number of at least 1, the same for all layers; required without a default."""
         value = self._value(name, default)
-        if isinstance(value, list) and len(set(value)) == 1:
+        if isinstance(value, list) and value and value.count(value[0]) == len(value):
             value = value[0]
         if type(value) is not int or (value < 1 and value != default):
             raise self._unusable(name, value, "a whole number from 1 on, the same for all layers")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
-        """A finite number; required without a default. Of a float32 the shortest decimal that gives it."""
+        """A finite number of at least 0; required without a default. Returns the shortest decimal of a float32."""
         value = self._value(name, default)
-        if type(value) not in (int, float) or not isfinite(value) or not isfinite(np.float32(value)):
-            raise self._unusable(name, value, "a finite number")
+        if type(value) not in (int, float) or not 0 <= value <= np.finfo(np.float32).max:
+            raise self._unusable(name, value, "a finite number of at least 0")
         return float(str(np.float32(value)))
 
     def text(self, name: str, default: str | None = None) -> str:

@@ -18,6 +18,7 @@ class GgufModel:
 
     Attributes:
         config: as in a Hugging Face ``config.json``.
+        config_name: where it stands, for messages.
         tensors: under the names of a Hugging Face checkpoint.
         unknown_keys: keys of the header that were not understood, and may or may not matter.
 
@@ -30,6 +31,7 @@ class GgufModel:
         self._vocabulary = read_vocabulary(self._gguf)
         described = describe(self._gguf, self._vocabulary)
         self.config = described.config
+        self.config_name = f"the header of {path}"
         self.unknown_keys = described.unknown_keys
         self.tensors = GgufTensors(self._gguf, described.family, described.heads)
 

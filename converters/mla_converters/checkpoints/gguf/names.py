@@ -75,7 +75,8 @@ class Names:
         for name, stored in tensors.items():
             if name != FACTORS:  # the configuration has what they say
                 for expert, translated in self._translated(name, stored):
-                    found[translated] = Place(name, stored, expert, heads.get(name.split(".")[-2]))
+                    part = name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2]
+                    found[translated] = Place(name, stored, expert, heads.get(part))
         return found
 
     def own(self, translated: str) -> str:

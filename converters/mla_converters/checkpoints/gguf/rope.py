@@ -52,26 +52,23 @@ def _refuse_partial(keys: Keys, head_dim: int) -> None:
 
 def _scaling(keys: Keys) -> tuple[str, dict[str, Any]]:
     """transformers' name of the scaling, and its parameters."""
-    # Files older than rope.scaling have the second key. 0 is what some write for 1.
-    factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 1.0)) or 1.0
     kind = keys.text("rope.scaling.type", "linear")
     scale = keys.number("rope.scaling.attn_factor", 1.0)
     if kind == "yarn":
-        return "yarn", _yarn(keys, factor, scale)
+        return "yarn", _yarn(keys, scale)
     if kind not in ("linear", "none"):
         raise ConversionError(f"{keys.path} has rope.scaling.type {kind!r}; supported are: none, linear, yarn.")
     if scale != 1:
         raise ConversionError(f"{keys.path} has rope.scaling.attn_factor {scale} without YaRN, which is not supported.")
+    # Files older than rope.scaling have the second key. 0 is what some write for 1.
+    factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 1.0)) or 1.0
     return ("default", {}) if kind == "none" or factor == 1 else ("linear", {"factor": factor})
 
 
-def _yarn(keys: Keys, factor: float, scale: float) -> dict[str, Any]:
-    parameters: dict[str, Any] = {
-        "factor": factor,
-        "original_max_position_embeddings": keys.integer(
-            "rope.scaling.original_context_length", keys.integer("context_length")
-        ),
-    }
+def _yarn(keys: Keys, scale: float) -> dict[str, Any]:
+    factor = keys.number("rope.scaling.factor")
+    context = keys.integer("rope.scaling.original_context_length", keys.integer("context_length"))
+    parameters: dict[str, Any] = {"factor": factor, "original_max_position_embeddings": context}
     for name in ("beta_fast", "beta_slow"):
         if keys.has(f"rope.scaling.yarn_{name}"):
             parameters[name] = keys.number(f"rope.scaling.yarn_{name}")
@@ -88,9 +85,10 @@ def _llama3(keys: Keys, theta: float, factors: torch.Tensor, head_dim: int) -> d
 
     Only ratios of the two frequency factors and the context matter, so the lower factor is 1 always.
     """
-    if factors.shape != (head_dim // 2,) or not (torch.isfinite(factors) & (factors > 0)).all():
-        raise ConversionError(f"{keys.path} has {FACTORS} that are not {head_dim // 2} positive numbers.")
-    wanted = 1 / theta ** (torch.arange(0, head_dim, 2).float() / head_dim) / factors
+    exponents = torch.arange(0, head_dim, 2).float() / head_dim
+    if factors.shape != exponents.shape or not (torch.isfinite(factors) & (factors > 0)).all():
+        raise ConversionError(f"{keys.path} has {FACTORS} that are not {len(exponents)} positive numbers.")
+    wanted = 1 / theta**exponents / factors
     for high, context in product(HIGH_FREQUENCY_FACTORS, TRAINED_CONTEXTS):
         parameters = {
             "factor": float(str(factors.max().numpy())),

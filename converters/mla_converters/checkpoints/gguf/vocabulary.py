@@ -13,6 +13,25 @@ from mla_converters.errors import ConversionError
 PREFIX = "tokenizer.ggml."
 NONE = ("none", "no_vocab")  # kinds of files that come without a tokenizer
 BYTE_LEVEL, SENTENCEPIECE = "gpt2", "llama"
+ROLES = ("bos", "eos", "eot", "eom", "unknown", "padding")
+READ = (
+    "model",
+    "pre",
+    "tokens",
+    "token_type",
+    "scores",
+    "merges",
+    "add_bos_token",
+    "add_eos_token",
+    "add_space_prefix",
+)
+WITHOUT_EFFECT = (
+    *("seperator_token_id", "mask_token_id", "cls_token_id", "add_sep_token"),  # of models that complete no text
+    *("prefix_token_id", "suffix_token_id", "middle_token_id"),  # older names of the next ones
+    *(f"fim_{part}_token_id" for part in ("pre", "suf", "mid", "pad", "rep", "sep")),  # for whoever fills gaps in text
+    "remove_extra_whitespaces",  # refused where it is true
+    "token_type_count",
+)
 NO_ID = 2**32 - 1  # -1, in 32 bits without sign
 SENTENCEPIECE_IDS = {"bos": 1, "eos": 2, "unknown": 0}  # where a file names none, as llama.cpp takes them
 WHOLE_TYPES = (TokenType.CONTROL, TokenType.USER_DEFINED)  # of tokens that are found in text before it is cut
@@ -90,6 +109,12 @@ def read_vocabulary(gguf: Gguf) -> Vocabulary | None:
     return vocabulary
 
 
+def unknown_keys(gguf: Gguf) -> list[str]:
+    """Keys of the tokenizer that were not understood, by their full names."""
+    known = {*READ, *(f"{role}_token_id" for role in ROLES), *WITHOUT_EFFECT}
+    return sorted(name for name in gguf.keys if name.startswith(PREFIX) and name.removeprefix(PREFIX) not in known)
+
+
 def _cutting(gguf: Gguf) -> Cutting:
     name = _key(gguf, "pre", str, "missing")
     if name not in CUTTINGS:
@@ -99,7 +124,7 @@ def _cutting(gguf: Gguf) -> Cutting:
 
 def _ids(gguf: Gguf, count: int, default: dict[str, int]) -> dict[str, int]:
     found = dict(default)
-    for role in ("bos", "eos", "eot", "eom", "unknown", "padding"):
+    for role in ROLES:
         name = f"{role}_token_id"
         value = _key(gguf, name, int, found.get(role, -1))
         if value == NO_ID:
