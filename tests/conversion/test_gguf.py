@@ -181,6 +181,14 @@ REFUSED: dict[str, tuple[GgufFile, str]] = {
         GgufFile(tensors={"blk.0.attn_sinks.weight": np.ones(4, np.float32)}),
         "attn_sinks.weight is no part",
     ),
+    "foreign-name": (
+        GgufFile(tensors={"lm_head.weight": np.ones((199, 64), np.float32)}),
+        ": lm_head.weight is no part",
+    ),
+    "foreign-names": (
+        GgufFile(tensors={"output_norm.weight": None, "model.norm.weight": np.ones(64, np.float32)}),
+        ": output_norm.weight is missing; model.norm.weight is no part",
+    ),
     "bias": (GgufFile(tensors={"blk.0.attn_k.bias": np.ones(32, np.float32)}), "blk.0.attn_k.bias is no part"),
     "shape": (
         GgufFile(tensors={"blk.0.attn_q.weight": np.ones((64, 32), np.float32)}),
@@ -250,10 +258,14 @@ def test_refused(case: str, tmp_path: Path, refusal: Refused) -> None:
 def test_refused_experts(tmp_path: Path, refusal: Refused) -> None:
     """A mixture whose experts are missing, or too few, names the file's own tensor once."""
     model = RandomModel("mixtral", experts=MIXTRAL_EXPERTS)
-    few = np.ones((2, 48, 64), np.float32)
+    few, one = np.ones((2, 48, 64), np.float32), np.ones((48, 64), np.float32)
     for tensors, reason in (
         ({"blk.1.ffn_up_exps.weight": None}, ": blk.1.ffn_up_exps.weight is missing."),
         ({"blk.0.ffn_gate_exps.weight": few}, ": blk.0.ffn_gate_exps.weight is missing."),
+        (
+            {"blk.0.ffn_gate.1.weight": one},
+            "holds blk.0.ffn_gate_exps.weight and, for the same, blk.0.ffn_gate.1.weight",
+        ),
     ):
         _, (path,) = Case(model, GgufFile(tensors=tensors)).write(tmp_path)
         assert reason in refusal("convert", path, tmp_path / "out", *EXACT)

@@ -19,12 +19,11 @@ class Stored:
 
     Attributes:
         config: as in ``config.json``.
-        config_name: where it stands, for messages.
+        config_name: the place of the configuration, for messages.
         tensors: the weights.
         folder: ``config.json``, the tokenizer and other files that go beside the weights.
-        unpacked: for a format that transformers and vLLM do not read as this project does, where a copy for them goes;
-            None where ``folder`` is the model itself.
-        unknown_keys: what its description says that was not understood, and may or may not matter.
+        unpacked: where a copy goes when transformers or vLLM load the model; None where ``folder`` has the weights.
+        unknown_keys: keys of a GGUF header that were not understood, and may or may not matter.
     """
 
     config: dict[str, Any]
@@ -81,7 +80,7 @@ def config_from_dict(config: dict[str, Any], name: str) -> PretrainedConfig:
 
     Args:
         config: its content.
-        name: where it stands, for messages.
+        name: the file or header that it is from, for messages.
 
     Raises:
         ConversionError: it is not valid.

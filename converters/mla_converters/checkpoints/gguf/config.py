@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 
 from mla_converters.checkpoints.families import FAMILIES, Family
 from mla_converters.checkpoints.gguf.header import StoredTensor
@@ -23,13 +24,13 @@ REORDERED = "llama"  # the architecture whose queries and keys llama.cpp's conve
 
 @dataclass(frozen=True)
 class Description:
-    """What a header says of its model.
+    """A header, understood.
 
     Attributes:
         config: as in ``config.json``.
         family: of the model.
         heads: heads of the projections whose rows are reordered, by ``attn_q`` or ``attn_k``.
-        unknown_keys: keys that may say more, and were not understood.
+        unknown_keys: keys that were not understood, and may or may not matter.
     """
 
     config: dict[str, Any]
@@ -42,7 +43,7 @@ def describe(gguf: Gguf, vocabulary: Vocabulary | None) -> Description:
     """Understand a header.
 
     Raises:
-        ConversionError: the model is of no supported family, or its header lacks, or has, what cannot be converted.
+        ConversionError: the model is of no supported family, the header lacks a key, or a key cannot be represented.
     """
     keys = Keys(gguf)
     family = FAMILIES[_architecture(keys)]
@@ -56,6 +57,7 @@ def describe(gguf: Gguf, vocabulary: Vocabulary | None) -> Description:
         )
     config |= {f"{role}_token_id": ids.get(name) for role, name in ROLES.items()}
     config |= {"architectures": [family.architecture], "model_type": family.model_type}
+    config["transformers_version"] = transformers.__version__  # without, transformers warns of a tokenizer's old faults
     reordered = {"attn_q": heads, "attn_k": kv_heads} if keys.architecture == REORDERED else {}
     return Description(config, family, reordered, keys.rest() + unknown_keys(gguf))
 
@@ -81,7 +83,7 @@ def _architecture(keys: Keys) -> str:
 
 
 def _common(gguf: Gguf, keys: Keys, heads: int, kv_heads: int) -> dict[str, Any]:
-    """What configurations of all families have."""
+    """Keys that the configurations of all families have."""
     hidden, embedding = keys.integer("embedding_length"), _embedding(gguf)
     head_dim = keys.integer("attention.key_length", max(1, hidden // heads))
     if keys.integer("attention.value_length", head_dim) != head_dim:
@@ -119,7 +121,7 @@ def _factors(gguf: Gguf) -> torch.Tensor | None:
 
 
 def _special(gguf: Gguf, keys: Keys, family: Family) -> dict[str, Any]:
-    """What configurations of one family have, or of some."""
+    """Keys that not all families have."""
     attention, mlp = (
         {f"{part}_bias": any(tensor.endswith(name) for tensor in gguf.tensors)} for part, name in BIASES.items()
     )

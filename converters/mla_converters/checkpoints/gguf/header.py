@@ -45,7 +45,7 @@ class StoredTensor:
         path: the file.
         offset: byte of the file at which the tensor begins.
         kind: how numbers are stored.
-        shape: rows first, as in torch; the header has it the other way round.
+        shape: as in torch; the header has the last dimension first.
     """
 
     path: Path
@@ -67,7 +67,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of itself.
+    """The header of one file.
 
     Attributes:
         keys: by their full names; numbers, strings, and lists of them.
@@ -92,7 +92,7 @@ def read_header(path: Path) -> Header:
 
 
 class _Reader:
-    """Reads a header from its start to its end; what contradicts the format is a ValueError."""
+    """Reads a header from start to end. Raises ValueError where the file contradicts the format."""
 
     def __init__(self, path: Path, file: BinaryIO, size: int) -> None:
         self.path = path
@@ -159,7 +159,7 @@ class _Reader:
         return struct.unpack(f"<{letter}", self._take(struct.calcsize(letter)))[0]
 
     def _take(self, count: int) -> bytes:
-        # Asked first, because a damaged count may ask for more bytes than there is memory.
+        # Compared first, because a damaged count may be greater than the memory.
         content = self.file.read(count) if count <= self.size else b""
         if len(content) < count:
             raise ValueError("it ends in the middle of its header")

@@ -1,4 +1,4 @@
-"""The keys of a GGUF model's architecture, read by type; none is passed over unseen."""
+"""The keys of a GGUF model's architecture, read by type. Keys that nobody reads are refused or reported."""
 
 from typing import Any
 
@@ -46,8 +46,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "swin_norm": (False,),
     "use_parallel_residual": (False,),
 }
-"""Keys that would change what the model computes in a way that none of the families here has: the values that change
-nothing. With any other value the model is refused."""
+"""Keys that can change the computation in ways that no family here has, each with the values that leave it unchanged.
+A model with any other value is refused."""
 WITHOUT_EFFECT = (
     "attention.layer_norm_epsilon",  # of another norm than RMSNorm
     "rope.scaling.finetuned",  # how the model was trained
@@ -118,7 +118,7 @@ class Keys:
             short, value = name.removeprefix(f"{self.architecture}."), self._keys[name]
             if short in NEUTRAL and value not in NEUTRAL[short]:
                 raise ConversionError(
-                    f"{self.path} has {name} {_shown(value)}, which changes what the model computes in a way that is "
+                    f"{self.path} has {name} {shown(value)}, which changes what the model computes in a way that is "
                     "not known here: convert the model that the file was made from."
                 )
             if short not in NEUTRAL and short not in WITHOUT_EFFECT:
@@ -136,9 +136,10 @@ class Keys:
         return name if name.startswith(("general.", "tokenizer.")) else f"{self.architecture}.{name}"
 
     def _unusable(self, name: str, value: Any, expected: str) -> ConversionError:
-        return ConversionError(f"{self.path} has {self._full(name)} {_shown(value)}, where {expected} was expected.")
+        return ConversionError(f"{self.path} has {self._full(name)} {shown(value)}, where {expected} was expected.")
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A key's value, cut short for a message."""
     text = repr(value)
     return text if len(text) < 60 else f"{text[:60]}…"

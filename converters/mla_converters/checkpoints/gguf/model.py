@@ -36,7 +36,7 @@ class GgufModel:
         self.tensors = GgufTensors(self._gguf, described.family, described.heads)
 
     def write_side_files(self, folder: Path) -> None:
-        """Write ``config.json`` and the tokenizer's files: what a Hugging Face folder has besides the weights.
+        """Write ``config.json`` and the tokenizer's files, which a Hugging Face folder has besides the weights.
 
         Raises:
             ConversionError: the tokenizer cannot be built.

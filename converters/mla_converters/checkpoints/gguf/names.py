@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from mla_converters.checkpoints.families import Family
 from mla_converters.checkpoints.gguf.header import StoredTensor
 from mla_converters.checkpoints.gguf.rope import FACTORS
+from mla_converters.errors import ConversionError
 
 WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 LAYER = {
@@ -24,6 +25,7 @@ LAYER = {
 }
 EXPERTS = ("ffn_gate", "ffn_up", "ffn_down")  # in the order of ExpertNames.projections
 ROUTER = "ffn_gate_inp"
+UNKNOWN = "unknown: "  # so that no unknown name can be that of a tensor of the model
 IN_LAYER = re.compile(r"blk\.(\d+)\.(.+)")
 ONE_EXPERT = re.compile(rf"({'|'.join(EXPERTS)})\.(\d+)\.weight")
 ALL_EXPERTS = re.compile(rf"({'|'.join(EXPERTS)})_exps\.weight")
@@ -34,10 +36,10 @@ class Place:
     """Where a tensor of the model is.
 
     Attributes:
-        name: the file's name of it.
-        stored: the tensor of that name.
-        expert: which of the stacked experts it is; None where it is the whole tensor.
-        heads: heads whose rows llama.cpp's converter reordered; None where rows are in transformers' order.
+        name: the name that the file gives it.
+        stored: the file's tensor of that name.
+        expert: its number, where the file's tensor stacks all experts; None where it is the whole tensor.
+        heads: number of heads, where llama.cpp's converter reordered the rows of each; None where it did not.
     """
 
     name: str
@@ -47,7 +49,7 @@ class Place:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the tensor as the model has it."""
+        """Shape of the model's tensor."""
         return self.stored.shape if self.expert is None else self.stored.shape[1:]
 
 
@@ -68,13 +70,20 @@ class Names:
         """Where each tensor of the model is, by the name that it has in a Hugging Face checkpoint.
 
         Args:
-            tensors: of the file, by its names. One for whose name there is no other keeps it.
+            tensors: of the file, by its names. A tensor with an unknown name is kept as :data:`UNKNOWN` and that name.
             heads: heads of the projections whose rows are to be put back into order, by ``attn_q`` or ``attn_k``.
+
+        Raises:
+            ConversionError: two tensors of the file are the same tensor of the model.
         """
-        found = {}
+        found: dict[str, Place] = {}
         for name, stored in tensors.items():
-            if name != FACTORS:  # the configuration has what they say
+            if name != FACTORS:  # read into the configuration
                 for expert, translated in self._translated(name, stored):
+                    if translated in found:
+                        raise ConversionError(
+                            f"{stored.path} holds {found[translated].name} and, for the same, {name}."
+                        )
                     part = name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2]
                     found[translated] = Place(name, stored, expert, heads.get(part))
         return found
@@ -91,10 +100,11 @@ class Names:
         return f"blk.{match[1]}.{_renamed(inner, self._layer_back)}"
 
     def _translated(self, name: str, stored: StoredTensor) -> Iterator[tuple[int | None, str]]:
-        """The names of what a tensor holds, each with its place among stacked experts."""
+        """The model's tensors that a tensor of the file holds: names, each with its number among stacked experts."""
         match = IN_LAYER.fullmatch(name)
         if match is None:
-            yield None, _renamed(name, WHOLE)
+            translated = _renamed(name, WHOLE)
+            yield None, UNKNOWN + name if translated == name else translated
             return
         layer, inner = f"model.layers.{match[1]}.", match[2]
         if self._experts and (stacked := ALL_EXPERTS.fullmatch(inner)):
@@ -107,7 +117,7 @@ class Names:
         elif (translated := _renamed(inner, self._layer)) != inner:
             yield None, layer + translated
         else:
-            yield None, name
+            yield None, UNKNOWN + name
 
 
 def _renamed(name: str, table: dict[str, str]) -> str:

@@ -1,4 +1,4 @@
-"""All parts of a GGUF model, whichever of them is named."""
+"""All parts of a GGUF model, found from any one of them."""
 
 import re
 from collections.abc import Sequence

@@ -38,7 +38,7 @@ class GgufTensors:
         return sorted(self._places)
 
     def own_name(self, name: str) -> str:
-        """The file's name of a tensor that it has or lacks."""
+        """The name that the file gives a tensor, or would give it."""
         return self._places[name].name if name in self._places else self._names.own(name)
 
     def ignore(self, name: str) -> None:

@@ -13,10 +13,10 @@ from mla_converters.errors import ConversionError
 
 FACTORS = "rope_freqs.weight"
 THETA = 10000.0  # where a file names none
-# What Llama 3.1 and its descendants have comes first.
+# The first values are those of Llama 3.1 and its descendants.
 HIGH_FREQUENCY_FACTORS = (4.0, 2.0, 8.0, 16.0, 32.0)
 TRAINED_CONTEXTS = (8192, *(2**exponent for exponent in range(5, 21) if exponent != 13))
-# Both sides round to float32, and the interpolation between factors amplifies it; candidates differ by far more.
+# Both sides round to float32, and interpolating between factors amplifies that. Candidates differ by far more.
 TOLERANCE = 1e-5
 
 
@@ -25,7 +25,7 @@ def rope_parameters(keys: Keys, factors: torch.Tensor | None, head_dim: int) -> 
 
     Args:
         keys: of the model.
-        factors: ``[head_dim / 2]`` of :data:`FACTORS`, by which frequencies are divided; None without.
+        factors: the tensor :data:`FACTORS`, ``[head_dim / 2]``, by which frequencies are divided; None without it.
         head_dim: ``d``, all of which is rotated.
 
     Raises:
@@ -81,9 +81,9 @@ def _yarn(keys: Keys, scale: float) -> dict[str, Any]:
 
 
 def _llama3(keys: Keys, theta: float, factors: torch.Tensor, head_dim: int) -> dict[str, Any]:
-    """Llama 3.1's scaling, found from the factors that llama.cpp's converter computes of it.
+    """Llama 3.1's scaling, recovered from the factors that llama.cpp's converter computed.
 
-    Only ratios of the two frequency factors and the context matter, so the lower factor is 1 always.
+    Only the ratios of the two frequency factors and the context matter, so the lower factor is always 1.
     """
     exponents = torch.arange(0, head_dim, 2).float() / head_dim
     if factors.shape != exponents.shape or not (torch.isfinite(factors) & (factors > 0)).all():

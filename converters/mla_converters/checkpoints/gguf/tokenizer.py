@@ -74,7 +74,7 @@ def _byte_level(vocabulary: Vocabulary, tokens: dict[str, int]) -> Tokenizer:
 
 
 def _sentencepiece(vocabulary: Vocabulary, tokens: dict[str, int]) -> Tokenizer:
-    # Of these alone SentencePiece puts pieces together.
+    # SentencePiece merges pieces into ordinary tokens only.
     ordinary = {text: vocabulary.scores[i] for text, i in tokens.items() if vocabulary.types[i] == TokenType.NORMAL}
     unknown = vocabulary.ids.get("unknown")
     model = BPE(
@@ -95,7 +95,7 @@ def _sentencepiece(vocabulary: Vocabulary, tokens: dict[str, int]) -> Tokenizer:
 
 
 def _template(vocabulary: Vocabulary) -> TemplateProcessing:
-    """Puts the beginning and the end around a text, as far as the model wants them."""
+    """The step that puts ``bos`` and ``eos`` around a text, where the model wants them."""
     begin, end = (
         [vocabulary.tokens[vocabulary.ids[role]]] if added else []
         for role, added in (("bos", vocabulary.adds_bos), ("eos", vocabulary.adds_eos))
@@ -105,7 +105,7 @@ def _template(vocabulary: Vocabulary) -> TemplateProcessing:
 
 
 def _added(vocabulary: Vocabulary, special: bool) -> list[str]:
-    """Tokens that are found in text before it is cut: special ones, which decoding can leave out, or the others."""
+    """Tokens that are found in text before it is cut. Decoding can leave out the special ones, and not the others."""
     roles = set(vocabulary.ids.values())
     found = []
     for i, (text, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True)):
@@ -116,12 +116,12 @@ def _added(vocabulary: Vocabulary, special: bool) -> list[str]:
 
 
 def _is_filler(vocabulary: Vocabulary, token: int) -> bool:
-    """Whether a token only stands for a row by which the embedding is longer than the vocabulary."""
+    """Whether a token only fills a row of the embedding, which has more rows than the vocabulary has tokens."""
     return vocabulary.types[token] == TokenType.UNUSED and vocabulary.tokens[token] == f"[PAD{token}]"
 
 
 def _templates(gguf: Gguf) -> dict[str, str]:
-    """The chat templates by name; the one without is the default."""
+    """The chat templates by name; the key without a name is the default."""
     found = {}
     for name, text in gguf.keys.items():
         if name == TEMPLATE or name.startswith(f"{TEMPLATE}."):

@@ -18,12 +18,12 @@ PLAIN = {
     GGMLQuantizationType.BF16: torch.bfloat16,
 }
 """Kinds that are stored as torch has them. All others become float32."""
-BLOCK = 2**20  # numbers that are dequantised at a time: the copies that it makes of them stay small
+BLOCK = 2**20  # numbers dequantised at a time, so that the copies that gguf makes stay small
 
 
 @cache
 def value_dtype(kind: GGMLQuantizationType) -> torch.dtype | None:
-    """The dtype of numbers that are stored in a way; None if these are no floats, or are not known to ``gguf``."""
+    """The dtype in which numbers of a kind are read; None if they are no floats, or ``gguf`` cannot dequantise them."""
     if kind in PLAIN:
         return PLAIN[kind]
     try:
@@ -38,7 +38,7 @@ def read_values(stored: StoredTensor, expert: int | None = None) -> torch.Tensor
 
     Args:
         stored: where they are.
-        expert: reads one of the first dimension's entries alone.
+        expert: with it, only this entry of the first dimension is read.
 
     Raises:
         UnfinishedError: the file has gone, or has become shorter, since it was opened.
@@ -56,7 +56,7 @@ def read_values(stored: StoredTensor, expert: int | None = None) -> torch.Tensor
             for block in values.split(step):
                 raw = np.fromfile(file, np.uint8, len(block) * stored.row_bytes)
                 _filled(raw.size, len(block) * stored.row_bytes)
-                with np.errstate(all="ignore"):  # NaN and infinity are refused by whoever asked
+                with np.errstate(all="ignore"):  # the caller looks for NaN and infinity
                     block.copy_(torch.from_numpy(dequantize(raw.reshape(len(block), -1), stored.kind)))
     except OSError as error:
         raise UnfinishedError(f"{stored.path} cannot be read any more ({error}): bring it back.") from error

@@ -1,4 +1,4 @@
-"""The vocabulary of a GGUF model, and what its tokens are for."""
+"""The vocabulary of a GGUF model, and the roles of its tokens."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from typing import Any
 
 from gguf.constants import TokenType
 
+from mla_converters.checkpoints.gguf.keys import shown
 from mla_converters.checkpoints.gguf.parts import Gguf
 from mla_converters.checkpoints.gguf.splits import CUTTINGS, Cutting
 from mla_converters.errors import ConversionError
@@ -32,7 +33,7 @@ WITHOUT_EFFECT = (
     "remove_extra_whitespaces",  # refused where it is true
     "token_type_count",
 )
-NO_ID = 2**32 - 1  # -1, in 32 bits without sign
+NO_IDS = (-1, 2**32 - 1)  # the second is -1 in 32 bits without sign
 SENTENCEPIECE_IDS = {"bos": 1, "eos": 2, "unknown": 0}  # where a file names none, as llama.cpp takes them
 WHOLE_TYPES = (TokenType.CONTROL, TokenType.USER_DEFINED)  # of tokens that are found in text before it is cut
 ENDS = (
@@ -51,15 +52,15 @@ ENDS = (
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Tokens, and what they are for.
+    """Tokens and their roles.
 
     Attributes:
-        cutting: of a byte-level tokenizer; None for SentencePiece's.
-        tokens: by id.
-        types: llama.cpp's types of them.
-        scores: of SentencePiece's tokens; what has the higher score is merged first.
+        cutting: how a byte-level tokenizer cuts text; None for SentencePiece's.
+        tokens: texts, by id.
+        types: their types, as llama.cpp has them.
+        scores: of SentencePiece's tokens; a token with a higher score is merged first.
         merges: of a byte-level tokenizer, in order, each ``"left right"``.
-        ids: of the special tokens that there are: ``bos``, ``eos``, ``eot``, ``eom``, ``unknown`` and ``padding``.
+        ids: of the special tokens that the file names: ``bos``, ``eos``, ``eot``, ``eom``, ``unknown``, ``padding``.
         adds_bos, adds_eos: whether these tokens are put around a text.
         adds_space: whether SentencePiece puts a space before a text.
     """
@@ -82,12 +83,12 @@ class Vocabulary:
 
 
 def read_vocabulary(gguf: Gguf) -> Vocabulary | None:
-    """The vocabulary; None for a file without.
+    """The vocabulary; None where the file comes without a tokenizer.
 
     Raises:
         ConversionError: it is of a kind that is not supported, or is damaged.
     """
-    kind = _key(gguf, "model", str, NONE[0])
+    kind = _key(gguf, "model", str, "missing" if f"{PREFIX}tokens" in gguf.keys else NONE[0])
     if kind in NONE:
         return None
     if kind not in (BYTE_LEVEL, SENTENCEPIECE):
@@ -126,18 +127,16 @@ def _ids(gguf: Gguf, count: int, default: dict[str, int]) -> dict[str, int]:
     found = dict(default)
     for role in ROLES:
         name = f"{role}_token_id"
-        value = _key(gguf, name, int, found.get(role, -1))
-        if value == NO_ID:
-            continue
-        if value >= count:
+        value = found[role] = _key(gguf, name, int, found.get(role, -1))
+        if value in NO_IDS:
+            del found[role]
+        elif not 0 <= value < count:
             raise ConversionError(f"{gguf.path} has {PREFIX}{name} {value}, and its tokenizer has {count:,} tokens.")
-        if value >= 0:
-            found[role] = value
     return found
 
 
 def _check(gguf: Gguf, vocabulary: Vocabulary) -> None:
-    """Refuse what would give other ids here than in llama.cpp."""
+    """Refuse a vocabulary that would give other ids here than in llama.cpp."""
     for text, count in Counter(filter(None, vocabulary.tokens)).most_common(1):
         if count > 1:
             raise ConversionError(f"{gguf.path} has the token {text!r} {count} times in {PREFIX}tokens.")
@@ -146,7 +145,7 @@ def _check(gguf: Gguf, vocabulary: Vocabulary) -> None:
         raise _unsupported(gguf, name, True, (False,))
     for role, added in (("bos", vocabulary.adds_bos), ("eos", vocabulary.adds_eos)):
         if added and role not in vocabulary.ids:
-            raise ConversionError(f"{gguf.path} has {PREFIX}add_{role}_token, and lacks {PREFIX}{role}_token_id.")
+            raise ConversionError(f"{gguf.path} puts {role} around a text, and lacks {PREFIX}{role}_token_id.")
 
 
 def _list(gguf: Gguf, name: str, kind: type, count: int | None = None, default: Any = None) -> list[Any]:
@@ -165,7 +164,7 @@ def _list(gguf: Gguf, name: str, kind: type, count: int | None = None, default: 
 def _key(gguf: Gguf, name: str, kind: type, default: Any) -> Any:
     value = gguf.keys.get(PREFIX + name, default)
     if type(value) is not kind:
-        raise ConversionError(f"{gguf.path} has {PREFIX}{name} {value!r}, where {kind.__name__} was expected.")
+        raise ConversionError(f"{gguf.path} has {PREFIX}{name} {shown(value)}, where {kind.__name__} was expected.")
     return value
 
 
