@@ -1,9 +1,7 @@
-"""GGUF files: each converts to what its folder converts to, or is refused by name."""
+"""GGUF files: each converts to what its folder converts to."""
 
 import json
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
@@ -16,15 +14,13 @@ from conftest import (
     QWEN3_EXPERTS,
     YARN,
     RandomModel,
-    Refused,
     contents,
     convert,
     heal,
     load,
 )
 from safetensors.torch import load_file
-from support.gguf_files import CONTROL, OWN, TEMPLATE, GgufFile
-from transformers import AutoTokenizer, GenerationConfig
+from support.gguf_files import Case, GgufFile
 
 from mla_converters.checkpoints.gguf import values
 from mla_converters.checkpoints.gguf.header import read_header
@@ -38,18 +34,6 @@ from mla_converters.verify import verify
 EXACT = ("--method", "exact")
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 MOE = QWEN3_EXPERTS | {"mlp_only_layers": [], "norm_topk_prob": True}
-
-
-@dataclass
-class Case:
-    """A model, and how its file is written."""
-
-    model: RandomModel
-    file: GgufFile = field(default_factory=GgufFile)
-
-    def write(self, folder: Path) -> tuple[Path, list[Path]]:
-        source = self.model.save(folder / "source")
-        return source, self.file.write(source, folder / "model.gguf")
 
 
 RIGHT = {
@@ -169,143 +153,6 @@ def test_parts_give_the_same_bytes(tmp_path: Path) -> None:
         assert written(part, tmp_path / part.stem) == expected
 
 
-REFUSED: dict[str, tuple[GgufFile, str]] = {
-    "architecture": (
-        GgufFile(keys={"general.architecture": "gemma3"}),
-        "architecture 'gemma3', which is not",
-    ),
-    "adapter": (GgufFile(keys={"general.type": "adapter"}), "general.type 'adapter'"),
-    "missing": (GgufFile(tensors={"blk.1.ffn_down.weight": None}), "blk.1.ffn_down.weight is missing"),
-    "no-embedding": (GgufFile(tensors={"token_embd.weight": None}), "lacks token_embd.weight"),
-    "surplus": (
-        GgufFile(tensors={"blk.0.attn_sinks.weight": np.ones(4, np.float32)}),
-        "attn_sinks.weight is no part",
-    ),
-    "foreign-name": (
-        GgufFile(tensors={"lm_head.weight": np.ones((199, 64), np.float32)}),
-        ": lm_head.weight is no part",
-    ),
-    "foreign-names": (
-        GgufFile(tensors={"output_norm.weight": None, "model.norm.weight": np.ones(64, np.float32)}),
-        ": output_norm.weight is missing; model.norm.weight is no part",
-    ),
-    "bias": (GgufFile(tensors={"blk.0.attn_k.bias": np.ones(32, np.float32)}), "blk.0.attn_k.bias is no part"),
-    "shape": (
-        GgufFile(tensors={"blk.0.attn_q.weight": np.ones((64, 32), np.float32)}),
-        "blk.0.attn_q.weight has",
-    ),
-    "integers": (GgufFile(tensors={"output_norm.weight": np.ones(64, np.int8)}), "output_norm.weight has dtype I8"),
-    "nan": (GgufFile(tensors={"output_norm.weight": np.full(64, np.nan, np.float32)}), "output_norm.weight of"),
-    "no-key": (GgufFile(keys={"llama.block_count": None}), "lacks llama.block_count"),
-    "text-key": (GgufFile(keys={"llama.block_count": "two"}), "has llama.block_count 'two'"),
-    "layers-differ": (
-        GgufFile(keys={"llama.attention.head_count_kv": [2, 1]}),
-        "attention.head_count_kv [2, 1], where",
-    ),
-    "scale": (GgufFile(keys={"llama.logit_scale": 0.5}), "has llama.logit_scale 0.5"),
-    "gating": (GgufFile(keys={"llama.expert_gating_func": 2}), "has llama.expert_gating_func 2"),
-    "partial": (GgufFile(keys={"llama.rope.dimension_count": 8}), "rotates 8 of the 16"),
-    "longrope": (GgufFile(keys={"llama.rope.scaling.type": "longrope"}), "rope.scaling.type 'longrope'"),
-    "factor": (GgufFile(keys={"llama.rope.scaling.attn_factor": 1.5}), "rope.scaling.attn_factor 1.5"),
-    "yarn-extrapolation": (
-        GgufFile(
-            keys={
-                "llama.rope.scaling.type": "yarn",
-                "llama.rope.scaling.factor": 4.0,
-                "llama.rope.scaling.yarn_ext_factor": 0.5,
-            }
-        ),
-        "yarn_ext_factor 0.5",
-    ),
-    "yarn-no-factor": (GgufFile(keys={"llama.rope.scaling.type": "yarn"}), "lacks llama.rope.scaling.factor"),
-    "frequencies": (
-        GgufFile(tensors={"rope_freqs.weight": np.arange(1, 9, dtype=np.float32)}),
-        "rope_freqs.weight that no setting",
-    ),
-    "fewer-frequencies": (
-        GgufFile(tensors={"rope_freqs.weight": np.full(4, 2, np.float32)}),
-        "rope_freqs.weight that are not 8 positive numbers",
-    ),
-    "twice": (
-        GgufFile(
-            keys={"llama.rope.scaling.factor": 2.0}, tensors={"rope_freqs.weight": np.arange(1, 9, dtype=np.float32)}
-        ),
-        "by rope_freqs.weight and by rope.scaling too",
-    ),
-    "tokenizer": (GgufFile(keys={"tokenizer.ggml.model": "bert"}), "tokenizer.ggml.model 'bert'"),
-    "pre": (GgufFile(keys={"tokenizer.ggml.pre": "default"}), "tokenizer.ggml.pre 'default'"),
-    "no-pre": (GgufFile(keys={"tokenizer.ggml.pre": None}), "tokenizer.ggml.pre 'missing'"),
-    "no-merges": (GgufFile(keys={"tokenizer.ggml.merges": None}), "tokenizer.ggml.merges"),
-    "same-tokens": (GgufFile(keys={"tokenizer.ggml.tokens": ["a"] * 199}), "the token 'a' 199 times"),
-    "types": (GgufFile(keys={"tokenizer.ggml.token_type": [1] * 10}), "10 values in tokenizer.ggml.token_type"),
-    "more-tokens": (
-        GgufFile(tensors={"token_embd.weight": np.ones((150, 64), np.float32)}),
-        "199 tokens in its tokenizer, and token_embd.weight has 150 rows",
-    ),
-    "special": (GgufFile(keys={"tokenizer.ggml.eos_token_id": 500}), "tokenizer.ggml.eos_token_id 500"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_refused(case: str, tmp_path: Path, refusal: Refused) -> None:
-    """In one sentence that names the tensor or key; nothing is left behind."""
-    file, reason = REFUSED[case]
-    _, (path,) = Case(RandomModel(), file).write(tmp_path)
-    assert reason in refusal("convert", path, tmp_path / "out", *EXACT)
-    assert not list(tmp_path.glob("out*"))
-
-
-def test_refused_experts(tmp_path: Path, refusal: Refused) -> None:
-    """A mixture whose experts are missing, or too few, names the file's own tensor once."""
-    model = RandomModel("mixtral", experts=MIXTRAL_EXPERTS)
-    few, one = np.ones((2, 48, 64), np.float32), np.ones((48, 64), np.float32)
-    for tensors, reason in (
-        ({"blk.1.ffn_up_exps.weight": None}, ": blk.1.ffn_up_exps.weight is missing."),
-        ({"blk.0.ffn_gate_exps.weight": few}, ": blk.0.ffn_gate_exps.weight is missing."),
-        (
-            {"blk.0.ffn_gate.1.weight": one},
-            "holds blk.0.ffn_gate_exps.weight and, for the same, blk.0.ffn_gate.1.weight",
-        ),
-    ):
-        _, (path,) = Case(model, GgufFile(tensors=tensors)).write(tmp_path)
-        assert reason in refusal("convert", path, tmp_path / "out", *EXACT)
-
-
-def test_refused_window(tmp_path: Path, refusal: Refused) -> None:
-    """Mistral's, which all layers have, with the way out; Qwen's, because not all do."""
-    _, (path,) = Case(RandomModel("mistral", window=100)).write(tmp_path)
-    assert "--max-context 100" in refusal("convert", path, tmp_path / "out", *EXACT)
-    _, (path,) = Case(RandomModel("qwen2"), GgufFile(keys={"qwen2.attention.sliding_window": 100})).write(tmp_path)
-    assert "window of 100 tokens in some layers" in refusal("convert", path, tmp_path / "out", *EXACT)
-
-
-def test_refused_parts(tmp_path: Path, refusal: Refused) -> None:
-    _, parts = RIGHT["split"].write(tmp_path)
-    first, second, third = parts
-    third.rename(tmp_path / "elsewhere.gguf")
-    assert f"lacks {third.name}" in refusal("convert", first, tmp_path / "out", *EXACT)
-    assert "one of 3 parts" in refusal("convert", tmp_path / "elsewhere.gguf", tmp_path / "out", *EXACT)
-    third.write_bytes(second.read_bytes())
-    assert "its name does not" in refusal("convert", first, tmp_path / "out", *EXACT)
-    assert "does not exist" in refusal("convert", tmp_path / "model-00004-of-00003.gguf", tmp_path / "out", *EXACT)
-
-
-def test_refused_files(tmp_path: Path, refusal: Refused) -> None:
-    _, (path,) = RIGHT["llama"].write(tmp_path)
-    whole = path.read_bytes()
-    for content, reason in (
-        (b"GGML" + whole[4:], "does not begin with GGUF"),
-        (whole[:4] + (1).to_bytes(4, "little") + whole[8:], "its version is 1"),
-        (whole[:100], "ends in the middle of its header"),
-        (whole[:16] + (2**60).to_bytes(8, "little") + whole[24:], "not a readable GGUF file"),
-        (whole[:-1000], "ends after"),
-        (b"", "not a readable GGUF file"),
-    ):
-        path.write_bytes(content)
-        assert reason in refusal("convert", path, tmp_path / "out", *EXACT)
-        assert "not a readable GGUF file" in refusal("plan", path)
-
-
 def test_unknown_keys_are_reported(tmp_path: Path) -> None:
     keys = {
         "llama.new_idea": 3,
@@ -321,68 +168,7 @@ def test_unknown_keys_are_reported(tmp_path: Path) -> None:
     ]
 
 
-def opened_tokenizer(tmp_path: Path, keys: dict[str, Any]) -> Any:
-    _, (path,) = Case(RandomModel(), GgufFile(keys=keys)).write(tmp_path)
-    return AutoTokenizer.from_pretrained(convert(path, tmp_path / "out", *EXACT))
-
-
-def test_tokenizer(tmp_path: Path) -> None:
-    """Pieces, special tokens, chat template and the ids at which a text ends."""
-    tokenizer = opened_tokenizer(tmp_path, {})
-    assert tokenizer.tokenize("a th 12<think>") == ["a", "Ġth", "Ġ", "1", "2", "<think>"]
-    assert tokenizer.tokenize("".join(CONTROL)) == CONTROL
-    text = "The 12th.\n<|im_end|><think> \tx"
-    assert tokenizer.decode(tokenizer(text).input_ids) == text
-    assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text.replace("<|im_end|>", "")
-    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")
-    assert len(tokenizer) == 128 + 4 + len(CONTROL) + len(OWN)  # without rows that only pad the embedding
-    assert tokenizer.chat_template == TEMPLATE
-    ends = GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id
-    assert tokenizer.convert_ids_to_tokens(ends) == ["<|endoftext|>", "<|im_end|>"]
-
-
-def test_tokenizer_variants(tmp_path: Path) -> None:
-    """Digits by the file's cutting, the beginning by its own word or by the kind's, templates by name."""
-    keys = {"tokenizer.ggml.pre": "llama-bpe", "tokenizer.ggml.add_bos_token": None}
-    tokenizer = opened_tokenizer(tmp_path / "a", keys | {"tokenizer.chat_template.tools": "tools"})
-    assert tokenizer.convert_ids_to_tokens(tokenizer("12").input_ids) == ["<|im_start|>", "12"]
-    assert tokenizer.chat_template == {"default": TEMPLATE, "tools": "tools"}
-    keys = {"tokenizer.ggml.pre": "qwen2", "tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.add_eos_token": True}
-    tokenizer = opened_tokenizer(tmp_path / "b", keys)
-    assert tokenizer.convert_ids_to_tokens(tokenizer("12").input_ids) == ["<|im_start|>", "1", "2", "<|im_end|>"]
-
-
-def test_sentencepiece(tmp_path: Path) -> None:
-    """Merged by scores, with a space before the text, and bytes for what no token has."""
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(128))]
-    pieces += ["▁", "a", "b", "ab", "▁a", "bb", "▁ab"]
-    rest = [f"[PAD{i}]" for i in range(len(pieces), 199)]
-    types = [2, 3, 3] + [6] * 128 + [1] * 7 + [5] * len(rest)
-    keys: dict[str, Any] = {
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.pre": "default",
-        "tokenizer.ggml.tokens": [*pieces, *rest],
-        "tokenizer.ggml.token_type": types,
-        "tokenizer.ggml.scores": [0.0] * 131 + [-9.0, -8.0, -7.0, -3.0, -2.0, -1.0, -4.0] + [0.0] * len(rest),
-        "tokenizer.ggml.merges": None,
-        "tokenizer.ggml.add_bos_token": None,
-        "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.eos_token_id": 2,
-    }
-    tokenizer = opened_tokenizer(tmp_path / "a", keys)
-    assert tokenizer.convert_ids_to_tokens(tokenizer("ab abb\n").input_ids) == ["<s>", "▁ab", "▁a", "bb", "<0x0A>"]
-    assert tokenizer.decode(tokenizer("ab abb\n").input_ids, skip_special_tokens=True) == "ab abb\n"
-    tokenizer = opened_tokenizer(tmp_path / "b", keys | {"tokenizer.ggml.add_space_prefix": False})
-    assert tokenizer.tokenize("ab") == ["ab"]
-
-
-def test_without_tokenizer(tmp_path: Path) -> None:
-    _, (path,) = Case(RandomModel(), GgufFile(keys={"tokenizer.ggml.model": "no_vocab"})).write(tmp_path)
-    out = convert(path, tmp_path / "out", *EXACT)
-    assert not list(out.glob("tokenizer*"))
-
-
-def test_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the header alone, what the folder's plan says."""
     source, (path,) = RIGHT["qwen3moe"].write(tmp_path)
     expected = plan(str(source), memory_bytes=2**30)
@@ -392,7 +178,7 @@ def test_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert got["conversion"] == expected["conversion"]
     assert got["source"] | {"name": expected["source"]["name"]} == expected["source"]
     assert f"convert {path} ./model-mla" in got["command"]
-    _, (lacking,) = Case(RandomModel(), REFUSED["missing"][0]).write(tmp_path)
+    _, (lacking,) = Case(RandomModel(), GgufFile(tensors={"blk.1.ffn_down.weight": None})).write(tmp_path)
     with pytest.raises(ConversionError, match=r"blk\.1\.ffn_down\.weight is missing"):
         plan(str(lacking), memory_bytes=2**30)
 

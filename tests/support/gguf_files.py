@@ -10,6 +10,7 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
+from conftest import RandomModel
 from safetensors.torch import load_file
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -104,6 +105,18 @@ class GgufFile:
             writer.add_tensor(name, array)
         else:
             writer.add_tensor(name, gguf.quantize(array, kind), raw_dtype=kind)
+
+
+@dataclass
+class Case:
+    """A model, and how its file is written."""
+
+    model: RandomModel
+    file: GgufFile = field(default_factory=GgufFile)
+
+    def write(self, folder: Path) -> tuple[Path, list[Path]]:
+        source = self.model.save(folder / "source")
+        return source, self.file.write(source, folder / "model.gguf")
 
 
 def shape_keys(config: dict[str, Any], architecture: str) -> dict[str, Any]:
