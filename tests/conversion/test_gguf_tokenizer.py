@@ -94,9 +94,8 @@ def test_mistral(version: str) -> None:
     vocabulary = read_vocabulary(Gguf(data, (data,), keys, {}))
     assert vocabulary is not None
     tokenizer = build_tokenizer(vocabulary)
-    foreign = (
-        "Ünïcödé: naïve café, e\u0301 你好\uff0c世界 Привет 안녕하세요 🙂👩‍👩‍👧‍👦\n\tdef f(x):  return x**2\r\n  12345 ½"
-    )
-    for text in (TEXT, foreign, " leading", "  two", " "):
+    foreign = "Ünïcödé: naïve café, e\u0301 你好\uff0c世界 Привет 안녕하세요 🙂👩\u200d👧 ½"
+    code = "\n\tdef f(x):  return x**2\r\n  # 12345"
+    for text in (TEXT, foreign, code, " leading", "  two", " "):
         assert tokenizer.encode(text).ids == [processor.bos_id(), *processor.encode(text)]
         assert tokenizer.decode(tokenizer.encode(text).ids) == text
