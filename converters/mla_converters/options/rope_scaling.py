@@ -31,7 +31,7 @@ def parse_rope_scaling(value: Any) -> Any:
         return None
     scaling = _object(value)
     kind = scaling.setdefault(TYPE, scaling.pop("type", None))
-    if kind not in REQUIRED:
+    if not isinstance(kind, str) or kind not in REQUIRED:
         raise OptionError(f"{NAME} has {TYPE} {kind!r}; choose one of {', '.join(REQUIRED)}.")
     if missing := [name for name in REQUIRED[kind] if name not in scaling]:
         raise OptionError(f"{NAME} of type {kind} lacks {', '.join(missing)}: add it.")
