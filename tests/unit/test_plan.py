@@ -266,7 +266,8 @@ def test_cost_grows_with_what_it_should(planned: Planner, tmp_path: Path) -> Non
 def test_refused_sources(refused: Refused, tmp_path: Path) -> None:
     assert "does not exist" in refused(tmp_path / "nowhere")
     assert "neither a folder here nor a model" in refused("someone/some-model")
-    assert "is a GGUF file" in refused(tmp_path / "model.gguf")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    assert "is not a readable GGUF file" in refused(tmp_path / "model.gguf")
     (tmp_path / "empty").mkdir()
     assert "no config.json" in refused(tmp_path / "empty")
     (tmp_path / "config.json").write_text("{")

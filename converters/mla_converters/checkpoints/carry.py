@@ -6,13 +6,12 @@ source was opened with is saved in a form that says all that it does.
 """
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from mla_converters.checkpoints.side_files import has_tokenizer, side_files
+from mla_converters.checkpoints.side_files import copy_side_files, has_tokenizer
 from mla_converters.checkpoints.source import Source
 from mla_converters.checkpoints.tokenizer import drops_spaces, load_tokenizer
 from mla_converters.checkpoints.tokenizer_check import tokenizer_difference
@@ -42,10 +41,7 @@ def carry_side_files(source: Source, folder: Path) -> list[str]:
     Raises:
         ConversionError: the tokenizer would do something else in OUT.
     """
-    for path in side_files(source.folder, source.trust_remote_code):
-        copy = folder / path.relative_to(source.folder)
-        copy.parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, copy)
+    copy_side_files(source.folder, folder, source.trust_remote_code)
     if not has_tokenizer(source.folder):
         return []
     described = {name: value for name, value in source.raw_config.items() if not name.startswith("_")}

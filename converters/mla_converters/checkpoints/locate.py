@@ -40,9 +40,15 @@ def _hub_address_refusal(name: str, address: re.Match[str]) -> str:
     return f"{name} is a web address: give the model's id on the hub, {repo}{at}."
 
 
-def not_a_model_file(name: str) -> ConversionError:
-    """The refusal of a file of another kind."""
-    return ConversionError(f"{name} is a file but not a .gguf: give a model folder or a hub id.")
+def model_file(path: Path) -> Path:
+    """A file that holds a model.
+
+    Raises:
+        ConversionError: it is of another kind.
+    """
+    if path.suffix != ".gguf":
+        raise ConversionError(f"{path} is a file but not a .gguf: give a model folder or a hub id.")
+    return path
 
 
 def not_on_the_hub(name: str, error: Exception) -> ConversionError:

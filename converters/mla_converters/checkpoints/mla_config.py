@@ -2,11 +2,12 @@
 
 from typing import Any
 
+from mla_converters.checkpoints.config_keys import DUAL_CHUNK
 from mla_converters.checkpoints.source import Source
 from mla_converters.latent.cache_size import CacheBudget
 
-# dtype's older name; and fields about sliding windows, which a converted model never has.
-STALE = ("torch_dtype", "layer_types", "max_window_layers")
+# dtype's older name; fields about sliding windows, which a converted model never has; and an attention that it has not.
+STALE = ("torch_dtype", "layer_types", "max_window_layers", DUAL_CHUNK)
 
 
 def per_layer_sizes(budgets: list[CacheBudget]) -> dict[str, list[int]]:

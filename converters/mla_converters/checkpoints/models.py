@@ -12,7 +12,7 @@ import vllm_mla_plugin.hf  # noqa: F401 - registers the MLA models with transfor
 from mla_converters.checkpoints.families import architecture_names, source_head_dim
 from mla_converters.checkpoints.loadable import loadable
 from mla_converters.checkpoints.locate import local_path, not_on_the_hub
-from mla_converters.checkpoints.source import unpacked_gguf
+from mla_converters.checkpoints.source import open_source
 from mla_converters.errors import ConversionError
 from mla_converters.support.json_files import read_json_object
 from vllm_mla_plugin.checkpoint.families import FAMILIES
@@ -82,7 +82,7 @@ def find_model(name: str, stack: ExitStack, trust_remote_code: bool = False) -> 
     """Find one model; see :func:`find_models`."""
     path = local_path(name)
     if path is not None and path.is_file():
-        folder = unpacked_gguf(name, stack)
+        folder = stack.enter_context(open_source(name)).model_folder
         return Model(name, str(folder), read_config(folder, trust_remote_code), trust_remote_code)
     try:
         if path is None:
@@ -131,6 +131,7 @@ def load_model(model: Model, dtype: torch.dtype, device: str) -> torch.nn.Module
         with loadable(model.path) as path:
             network, info = AutoModelForCausalLM.from_pretrained(
                 path,
+                config=model.config,
                 dtype=dtype,
                 use_safetensors=True,
                 output_loading_info=True,

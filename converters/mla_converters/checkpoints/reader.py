@@ -1,4 +1,4 @@
-"""A checkpoint folder's safetensors: which tensors there are, and whether they are what the model wants."""
+"""A checkpoint folder's safetensors."""
 
 import re
 from dataclasses import dataclass, replace
@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 
 from mla_converters.checkpoints.fused_experts import Part, expert_parts
 from mla_converters.checkpoints.kinds import files_below, other_format, refuse_adapter
+from mla_converters.checkpoints.tensors import is_finite
 from mla_converters.errors import ConversionError, UnfinishedError
 from mla_converters.support.json_files import read_json_object
 from vllm_mla_plugin.checkpoint.families import ExpertNames
@@ -42,7 +41,7 @@ class Stored:
 
 
 class Checkpoint:
-    """The tensors of a folder, read one at a time.
+    """The tensors of a folder, read one at a time; a :class:`mla_converters.checkpoints.tensors.Tensors`.
 
     Args:
         folder: with ``model.safetensors``, or with shards and their index, or with all shards and no index.
@@ -94,9 +93,21 @@ class Checkpoint:
         """Names of all tensors, sorted."""
         return sorted(self._tensors)
 
+    def own_name(self, name: str) -> str:
+        """The name itself, because safetensors files use the names of a Hugging Face checkpoint."""
+        return name
+
     def ignore(self, name: str) -> None:
         """Forget a tensor, if it is there."""
         self._tensors.pop(name, None)
+
+    def shape(self, name: str) -> list[int]:
+        """A tensor's shape."""
+        return self._tensors[name].shape
+
+    def stored_as(self, name: str) -> str:
+        """A tensor's dtype in safetensors' own terms."""
+        return self._tensors[name].dtype
 
     def dtype(self, name: str) -> torch.dtype | None:
         """A tensor's dtype; None if it is no float of 16 bits or more."""
@@ -125,34 +136,11 @@ class Checkpoint:
             raise ConversionError(f"Tensor {name} of {self.folder} holds NaN or infinity.")
         return tensor
 
-    def problems(self, skeleton: PreTrainedModel) -> list[str]:
-        """What differs from the tensors that a model (its weights on the meta device) is saved with."""
-        # transformers stacks experts when it loads them; files hold them one by one.
-        stored = revert_weight_conversion(skeleton, skeleton.state_dict())
-        expected = {name: list(tensor.shape) for name, tensor in stored.items()}
-        if skeleton.config.tie_word_embeddings:
-            expected.pop("lm_head.weight", None)
-        problems = [f"{name} is missing" for name in expected if name not in self]
-        problems += [f"{name} is no part of the architecture" for name in self.names() if name not in expected]
-        for name in (name for name in expected if name in self):
-            found = self._tensors[name]
-            if expected[name] != found.shape:
-                problems.append(f"{name} has shape {found.shape} where {expected[name]} was expected")
-            elif self.dtype(name) is None:
-                problems.append(f"{name} has dtype {found.dtype}, not a float of 16 bits or more")
-        return problems
-
 
 def _read_part(shard: Any, stored: Stored) -> torch.Tensor:
     assert stored.part is not None
     index, first, end = stored.part
     return shard.get_slice(stored.name)[index : index + 1, first:end].squeeze(0)
-
-
-def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is free of NaN and infinity."""
-    # NaN is both the least and the greatest of what it is among: one pass, and no copy.
-    return not tensor.numel() or all(torch.isfinite(extreme) for extreme in torch.aminmax(tensor))
 
 
 def _shards(folder: Path) -> list[Path]:

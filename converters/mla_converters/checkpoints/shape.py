@@ -4,12 +4,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from mla_converters.checkpoints.families import active_window, check_config, find_family, source_head_dim
+from mla_converters.checkpoints.configuration import Configuration, understand
+from mla_converters.checkpoints.families import active_window, source_head_dim
+from mla_converters.checkpoints.gguf.model import GgufModel
 from mla_converters.checkpoints.kinds import files_below, refuse_no_checkpoint, refuse_other_tasks
 from mla_converters.checkpoints.locate import local_path
 from mla_converters.checkpoints.repository import fetch_config
+from mla_converters.checkpoints.tensors import Tensors, check_tensors
 from mla_converters.errors import ConversionError
 from mla_converters.support.json_files import read_json_object
 
@@ -63,7 +66,7 @@ class PlannedSource:
     """A source of which only the configuration is known.
 
     Attributes:
-        name: the name to give to ``vllm-mla convert``: a folder or a hub id.
+        name: the name to give to ``vllm-mla convert``: a folder, a ``.gguf`` file or a hub id.
         revision: hub revision asked for, or None.
         architecture: as in ``config.json``.
         dtype: of the weights.
@@ -88,35 +91,34 @@ def read_source(source: str, revision: str | None = None, dtype: str | None = No
     """Read and check a configuration.
 
     Args:
-        source: a folder with ``config.json``, such a file, or a hub id (only ``config.json`` is fetched).
+        source: a folder with ``config.json``, such a file, a ``.gguf`` file (of which only the header is read), or a
+            hub id (of which only ``config.json`` is fetched).
         revision: branch, tag or commit of a hub id.
         dtype: to serve in; None is what ``vllm serve`` takes: the source's, but bfloat16 for float32.
 
     Raises:
         ConversionError: there is none, or ``convert`` would refuse it.
     """
-    path = _config_path(source, revision)
-    described = read_json_object(path)
-    refuse_other_tasks(path.parent, described)
-    family = find_family(described)
+    configuration, tensors = _description(source, revision)
+    config, where = configuration.config, configuration.name
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        check_config(config)
         # Read before building the skeleton, which overwrites it.
         stored = str(config.dtype or torch.float32).removeprefix("torch.")
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         if stored not in DTYPE_BYTES:
-            raise ConversionError(f"{path} says dtype {stored!r}; supported are: {', '.join(DTYPE_BYTES)}.")
+            raise ConversionError(f"{where} says dtype {stored!r}; supported are: {', '.join(DTYPE_BYTES)}.")
         shape = shape_of(config, skeleton, DTYPE_BYTES[stored])
+        if tensors is not None:
+            check_tensors(tensors, skeleton, where)
     except ConversionError:
         raise
     except Exception as error:  # transformers and torch raise whatever the numbers provoke
-        raise ConversionError(f"{path} is not a valid configuration: {error}") from error
+        raise ConversionError(f"{where} is not a valid configuration: {error}") from error
     return PlannedSource(
         name=_convertible_name(source),
         revision=revision,
-        architecture=family.architecture,
+        architecture=configuration.family.architecture,
         dtype=stored,
         cache_dtype=dtype or ("bfloat16" if stored == "float32" else stored),
         shape=shape,
@@ -169,20 +171,27 @@ def _count(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _config_path(source: str, revision: str | None) -> Path:
-    if source.endswith(".gguf"):
-        raise ConversionError(
-            f"{source} is a GGUF file, whose sizes cannot be planned from a config.json: convert it directly, or "
-            "plan the model that it was made from."
-        )
+def _description(source: str, revision: str | None) -> tuple[Configuration, Tensors | None]:
+    """A source's configuration, and its tensors where they are described in the same place."""
     path = local_path(source)
-    if path is not None:
-        if path.is_dir() and not (path / "config.json").exists():
-            refuse_no_checkpoint(path, source, files_below(path))
-        return path / "config.json" if path.is_dir() else path
-    return fetch_config(source, revision)
+    if path is not None and path.suffix == ".gguf":
+        model = GgufModel(path)
+        return understand(model.config, model.config_name), model.tensors
+    file = _config_file(source, path, revision)
+    raw = read_json_object(file)
+    refuse_other_tasks(file.parent, raw)
+    return understand(raw, str(file)), None
+
+
+def _config_file(source: str, path: Path | None, revision: str | None) -> Path:
+    if path is None:
+        return fetch_config(source, revision)
+    if path.is_dir() and not (path / "config.json").exists():
+        refuse_no_checkpoint(path, source, files_below(path))
+    return path / "config.json" if path.is_dir() else path
 
 
 def _convertible_name(source: str) -> str:
     """The source as ``convert`` takes it: the folder of a bare configuration file."""
-    return str(Path(source).parent) if Path(source).is_file() else source
+    path = Path(source)
+    return str(path.parent) if path.is_file() and path.suffix != ".gguf" else source

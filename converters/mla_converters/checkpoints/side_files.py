@@ -1,5 +1,6 @@
 """The files that travel with a model besides its configuration and weights."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,6 +48,14 @@ def side_files(folder: Path, trust_remote_code: bool) -> Iterator[Path]:
             if path.is_file() and path not in seen:
                 seen.add(path)
                 yield path
+
+
+def copy_side_files(folder: Path, to: Path, trust_remote_code: bool) -> None:
+    """Copy the side files of a source into another folder."""
+    for path in side_files(folder, trust_remote_code):
+        copy = to / path.relative_to(folder)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
 
 
 def has_tokenizer(folder: Path) -> bool:

@@ -4,106 +4,75 @@ import math
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from mla_converters.checkpoints.families import check_config, find_family, source_head_dim
-from mla_converters.checkpoints.kinds import (
-    files_below,
-    refuse_no_checkpoint,
-    refuse_other_tasks,
-    refuse_other_tensors,
-)
-from mla_converters.checkpoints.locate import local_path, not_a_model_file
-from mla_converters.checkpoints.reader import Checkpoint
+from mla_converters.checkpoints.families import source_head_dim
+from mla_converters.checkpoints.folder import write_folder
+from mla_converters.checkpoints.locate import local_path, model_file
 from mla_converters.checkpoints.repository import fetch_checkpoint
 from mla_converters.checkpoints.shape import Shape, shape_of
 from mla_converters.checkpoints.side_files import has_tokenizer, side_files
+from mla_converters.checkpoints.stored import Stored, stored_in_folder, stored_in_gguf
+from mla_converters.checkpoints.tensors import check_tensors
 from mla_converters.checkpoints.tokenizer import load_tokenizer
 from mla_converters.errors import ConversionError
-from mla_converters.support.json_files import read_json_object
-from vllm_mla_plugin.checkpoint.families import Family
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class Source:
-    """A checkpoint folder, opened and checked; tensors are read one at a time.
+    """A model, opened and checked; tensors are read one at a time.
 
-    Attributes:
+    Args:
         name: hub id or path, as the user gave it.
+        stored: where all of it is.
         revision: hub revision asked for, or None.
         trust_remote_code: whether code that comes with the tokenizer may run.
-        folder: where the files are.
+
+    Attributes:
+        folder: where the tokenizer and other side files are.
         family: the source's family.
         raw_config: its ``config.json``.
         config: its transformers configuration.
+        unknown_keys: keys of its configuration that were not understood, and that may or may not matter.
         warnings: what the user should know of it.
     """
 
-    def __init__(self, name: str, folder: Path, revision: str | None = None, trust_remote_code: bool = False) -> None:
+    def __init__(self, name: str, stored: Stored, revision: str | None = None, trust_remote_code: bool = False) -> None:
         self.name = name
         self.revision = revision
         self.trust_remote_code = trust_remote_code
-        self.folder = folder
-        self.warnings: list[str] = []
-        if not (folder / "config.json").exists():
-            refuse_no_checkpoint(folder, name, files_below(folder))
-        self.raw_config = read_json_object(folder / "config.json")
-        refuse_other_tasks(folder, self.raw_config)
-        self.family: Family = find_family(self.raw_config)
-        try:
-            self.config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        except Exception as error:  # transformers validates with many exception types
-            raise ConversionError(f"{folder / 'config.json'} is not a valid configuration: {error}") from error
-        check_config(self.config)
-        self._checkpoint = Checkpoint(folder, self.family.experts)
-        refuse_other_tensors(self._checkpoint.names())
+        self.folder = stored.folder
+        configuration = stored.configuration
+        self.family, self.config, self.raw_config = configuration.family, configuration.config, configuration.raw
+        self.unknown_keys, self.warnings = configuration.unknown_keys, list(configuration.warnings)
+        self._tensors, self._unpacked = stored.tensors, stored.unpacked
         self._settle_head()
         try:
             skeleton = self.skeleton()
             freqs, scale = self.rope
         except Exception as error:  # torch and transformers raise whatever the numbers provoke
             reason = str(error).strip().split("\n")[0]
-            raise ConversionError(f"{folder / 'config.json'} describes no model that can be built: {reason}") from error
+            raise ConversionError(f"{configuration.name} describes no model that can be built: {reason}") from error
         if not (torch.isfinite(freqs).all() and math.isfinite(scale)):
-            raise ConversionError(f"{folder / 'config.json'} gives RoPE frequencies that are not finite numbers.")
-        self._check_tensors(skeleton)
+            raise ConversionError(f"{configuration.name} gives RoPE frequencies that are not finite numbers.")
+        check_tensors(self._tensors, skeleton, configuration.name)
         self._check_side_files()
-
-    def _check_tensors(self, skeleton: PreTrainedModel) -> None:
-        """Compare names, shapes and dtypes with what the configuration asks for; report all at once."""
-        # Derived tensors that some checkpoints carry along; the model does not read them.
-        for name in self._checkpoint.names():
-            if name.endswith("rotary_emb.inv_freq"):
-                self._checkpoint.ignore(name)
-        problems = self._checkpoint.problems(skeleton)
-        if problems:
-            more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
-            raise ConversionError(
-                f"The weights in {self.folder} do not fit config.json: {'; '.join(problems[:5])}{more}."
-            )
 
     def _settle_head(self) -> None:
         """Where the configuration ties the output head to the embedding, but the file has a head: keep another one, as
         transformers does."""
-        if not (self.config.tie_word_embeddings and HEAD in self._checkpoint and EMBEDDING in self._checkpoint):
+        if not (self.config.tie_word_embeddings and HEAD in self._tensors and EMBEDDING in self._tensors):
             return
         head, embedding = self.tensor(HEAD), self.tensor(EMBEDDING)
         if head.shape == embedding.shape and bool((head == embedding).all()):
-            self._checkpoint.ignore(HEAD)
+            self._tensors.ignore(HEAD)
             return
         self.config.tie_word_embeddings = self.raw_config["tie_word_embeddings"] = False
         self.warnings.append(
@@ -121,6 +90,23 @@ class Source:
             except Exception as error:  # transformers takes any content for its fields
                 reason = str(error).strip().split("\n")[0]
                 raise ConversionError(f"generation_config.json in {self.folder} cannot be loaded: {reason}") from error
+
+    @cached_property
+    def model_folder(self) -> Path:
+        """A folder from which transformers and vLLM load the model; of a GGUF file, a copy that lasts as long as the
+        source is open.
+
+        Raises:
+            ConversionError: there is no room for the copy.
+        """
+        if self._unpacked is None:
+            return self.folder
+        self.write_folder(self._unpacked)
+        return self._unpacked
+
+    def write_folder(self, folder: Path) -> None:
+        """Write the model as a Hugging Face folder; see :func:`mla_converters.checkpoints.folder.write_folder`."""
+        write_folder(folder, self.raw_config, self._tensors, self.folder)
 
     @property
     def head_dim(self) -> int:
@@ -150,7 +136,7 @@ class Source:
 
     def names(self) -> list[str]:
         """Names of all tensors, sorted."""
-        return self._checkpoint.names()
+        return self._tensors.names()
 
     def dtype(self) -> torch.dtype:
         """The dtype of most of the numbers, which stands for the checkpoint's."""
@@ -160,12 +146,12 @@ class Source:
         return numbers.most_common(1)[0][0]
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Read one tensor; see :meth:`Checkpoint.tensor`."""
-        return self._checkpoint.tensor(name)
+        """Read one tensor; see :meth:`mla_converters.checkpoints.tensors.Tensors.tensor`."""
+        return self._tensors.tensor(name)
 
     def meta(self, name: str) -> torch.Tensor:
         """A tensor's shape and dtype, on the meta device."""
-        return self._checkpoint.meta(name)
+        return self._tensors.meta(name)
 
     def layer_names(self, index: int) -> list[str]:
         """Names of a layer's tensors, as below ``model.layers.N.``, sorted."""
@@ -197,8 +183,9 @@ class Source:
         return load_tokenizer(self.folder, self.trust_remote_code)
 
     def files(self) -> list[Path]:
-        """All files that are read or carried over."""
-        return [self.folder / "config.json", *self._checkpoint.files(), *self.side_files()]
+        """All files of the user's that are read or carried over."""
+        described = [] if self._unpacked else [self.folder / "config.json", *self.side_files()]
+        return [*described, *self._tensors.files()]
 
     def side_files(self) -> Iterator[Path]:
         """Files to carry over unchanged."""
@@ -206,52 +193,27 @@ class Source:
 
 
 @contextmanager
-def open_source(source: str, revision: str | None = None, trust_remote_code: bool = False) -> Iterator[Source]:
+def open_source(
+    source: str,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    rope_scaling: dict[str, Any] | None = None,
+) -> Iterator[Source]:
     """Open ``source`` for the time of a ``with`` block.
 
     Args:
         source: a folder, a ``.gguf`` file, or a hub id.
         revision: branch, tag or commit of a hub id.
         trust_remote_code: whether code that comes with the tokenizer may run.
+        rope_scaling: a RoPE scaling to add; see :func:`mla_converters.checkpoints.rope_scaling.scale_rope`.
 
     Raises:
         ConversionError: it does not exist or cannot be converted.
     """
-    with ExitStack() as stack:
-        path = local_path(source)
-        if path is None:
-            folder = fetch_checkpoint(source, revision, trust_remote_code)
-        elif path.is_dir():
-            folder = path
-        else:
-            folder = unpacked_gguf(source, stack)
-        yield Source(source, folder, revision, trust_remote_code)
-
-
-def unpacked_gguf(name: str, stack: ExitStack) -> Path:
-    """A GGUF file as a folder, for as long as ``stack`` is open.
-
-    Raises:
-        ConversionError: ``name`` is not a GGUF file.
-    """
-    path = Path(name)
-    if path.suffix != ".gguf":
-        raise not_a_model_file(name)
-    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vllm-mla-gguf-")))
-    unpack_gguf(path, folder)
-    return folder
-
-
-def unpack_gguf(path: Path, folder: Path) -> None:
-    """Write a GGUF file as a float32 Hugging Face folder, through transformers' own reader."""
-    try:
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except Exception as error:  # gguf and transformers raise whatever the bytes provoke
-        raise ConversionError(f"{path} is not a GGUF file that transformers can read: {error}") from error
-    # The tensors are plain floats by now, but transformers still calls the model quantised and would not save it.
-    model.hf_quantizer = None
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    path = local_path(source)
+    if path is not None and not path.is_dir():
+        with tempfile.TemporaryDirectory(prefix="vllm-mla-gguf-") as scratch:
+            yield Source(source, stored_in_gguf(model_file(path), Path(scratch), rope_scaling), revision)
+        return
+    folder = fetch_checkpoint(source, revision, trust_remote_code) if path is None else path
+    yield Source(source, stored_in_folder(folder, source, rope_scaling), revision, trust_remote_code)

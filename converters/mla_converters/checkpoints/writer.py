@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 
-from mla_converters.checkpoints.reader import FLOAT_DTYPES, INDEX, is_finite
+from mla_converters.checkpoints.reader import FLOAT_DTYPES, INDEX
+from mla_converters.checkpoints.tensors import is_finite
 from mla_converters.errors import ConversionError
 from mla_converters.support.json_files import write_json
 

@@ -84,6 +84,7 @@ def _print_report(report: ConversionReport) -> None:
         "Share of the source's cache": f"{report.cache_ratio:.1%}",
         **{name: str(value) for name, value in report.settings.items() if value != []},
         **({"Self-check": _self_check(report.self_check)} if report.self_check else {}),
+        **({"Keys not understood": ", ".join(report.unknown_keys)} if report.unknown_keys else {}),
         "Weights": f"{report.weights_bytes / 1e6:,.0f} MB",
         "Took": f"{report.seconds:.1f} s, {(report.peak_rss_bytes or 0) / 1e9:.2f} GB peak memory",
     }

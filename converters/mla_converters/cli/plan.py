@@ -32,12 +32,12 @@ A folder, a bare configuration file, and the answer for machines:
 @with_flags(PlanOptions)
 def plan(
     source: Annotated[
-        str, typer.Argument(help="Hugging Face folder (weights may be absent), hub id, or config.json file.")
+        str, typer.Argument(help="Hugging Face folder (weights may be absent), hub id, .gguf or config.json file.")
     ],
     options: PlanOptions,
     json_file: ReportFile = None,
 ) -> None:
-    """Say what converting SOURCE would give and cost, from its config.json alone."""
+    """Say what converting SOURCE would give and cost, from its config.json or a GGUF file's header alone."""
     check_output("--json", json_file)
     # Imported here, not above: `--help` should not wait for torch.
     from mla_converters.planning.plan import plan as run

@@ -1,5 +1,6 @@
 """The base of all options: how the command line shows a field, and one sentence for a wrong value."""
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,6 +126,11 @@ def as_json(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
 
 
+def _word(value: object) -> str:
+    """A value as a user writes it."""
+    return json.dumps(value) if isinstance(value, dict) else str(value)
+
+
 def given_options(options: OptionsModel) -> list[str]:
     """The words of a command line that gives these options. Defaults are left out."""
     words: list[str] = []
@@ -134,5 +140,5 @@ def given_options(options: OptionsModel) -> list[str]:
             continue
         given = as_json(value)
         for item in given if isinstance(given, list) else [given]:
-            words += [option_name(name), *([] if item is True else [str(item)])]
+            words += [option_name(name), *([] if item is True else [_word(item)])]
     return words

@@ -2,14 +2,15 @@
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field, SerializeAsAny, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from mla_converters.errors import OptionError
 from mla_converters.options.base import Flag, OptionsModel, given_options
 from mla_converters.options.common import Device, Dtype, Seed, TrustedCode
 from mla_converters.options.methods import AttentionAwareOptions, MethodOptions
+from mla_converters.options.rope_scaling import parse_rope_scaling
 from mla_converters.options.text import ORIGINS, SELF, WINDOW
 
 
@@ -81,6 +82,8 @@ class ConvertOptions(TrustedCode, Device, Calibration, CacheSizes, MethodChoice)
 
     Attributes:
         max_context: limit on the context of the converted model; a source with a sliding window needs one.
+        rope_scaling: RoPE scaling that replaces the source's; see
+            :func:`mla_converters.checkpoints.rope_scaling.scale_rope`.
         dtype: dtype of the written weights; None keeps the source's.
         revision: branch, tag or commit of a hub id.
         device: the device on which layers run; None for the GPU, if there is one.
@@ -90,7 +93,12 @@ class ConvertOptions(TrustedCode, Device, Calibration, CacheSizes, MethodChoice)
     max_context: int | None = Field(
         None, description="Limit the context. A source with a sliding window converts up to the window."
     )
-    dtype: Annotated[Dtype | None, Flag(default="the source's; float32 for GGUF")] = Field(
+    rope_scaling: Annotated[dict[str, Any] | None, BeforeValidator(parse_rope_scaling), Flag(metavar="JSON")] = Field(
+        None,
+        description="Extend the context beyond the source's by a RoPE scaling (yarn, llama3 or linear), such as "
+        '{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}.',
+    )
+    dtype: Annotated[Dtype | None, Flag(default="the source's; float32 for quantised GGUF")] = Field(
         None, description="Of the written weights: float32, bfloat16 or float16."
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")

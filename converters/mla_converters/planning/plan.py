@@ -20,7 +20,7 @@ def plan(name: str, options: PlanOptions | None = None) -> Plan:
     """What converting a model would give and cost.
 
     Args:
-        name: a folder with ``config.json``, such a file, or a hub id.
+        name: a folder with ``config.json``, such a file, a ``.gguf`` file, or a hub id.
         options: memory, method, calibration; None for the defaults.
 
     Returns:
@@ -134,5 +134,5 @@ def _command(source: PlannedSource, chosen: Candidate, options: PlanOptions) -> 
         max_context=source.shape.window,
         revision=source.revision,
     )
-    out = f"./{Path(source.name).resolve().name}-mla"
+    out = f"./{Path(source.name).resolve().name.removesuffix('.gguf')}-mla"
     return shlex.join(["vllm-mla", "convert", source.name, out, *chosen.options, *conversion_flags(asked)])

@@ -132,6 +132,8 @@ class ConversionReport(Report):
         calibration: the calibration text; None for a method without calibration.
         searches: the searches of settings.
         warnings: sentences for the user.
+        unknown_keys: keys of the source's configuration that were not understood, and that may or may not matter.
+        rope_scaling: the RoPE scaling that the user added to the source; None without one.
         dtype, weights_bytes: dtype and size of the written weights.
         per_layer: measurements of each layer; None for a method without calibration.
         healing: the healing of the model; None if it was not healed.
@@ -159,6 +161,8 @@ class ConversionReport(Report):
     calibration: CalibrationText | None = None
     searches: list[Search] = Field(default_factory=list)
     warnings: list[str] = Field(default_factory=list)
+    unknown_keys: list[str] = Field(default_factory=list)
+    rope_scaling: dict[str, Any] | None = None
     dtype: str
     weights_bytes: int
     per_layer: list[LayerMeasures] | None = None

@@ -49,9 +49,8 @@ def healing_identity(model: Path, source: Source, options: HealOptions) -> dict[
 
 def _source_identity(source: Source) -> dict[str, Any]:
     path = local_path(source.name)
-    files = source.files() if path is None or path.is_dir() else [path]
     identity: dict[str, Any] = {"source": source.name if path is None else str(path.resolve())}
-    return identity | {str(file.name): _describe(file) for file in files}
+    return identity | {str(file.name): _describe(file) for file in source.files()}
 
 
 def _options_identity(options: OptionsModel) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def _token_ids(source: Source, path: Path) -> torch.Tensor:
     if len(ids) <= WINDOW:
         raise ConversionError(f"Text {path} is too short: it has {len(ids)} tokens, and more than {WINDOW} are needed.")
     if int(ids.max()) >= source.config.vocab_size:
-        raise ConversionError(f"The tokenizer in {source.folder} has ids beyond the model's vocabulary.")
+        raise ConversionError(f"The tokenizer in {source.name} has ids beyond the model's vocabulary.")
     return ids
 
 
@@ -88,7 +88,7 @@ def random_tokens(source: Source, shape: tuple[int, int], generator: torch.Gener
     allowed[len(source.tokenizer) :] = 0  # these rows of the embedding are only padding
     allowed[_special_ids(source)] = 0
     if not allowed.any():
-        raise ConversionError(f"The tokenizer in {source.folder} has no tokens but special ones: it is broken.")
+        raise ConversionError(f"The tokenizer in {source.name} has no tokens but special ones: it is broken.")
     return torch.multinomial(allowed, shape[0] * shape[1], replacement=True, generator=generator).view(shape)
 
 

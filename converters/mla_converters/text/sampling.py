@@ -83,8 +83,8 @@ def sampled_texts(
     Raises:
         ConversionError: the model's logits are not numbers.
     """
-    with loadable(source.folder) as path:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=sampling_dtype())
+    with loadable(source.model_folder) as path:
+        model = AutoModelForCausalLM.from_pretrained(path, config=source.config, dtype=sampling_dtype())
     # transformers 5.24 renames the argument.
     argument = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     batches = first[:, None].split(max(1, TOKENS // length))
@@ -101,7 +101,7 @@ def sampled_texts(
             logits = model(last, **{argument: cache}, use_cache=True).logits[:, -1].float()
             sums = logits.index_fill(1, never, float("-inf")).softmax(-1).double().cumsum(-1)
             if not sums[:, -1].isfinite().all():
-                raise ConversionError(f"The model in {source.folder} gives logits that are not numbers: it is broken.")
+                raise ConversionError(f"The model in {source.name} gives logits that are not numbers: it is broken.")
             sampled = drawn(sums, generator)
             tokens[:, position : position + 1] = conversations.follow(sampled) if conversations else sampled
             progress.advance(task)

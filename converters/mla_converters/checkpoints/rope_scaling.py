@@ -1,0 +1,55 @@
+"""A RoPE scaling that the user adds to a source, for longer contexts than it was trained with."""
+
+from copy import deepcopy
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from mla_converters.errors import ConversionError
+
+ORIGINAL = "original_max_position_embeddings"
+WITH_ORIGINAL = ("yarn", "llama3")  # the types that have it among their parameters
+FROM_ELSEWHERE = ("type", "rope_theta", ORIGINAL)  # set in the source's parameters where the user need not say them
+ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters")  # the first two are older names
+
+
+def scale_rope(config: PretrainedConfig, scaling: dict[str, Any]) -> PretrainedConfig:
+    """A configuration with another RoPE scaling, and the context that belongs to it.
+
+    Args:
+        config: of the source.
+        scaling: ``rope_type``, ``factor`` and further parameters, as transformers names them.
+
+    Returns:
+        A copy. Its base frequency is the source's. Its context is ``factor`` times the context before the scaling,
+        rounded down.
+
+    Raises:
+        ConversionError: the source has another scaling already.
+    """
+    before = config.rope_parameters
+    if before.get("rope_type", "default") != "default":
+        same = {name: value for name, value in before.items() if name in scaling or name not in FROM_ELSEWHERE}
+        if same != scaling:
+            raise ConversionError(
+                f"The source scales RoPE already ({before}), so that --rope-scaling cannot scale it in another way: "
+                "leave --rope-scaling out, or give the model before its context was extended."
+            )
+        return config
+    scaling = dict(scaling)
+    original = scaling.get(ORIGINAL) or config.max_position_embeddings
+    if scaling["rope_type"] in WITH_ORIGINAL:
+        scaling[ORIGINAL] = original
+    config = deepcopy(config)
+    config.rope_parameters = {"rope_theta": before["rope_theta"], **scaling}
+    config.max_position_embeddings = int(scaling["factor"] * original)
+    return config
+
+
+def with_rope_of(raw: dict[str, Any], config: PretrainedConfig) -> dict[str, Any]:
+    """A ``config.json`` with the RoPE parameters and the context of a transformers configuration."""
+    kept = {name: value for name, value in raw.items() if name not in ROPE_KEYS}
+    return kept | {
+        "rope_parameters": dict(config.rope_parameters),
+        "max_position_embeddings": config.max_position_embeddings,
+    }
