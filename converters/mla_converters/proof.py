@@ -94,7 +94,12 @@ def prove(source: Source, folder: Path, report: ConversionReport, device: str) -
         least = NEGLIGIBLE * theirs["hidden_states"].square().sum()
         errors.append(((got - expected).square().sum() / expected.square().sum().clamp(min=least)).item())
 
-    reference = _predictions(source.skeleton(), source, experts, ids, device, keep)
+    try:
+        reference = _predictions(source.skeleton(), source, experts, ids, device, keep)
+    except (ValueError, RuntimeError, TypeError, AttributeError) as error:
+        # transformers finds only now that parts of the configuration do not fit each other.
+        reason = str(error).strip().split("\n")[0]
+        raise ConversionError(f"transformers cannot run {source.name}: {reason}: its config.json is wrong.") from error
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     own = _predictions(skeleton, checkpoint, experts, ids, device, compare)
