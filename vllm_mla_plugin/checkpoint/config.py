@@ -5,6 +5,8 @@ from typing import Any, ClassVar
 
 from transformers import LlamaConfig, MistralConfig, MixtralConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
+from vllm_mla_plugin.checkpoint.cache_formats import CacheFormat, parse_latent_cache
+
 MLA_TP_PLAN = {
     "layers.*.self_attn.q_proj": "colwise",
     "layers.*.self_attn.kv_b_proj": "colwise",
@@ -31,10 +33,12 @@ class MLAFields:
         v_head_dim: per-head width of the values.
         softmax_scale: factor on attention scores: ``head_dim ** -0.5`` of the source, times the
             square of its RoPE attention factor (YaRN).
+        latent_cache: how the cache is packed, as :func:`~vllm_mla_plugin.checkpoint.cache_formats.latent_cache_json`
+            writes it. None: in numbers of 16 bits, as the model computes them.
         mla_conversion: how the checkpoint was made: method, source, calibration, versions.
 
     Raises:
-        ValueError: sizes per layer are given, but not one for each layer.
+        ValueError: sizes per layer are given, but not one for each layer; or ``latent_cache`` does not fit the sizes.
     """
 
     kv_lora_rank: int = 512
@@ -46,6 +50,7 @@ class MLAFields:
     v_head_dim: int = 128
     softmax_scale: float | None = None
     qk_norm: ClassVar[bool] = False  # whether each head's query and key are normalised before RoPE
+    latent_cache: dict[str, Any] | None = None
     mla_conversion: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -60,6 +65,7 @@ class MLAFields:
             if len(sizes) != layers:
                 raise ValueError(f"{name}s has {len(sizes)} entries, but the model has {layers} layers.")
             setattr(self, name, max(sizes))
+        self.cache_format(0)  # raises, if the formats do not fit
 
     @property
     def attention_biases(self) -> tuple[bool, bool]:
@@ -72,6 +78,13 @@ class MLAFields:
         rank = self.kv_lora_rank if self.kv_lora_ranks is None else self.kv_lora_ranks[layer]
         rope = self.qk_rope_head_dim if self.qk_rope_head_dims is None else self.qk_rope_head_dims[layer]
         return rank, rope
+
+    def cache_format(self, layer: int) -> CacheFormat | None:
+        """How a layer's cache is packed, or None if it is not."""
+        if self.latent_cache is None:
+            return None
+        layers: int = self.num_hidden_layers  # type: ignore[attr-defined]  # the source family's
+        return parse_latent_cache(self.latent_cache, [self.cached_sizes(index) for index in range(layers)])[layer]
 
 
 class LlamaMLAConfig(MLAFields, LlamaConfig):
