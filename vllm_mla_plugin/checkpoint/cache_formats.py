@@ -14,8 +14,9 @@ To build a format, list its segments::
 or write it as text, which is also its name: ``CacheFormat.parse("64x4g32+144x2g48c/56x6g56")``. A segment is
 ``{size}x{bits}``, then ``g{group}``, then ``s`` (symmetric) or ``c`` (compact), if it is not asymmetric.
 
-In ``config.json``, the field ``latent_cache`` holds what :func:`latent_cache_json` returns. With a mean that is taken
-out (the default), each layer has ``self_attn.cache_mean``, ``[2, kv_lora_rank + qk_rope_head_dim]`` float32: the means
+In ``config.json``, the field ``latent_cache`` holds what
+:func:`vllm_mla_plugin.checkpoint.latent_cache.latent_cache_json` returns. With a mean that is taken out (the default),
+each layer has ``self_attn.cache_mean``, ``[2, kv_lora_rank + qk_rope_head_dim]`` float32: the means
 of what ``kv_a_proj_with_mqa`` gives (the rotary key before RoPE), of tokens at position 0 and of all others. The first
 token has its own because many models attend to it from everywhere, and what it caches hardly depends on the text: on
 SmolLM2 with all of its cache in 4 bits, its own mean takes three quarters of the divergence from 16 bits away.
@@ -37,13 +38,10 @@ best at 4 bits and above; below, ``compact`` loses little and saves a byte a gro
 """
 
 import re
-from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, Self, get_args
 
-FORMAT_VERSION = 1
-"""Version of the layout of rows, and of how numbers are rounded to codes."""
 Scaling = Literal["symmetric", "asymmetric", "compact"]
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
 """A code's bits, lowest first, in pieces that divide a byte evenly."""
@@ -243,70 +241,6 @@ class CacheFormat:
         latent, rope = (tuple(_parse_segment(text, spec) for text in part.split("+")) for part in parts[:2])
         return cls(latent, rope, **options)
 
-    def to_json(self) -> dict[str, Any]:
-        """The format as JSON; :meth:`from_json` reads it."""
-        return {
-            "latent": [_segment_json(segment) for segment in self.latent],
-            "rope": [_segment_json(segment) for segment in self.rope],
-            "mean": self.mean,
-            "alignment": self.alignment,
-        }
-
-    @classmethod
-    def from_json(cls, value: Any) -> Self:
-        """What :meth:`to_json` made.
-
-        Raises:
-            ValueError: it is no cache format.
-        """
-        arguments = dict(_known_fields(value, cls, "A cache format"))
-        for name in ("latent", "rope"):
-            segments = arguments.get(name)
-            if not isinstance(segments, list):
-                raise ValueError(f"A cache format's {name!r} is {segments!r}, but must be a list of segments.")
-            arguments[name] = tuple(Segment(**_known_fields(segment, Segment, "A segment")) for segment in segments)
-        return cls(**arguments)
-
-
-def latent_cache_json(formats: Sequence[CacheFormat]) -> dict[str, Any]:
-    """The field ``latent_cache`` of a checkpoint's ``config.json``.
-
-    Args:
-        formats: one for all layers, or one for each.
-    """
-    every = formats[:1] if len(set(formats)) == 1 else formats
-    return {"format_version": FORMAT_VERSION, "formats": [format.to_json() for format in every]}
-
-
-def parse_latent_cache(value: Any, sizes: Sequence[tuple[int, int]]) -> list[CacheFormat]:
-    """Each layer's format from the field ``latent_cache``.
-
-    Args:
-        value: the field.
-        sizes: ``(kv_lora_rank, qk_rope_head_dim)`` of each layer.
-
-    Raises:
-        ValueError: the field cannot be read, or its formats do not fit the layers.
-    """
-    if not isinstance(value, dict) or set(value) != {"format_version", "formats"}:
-        raise ValueError("latent_cache must have the fields format_version and formats, and no others.")
-    if value["format_version"] != FORMAT_VERSION:
-        raise ValueError(
-            f"latent_cache has format_version {value['format_version']!r}, but this version of vllm-mla-plugin reads "
-            f"{FORMAT_VERSION}: install the version that wrote the checkpoint."
-        )
-    every = value["formats"]
-    if not isinstance(every, list) or len(every) not in (1, len(sizes)):
-        raise ValueError(f"latent_cache must have one format, or one for each of the {len(sizes)} layers.")
-    formats = [CacheFormat.from_json(each) for each in every] * (len(sizes) if len(every) == 1 else 1)
-    for layer, (format, (latent, rope)) in enumerate(zip(formats, sizes, strict=True)):
-        if format.sizes != (latent, rope):
-            raise ValueError(
-                f"latent_cache packs {format.sizes[0]} + {format.sizes[1]} numbers in layer {layer}, which caches "
-                f"{latent} + {rope}."
-            )
-    return formats
-
 
 def _place(segment: Segment, offset: int) -> tuple[int, tuple[Plane, ...]]:
     """The planes of a segment from ``offset`` on, and where they end."""
@@ -319,18 +253,6 @@ def _place(segment: Segment, offset: int) -> tuple[int, tuple[Plane, ...]]:
         planes.append(Plane(bits, shift, offset, stride))
         offset, shift = offset + stride, shift + bits
     return offset, tuple(planes)
-
-
-def _segment_json(segment: Segment) -> dict[str, Any]:
-    value = asdict(segment)
-    return {name: value[name] for name in ("size", "bits")} if segment.bits == 16 else value
-
-
-def _known_fields(value: Any, cls: Any, what: str) -> dict[str, Any]:
-    needed = {field.name: field.default is MISSING for field in fields(cls)}
-    if not isinstance(value, dict) or not {name for name in needed if needed[name]} <= set(value) <= set(needed):
-        raise ValueError(f"{what} of latent_cache is {value!r}, but must be an object with fields {', '.join(needed)}.")
-    return value
 
 
 def _parse_segment(text: str, spec: str) -> Segment:

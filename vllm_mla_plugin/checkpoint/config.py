@@ -5,7 +5,8 @@ from typing import Any, ClassVar
 
 from transformers import LlamaConfig, MistralConfig, MixtralConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
-from vllm_mla_plugin.checkpoint.cache_formats import CacheFormat, parse_latent_cache
+from vllm_mla_plugin.checkpoint.cache_formats import CacheFormat
+from vllm_mla_plugin.checkpoint.latent_cache import parse_latent_cache
 
 MLA_TP_PLAN = {
     "layers.*.self_attn.q_proj": "colwise",
@@ -33,7 +34,7 @@ class MLAFields:
         v_head_dim: per-head width of the values.
         softmax_scale: factor on attention scores: ``head_dim ** -0.5`` of the source, times the
             square of its RoPE attention factor (YaRN).
-        latent_cache: how the cache is packed, as :func:`~vllm_mla_plugin.checkpoint.cache_formats.latent_cache_json`
+        latent_cache: how the cache is packed, as :func:`~vllm_mla_plugin.checkpoint.latent_cache.latent_cache_json`
             writes it. None: in numbers of 16 bits, as the model computes them.
         mla_conversion: how the checkpoint was made: method, source, calibration, versions.
 
