@@ -4,7 +4,7 @@ QK-norm normalises each head's query and key before RoPE.
 """
 
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -27,6 +27,8 @@ from vllm.v1.attention.backends.mla.prefill.base import MLADimensions
 
 from vllm_mla_plugin.backends import select_backend, select_prefill_backend
 from vllm_mla_plugin.checkpoint.query_norm import norm_queries
+from vllm_mla_plugin.latent_packing import take_mean_out
+from vllm_mla_plugin.packed_attention import PackedMLAAttention, served_format
 from vllm_mla_plugin.rope import FrequencyRotaryEmbedding
 
 ROW_MULTIPLE = 16
@@ -82,7 +84,8 @@ class MLASelfAttention(nn.Module):
 
         config.check_rope()
         self.nope_dim = config.qk_nope_head_dim
-        self.latent_dim, self.rope_dim = config.cached_sizes(extract_layer_index(prefix))
+        layer = extract_layer_index(prefix)
+        self.latent_dim, self.rope_dim = config.cached_sizes(layer)
         self.v_dim = config.v_head_dim
         self.num_heads = num_heads // get_tensor_model_parallel_world_size()
 
@@ -111,7 +114,20 @@ class MLASelfAttention(nn.Module):
             self.rope_freqs, max_position=model_config.max_model_len, dtype=model_config.dtype
         )
 
-        self.attn = MLAAttention(
+        format = served_format(get_current_vllm_config(), layer)
+        packing: dict[str, Any] = {}
+        self.cache_mean: nn.Parameter | None = None
+        if format is not None:
+            if format.mean:
+                mean = torch.zeros(2, self.latent_dim + self.rope_dim, dtype=torch.float32)
+                self.cache_mean = nn.Parameter(mean, requires_grad=False)
+            packing = {
+                "cache_format": format,
+                "cache_mean": self.cache_mean,
+                "rope_freqs": self.rope_freqs,
+                "max_position": model_config.max_model_len,
+            }
+        self.attn = (MLAAttention if format is None else PackedMLAAttention)(
             num_heads=self.num_heads,
             scale=config.softmax_scale,
             qk_nope_head_dim=self.nope_dim,
@@ -123,10 +139,11 @@ class MLASelfAttention(nn.Module):
             cache_config=cache_config,
             quant_config=quant_config,
             prefix=f"{prefix}.attn",
-            attn_backend=select_backend(self.latent_dim, self.rope_dim),
+            attn_backend=select_backend(self.latent_dim, self.rope_dim, format),
             prefill_backend_cls=select_prefill_backend(
                 MLADimensions(qk_nope_head_dim=self.nope_dim, qk_rope_head_dim=self.rope_dim, v_head_dim=self.v_dim)
             ),
+            **packing,
         )
 
     def make_projections(
@@ -193,6 +210,8 @@ class MLASelfAttention(nn.Module):
         Returns:
             The names of the parameters that got the weights.
         """
+        if self.cache_mean is None:  # the checkpoint has one, but its cache is served unpacked
+            weights = ((name, weight) for name, weight in weights if name != "cache_mean")
         stacked = {
             f"{part}.": (f"{product}.", shard)
             for product, parts in self.packed_modules_mapping.items()
@@ -215,6 +234,8 @@ class MLASelfAttention(nn.Module):
             ``[tokens, hidden_size]``.
         """
         q, cached = self.project(hidden_states)
+        if self.cache_mean is not None:
+            cached = take_mean_out(cached, self.cache_mean, positions)
         latent, k_rope = cached.split([self.latent_dim, self.rope_dim], dim=-1)
         q_nope, q_rope = q.split([self.nope_dim, self.rope_dim], dim=-1)
         q_rope, k_rope = self.rotary_emb(positions, q_rope, k_rope.unsqueeze(1))

@@ -7,10 +7,11 @@ from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.backends.mla.prefill.base import MLADimensions, MLAPrefillBackend
 from vllm.v1.attention.backends.mla.prefill.selector import get_mla_prefill_backend
 
+from vllm_mla_plugin.checkpoint.cache_formats import CacheFormat
 from vllm_mla_plugin.checkpoint.layouts import MAX_PREFILL_HEAD_SIZE, VLLM_FP8_LAYOUTS, VLLM_LAYOUTS
 
 
-def select_backend(latent: int, rope: int) -> type[AttentionBackend] | None:
+def select_backend(latent: int, rope: int, format: CacheFormat | None = None) -> type[AttentionBackend] | None:
     """The decode backend of a layer, or None to let vLLM choose among its own.
 
     vLLM's CPU backend decodes 512 + 64 numbers per token and nothing else, so on CPU ours serves every size.
@@ -18,10 +19,20 @@ def select_backend(latent: int, rope: int) -> type[AttentionBackend] | None:
     Args:
         latent: ``kv_lora_rank`` of the layer.
         rope: its ``qk_rope_head_dim``.
+        format: how its cache is packed; None if it is not.
 
     Raises:
-        ValueError: no GPU kernel takes the sizes, the model's dtype or the cache's dtype, or layers differ in size.
+        ValueError: no GPU kernel takes the sizes, the dtypes or packed rows, or layers differ in size.
     """
+    if format is not None:
+        if not current_platform.is_cpu():
+            raise ValueError(
+                f"Only CPUs serve this checkpoint's packed cache ({format.name}) so far: give --hf-overrides "
+                "'{\"latent_cache\": null}' to serve it with a cache of 16-bit numbers."
+            )
+        from vllm_mla_plugin.backends.cpu_packed import PackedCPUMLABackend
+
+        return PackedCPUMLABackend
     if current_platform.is_cpu():
         from vllm_mla_plugin.backends.cpu import AnySizeCPUMLABackend
 

@@ -57,21 +57,6 @@ class AnySizeCPUMLABackend(CPUMLABackend):
         return AnySizeMLAMetadataBuilder
 
 
-def gather_pages(cache: torch.Tensor, block_table: torch.Tensor, length: int) -> torch.Tensor:
-    """The cached tokens of some sequences, each padded to ``length``.
-
-    Args:
-        cache: ``[blocks, block_size, width]``.
-        block_table: ``[sequences, >= ceil(length / block_size)]`` block numbers.
-        length: tokens wanted of every sequence.
-
-    Returns:
-        ``[sequences, length, width]``. Rows beyond a sequence's own length are arbitrary.
-    """
-    blocks = block_table[:, : -(-length // cache.shape[1])].long()
-    return cache[blocks].flatten(1, 2)[:, :length]
-
-
 class AnySizeCPUMLAImpl(CPUMLAImpl):
     """Attention on latents. vLLM's code writes the cache."""
 
@@ -80,13 +65,36 @@ class AnySizeCPUMLAImpl(CPUMLAImpl):
     w_uv: torch.Tensor  # [heads, latent, v]
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        """Split ``kv_b_proj`` into its two halves, and compile the decode kernel."""
+        """Split ``kv_b_proj`` into its two halves, and make the decode kernel."""
         weight = get_and_maybe_dequant_weights(self.kv_b_proj, out_dtype=act_dtype)
         weight = weight.view(self.num_heads, self.qk_nope_head_dim + self.v_head_dim, self.kv_lora_rank)
         w_uk, w_uv = weight.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
         self.w_uk, self.w_uv = w_uk, w_uv.mT
-        library = compile_kernel(self.num_heads, self.kv_lora_rank, self.qk_rope_head_dim, act_dtype)
-        self.kernel = None if library is None else DecodeKernel(library, self.kv_lora_rank, self.scale)
+        self.kernel = self.make_kernel(act_dtype)
+
+    def make_kernel(self, dtype: torch.dtype) -> DecodeKernel | None:
+        """The decode kernel, or None where nothing can compile it."""
+        library = compile_kernel(self.num_heads, self.kv_lora_rank, self.qk_rope_head_dim, dtype)
+        return None if library is None else DecodeKernel(library, self.kv_lora_rank, self.scale)
+
+    def read_new(self, latent: torch.Tensor, k_rope: torch.Tensor, prefill: MLACommonPrefillMetadata) -> torch.Tensor:
+        """New tokens as the cache will give them back, ``[tokens, latent + rope]``.
+
+        Args:
+            latent: ``[tokens, latent]`` of all prefilling requests, end to end.
+            k_rope: ``[tokens, rope]``, rotated.
+        """
+        return torch.cat((latent, k_rope), dim=-1)
+
+    def read_cached(self, cache: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Cached tokens, ``[tokens, latent + rope]``; a copy.
+
+        Args:
+            cache: ``[blocks, block_size, row]``.
+            slots: ``[tokens]``, where they lie, counted in tokens.
+            positions: ``[tokens]`` in their sequences.
+        """
+        return cache.view(-1, cache.shape[-1])[slots.long()]
 
     def forward_mqa(
         self,
@@ -99,7 +107,7 @@ class AnySizeCPUMLAImpl(CPUMLAImpl):
 
         Args:
             q: ``[sequences, heads, latent + rope]``, or its two parts.
-            kv_c_and_k_pe_cache: ``[blocks, block_size, latent + rope]``.
+            kv_c_and_k_pe_cache: ``[blocks, block_size, row]``.
 
         Returns:
             ``[sequences, heads, latent]`` and None (no log-sum-exp).
@@ -117,7 +125,9 @@ class AnySizeCPUMLAImpl(CPUMLAImpl):
     ) -> torch.Tensor:
         """Compute the kernel's result in one padded tensor; shapes as in :class:`DecodeKernel`."""
         longest = int(lengths.max())
-        cached = gather_pages(cache, block_table, longest)
+        slots = page_slots(block_table, cache.shape[1], longest)  # [sequences, longest]
+        positions = torch.arange(longest).expand(slots.shape)
+        cached = self.read_cached(cache, slots.flatten(), positions.flatten()).view(*slots.shape, -1)
         # The latent is key and value at once. Beyond a sequence's end a page can hold anything. If it holds NaN, no
         # mask helps, because NaN times zero is NaN. So clear these rows.
         beyond = torch.arange(longest) >= lengths[:, None]  # [sequences, longest]
@@ -146,12 +156,12 @@ class AnySizeCPUMLAImpl(CPUMLAImpl):
             q: ``[tokens, heads, nope + rope]`` of all prefilling requests, request after request.
             kv_c_normed: ``[tokens, latent]`` of the same tokens.
             k_pe: ``[tokens, 1, rope]``, rotated.
-            kv_c_and_k_pe_cache: ``[blocks, block_size, latent + rope]``; holds earlier chunks.
+            kv_c_and_k_pe_cache: ``[blocks, block_size, row]``; holds earlier chunks.
             output: ``[tokens, heads * v]``, written.
         """
         prefill = attn_metadata.prefill
         assert prefill is not None
-        new = torch.cat((kv_c_normed, k_pe.squeeze(1)), dim=-1)
+        new = self.read_new(kv_c_normed, k_pe.squeeze(1), prefill)
         if not has_extend_kernel(q.dtype):
             self._prefill_with_torch(q, new, kv_c_and_k_pe_cache, prefill, output)
         elif self._latents_are_cheaper(prefill):
@@ -185,16 +195,16 @@ class AnySizeCPUMLAImpl(CPUMLAImpl):
         assert chunked is not None
         q_nope, q_rope = q.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
         q_latent = torch.bmm(q_nope.transpose(0, 1), self.w_uk).transpose(0, 1)
-        cached = cache.view(-1, 1, cache.shape[-1])
+        cached, slots = self._context_in_place(cache, prefill)
         out = extend(
             torch.cat((q_latent, q_rope), dim=-1),
             new[:, None],
             new[:, None, : self.kv_lora_rank],
             prefill.query_start_loc,
             chunked.context_lens.int(),
-            cached,
-            cached[..., : self.kv_lora_rank],
-            page_slots(prefill.block_table, cache.shape[1], max(chunked.context_lens_list)),
+            cached[:, None],
+            cached[:, None, : self.kv_lora_rank],
+            slots,
             self.scale,
         )
         return torch.bmm(out.transpose(0, 1), self.w_uv).transpose(0, 1)
@@ -208,13 +218,29 @@ class AnySizeCPUMLAImpl(CPUMLAImpl):
         k, v = self._expand(new)
         cached_k, cached_v, slots = k, v, starts.new_zeros(len(contexts), 0)
         if chunked is not None:
-            # The expanded context has no pages: it lies request after request.
-            longest = max(chunked.context_lens_list)
-            present = torch.arange(longest) < contexts[:, None]
-            rows = page_slots(prefill.block_table, cache.shape[1], longest)[present]
-            cached_k, cached_v = self._expand(cache.view(-1, cache.shape[-1])[rows.long()])
-            slots = (contexts.cumsum(0, dtype=torch.int32) - contexts)[:, None] + torch.arange(longest).int()
+            context, slots = self._context(cache, prefill)
+            cached_k, cached_v = self._expand(context)
         return extend(q, k, v, starts, contexts, cached_k, cached_v, slots, self.scale)
+
+    def _context_in_place(
+        self, cache: torch.Tensor, prefill: MLACommonPrefillMetadata
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows ``[anything, latent + rope]`` among which are those of earlier context, and which of them they are:
+        ``[requests, longest context]`` int32."""
+        assert prefill.chunked_context is not None
+        longest = max(prefill.chunked_context.context_lens_list)
+        return cache.view(-1, cache.shape[-1]), page_slots(prefill.block_table, cache.shape[1], longest)
+
+    def _context(self, cache: torch.Tensor, prefill: MLACommonPrefillMetadata) -> tuple[torch.Tensor, torch.Tensor]:
+        """As :meth:`_context_in_place`, but a copy of what is needed, end to end."""
+        chunked = prefill.chunked_context
+        assert chunked is not None
+        contexts, longest = chunked.context_lens.int(), max(chunked.context_lens_list)
+        positions = torch.arange(longest).expand(len(contexts), -1)
+        present = positions < contexts[:, None]
+        slots = page_slots(prefill.block_table, cache.shape[1], longest)[present]
+        starts = contexts.cumsum(0, dtype=torch.int32) - contexts
+        return self.read_cached(cache, slots, positions[present]), starts[:, None] + torch.arange(longest).int()
 
     def _expand(self, cached: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys ``[tokens, heads, nope + rope]`` and values ``[tokens, heads, v]``, from ``[tokens, latent + rope]``."""
@@ -240,8 +266,8 @@ class AnySizeCPUMLAImpl(CPUMLAImpl):
             tokens = slice(starts[request], starts[request + 1])
             cached = new[tokens]
             if context:
-                table = prefill.block_table[request : request + 1]
-                cached = torch.cat((gather_pages(cache, table, context)[0], cached))
+                slots = page_slots(prefill.block_table[request : request + 1], cache.shape[1], context)[0]
+                cached = torch.cat((self.read_cached(cache, slots, torch.arange(context)), cached))
             output[tokens] = self._attend_causally(q[tokens], cached)
 
     def _attend_causally(self, q: torch.Tensor, cached: torch.Tensor) -> torch.Tensor:

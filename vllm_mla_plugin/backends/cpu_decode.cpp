@@ -1,27 +1,21 @@
 // MLA decode on CPU: multi-query attention on paged latents, all sequences of a batch at once.
 //
 // Compiled for one model by cpu_kernel.py, which defines HEADS, LATENT, ROPE and SCALAR (the type of query, cache and
-// output: float, _Float16, or Bfloat16). Everything is computed in float32; one pass over the cache (online softmax,
-// Milakov and Gimelshein 2018), whose rows are keys and, in their first LATENT numbers, values.
+// output: float, _Float16, or Bfloat16), and for packed rows what cpu_rows.h asks for. Everything is computed in
+// float32; one pass over the cache (online softmax, Milakov and Gimelshein 2018), whose rows are keys and, in their
+// first LATENT numbers, values.
 
 #include <algorithm>
 #include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <iterator>
 #include <memory>
 
-struct Bfloat16 {
-  uint16_t bits;
-};
+#include "cpu_numbers.h"
+#ifdef PIECES
+#include "cpu_rows.h"
+#endif
 
 namespace {
-
-constexpr int LANES = 16;  // floats of a vector; compilers split it where registers are shorter
-typedef float Vec __attribute__((vector_size(4 * LANES)));
-typedef int32_t IntVec __attribute__((vector_size(4 * LANES)));
-typedef uint32_t WordVec __attribute__((vector_size(4 * LANES)));
-typedef uint16_t HalfVec __attribute__((vector_size(2 * LANES)));
 
 constexpr int largest_divisor(int of, int limit) {
   while (of % limit) limit--;
@@ -38,38 +32,6 @@ static_assert(CHUNK % TILE == 0 && TILE % LANES == 0, "tiles fill chunks, vector
 constexpr int ROWS = largest_divisor(HEADS, std::min(HEADS, 9));
 constexpr int TOKENS = 2;
 constexpr int COLUMNS = largest_divisor(VALUE_STEPS, std::min(VALUE_STEPS, 18 / ROWS));
-
-void widen(const float* in, float* out, int count) { memcpy(out, in, sizeof(float) * count); }
-
-void widen(const Bfloat16* in, float* out, int count) {
-  int i = 0;
-  for (; i + LANES <= count; i += LANES) {
-    HalfVec bits;
-    memcpy(&bits, in + i, sizeof bits);
-    WordVec word = __builtin_convertvector(bits, WordVec) << 16;
-    memcpy(out + i, &word, sizeof word);
-  }
-  for (; i < count; i++) {
-    uint32_t word = uint32_t(in[i].bits) << 16;
-    memcpy(out + i, &word, sizeof word);
-  }
-}
-
-void narrow(float value, float* out) { *out = value; }
-
-void narrow(float value, Bfloat16* out) {  // to nearest, ties to even
-  uint32_t word;
-  memcpy(&word, &value, sizeof word);
-  out->bits = (word + 0x7fff + ((word >> 16) & 1)) >> 16;
-}
-
-#ifdef __FLT16_MAX__
-void widen(const _Float16* in, float* out, int count) {
-  for (int i = 0; i < count; i++) out[i] = float(in[i]);
-}
-
-void narrow(float value, _Float16* out) { *out = _Float16(value); }
-#endif
 
 // e ** x for x <= 0, to float32 rounding; below -87, where the true value is no normal number, at most 2e-38.
 Vec exp_of(Vec x) {
@@ -172,30 +134,47 @@ void add_values(Work& work) {
     }
 }
 
+#ifdef PIECES
+typedef uint8_t Cached;
+constexpr int ROW_LENGTH = ROW;
+
+// A token's numbers but for the latent's mean: it changes all scores of a query by the same, which is nothing to a
+// softmax, and results by itself.
+void read_row(const Cached* row, float* out, int position, const float* means) {
+  widen_row(row, out, STEPS * LANES);
+  if (means) Means(means).add_to(out, position);
+}
+#else
+typedef SCALAR Cached;
+constexpr int ROW_LENGTH = WIDTH;
+
+void read_row(const Cached* row, float* out, int, const float*) { widen(row, out, WIDTH); }
+#endif
+
 // The cache of one sequence.
 struct Pages {
-  const SCALAR* cache;
+  const Cached* cache;
   const int32_t* table;
   int64_t block_stride;
   int block_size;
 
-  const SCALAR* row(int token) const {
-    return cache + table[token / block_size] * block_stride + int64_t(token % block_size) * WIDTH;
+  const Cached* row(int token) const {
+    return cache + table[token / block_size] * block_stride + int64_t(token % block_size) * ROW_LENGTH;
   }
 };
 
-void attend(Work& work, const Pages& pages, int first, int last) {
+void attend(Work& work, const Pages& pages, const float* means, int first, int last) {
   for (; first < last; first += TILE) {
     int count = std::min(TILE, last - first);
     for (int token = 0; token < count; token++) {
-      widen(pages.row(first + token), reinterpret_cast<float*>(work.keys[token]), WIDTH);
+      read_row(pages.row(first + token), reinterpret_cast<float*>(work.keys[token]), first + token, means);
     }
     // No weight of zero removes what another sequence may have left here, should it be NaN.
     memset(work.keys[count], 0, sizeof work.keys[0] * (TILE - count));
     // Pages lie anywhere in memory, which the processor does not foresee.
     for (int token = first + TILE; token < std::min(first + 2 * TILE, last); token++) {
       const char* next = reinterpret_cast<const char*>(pages.row(token));
-      for (size_t byte = 0; byte < WIDTH * sizeof(SCALAR); byte += 64) __builtin_prefetch(next + byte);
+      for (size_t byte = 0; byte < ROW_LENGTH * sizeof(Cached); byte += 64) __builtin_prefetch(next + byte);
     }
     scores(work);
     weigh(work, count);
@@ -213,9 +192,10 @@ int partial_size() { return HEADS * (VALUE_STEPS * LANES + 2); }
 int chunk_size() { return CHUNK; }
 
 // query [sequences, HEADS, WIDTH] and output [sequences, HEADS, LATENT], contiguous; the softmax scale is in `scale`.
-void decode(const SCALAR* query, const SCALAR* cache, const int32_t* tables, const int32_t* lengths, SCALAR* output,
-            float* workspace, int sequences, int chunks, int64_t table_stride, int64_t block_stride, int block_size,
-            float scale) {
+// `means`: of packed rows, what struct Means reads, or null.
+void decode(const SCALAR* query, const Cached* cache, const int32_t* tables, const int32_t* lengths, SCALAR* output,
+            float* workspace, const float* means, int sequences, int chunks, int64_t table_stride,
+            int64_t block_stride, int block_size, float scale) {
   constexpr int OUTPUT = VALUE_STEPS * LANES;
 #pragma omp parallel
   {
@@ -233,7 +213,7 @@ void decode(const SCALAR* query, const SCALAR* cache, const int32_t* tables, con
           work->top[head] = -INFINITY;
           work->total[head] = 0;
         }
-        attend(*work, {cache, tables + sequence * table_stride, block_stride, block_size}, first, last);
+        attend(*work, {cache, tables + sequence * table_stride, block_stride, block_size}, means, first, last);
         float* partial = workspace + (int64_t(sequence) * chunks + chunk) * HEADS * (OUTPUT + 2);
         memcpy(partial, work->output, sizeof work->output);
         memcpy(partial + HEADS * OUTPUT, work->top, sizeof work->top);
@@ -255,7 +235,11 @@ void decode(const SCALAR* query, const SCALAR* cache, const int32_t* tables, con
         }
         for (int i = 0; i < LATENT; i++) {
           // Sequences of length 0 pad a batch.
-          narrow(used ? sum[i] / total : 0.0f, output + (int64_t(sequence) * HEADS + head) * LATENT + i);
+          float result = used ? sum[i] / total : 0.0f;
+#ifdef PIECES
+          if (used && means) result += Means(means).latent[i];
+#endif
+          narrow(result, output + (int64_t(sequence) * HEADS + head) * LATENT + i);
         }
       }
     }

@@ -1,6 +1,6 @@
-"""The decode kernel of the CPU backend, compiled for a model's sizes when it is first served.
+"""The kernels of the CPU backend, compiled for a model's sizes and the format of its cache when it is first served.
 
-Its inner loops are fast because their bounds are constants. They use whatever vector instructions the processor has.
+Their inner loops are fast because their bounds are constants. They use whatever vector instructions the processor has.
 vLLM needs a C++ compiler on CPU in any case, unless it is given ``--enforce-eager``.
 """
 
@@ -18,9 +18,12 @@ import torch
 from vllm import envs
 from vllm.logger import init_logger
 
+from vllm_mla_plugin.checkpoint.cache_formats import CacheFormat, Piece
+
 logger = init_logger(f"vllm.{__name__}")
 
-SOURCE = Path(__file__).with_name("cpu_decode.cpp")
+SOURCES = Path(__file__).parent
+HEADERS = ("cpu_numbers.h", "cpu_rows.h")
 SCALARS = {torch.float32: "float", torch.bfloat16: "Bfloat16", torch.float16: "_Float16"}
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 
@@ -32,17 +35,19 @@ class DecodeKernel:
         library: the library that :func:`compile_kernel` made.
         latent: width of the output.
         scale: factor on the scores.
+        means: of packed rows, what :func:`vllm_mla_plugin.backends.cpu_packed.mean_table` makes.
     """
 
-    def __init__(self, library: ctypes.CDLL, latent: int, scale: float) -> None:
+    def __init__(self, library: ctypes.CDLL, latent: int, scale: float, means: torch.Tensor | None = None) -> None:
         self._decode = library.decode
-        self._decode.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int] * 2 + [ctypes.c_int64] * 2
+        self._decode.argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_int] * 2 + [ctypes.c_int64] * 2
         self._decode.argtypes += [ctypes.c_int, ctypes.c_float]
         self._decode.restype = None
         self._chunk = library.chunk_size()
         self._partial = library.partial_size()
         self._latent = latent
         self._scale = scale
+        self._means = means
 
     def __call__(
         self, q: torch.Tensor, cache: torch.Tensor, block_table: torch.Tensor, lengths: torch.Tensor
@@ -51,7 +56,7 @@ class DecodeKernel:
 
         Args:
             q: ``[sequences, heads, latent + rope]``.
-            cache: ``[blocks, block_size, latent + rope]`` of the same dtype; blocks may lie apart.
+            cache: ``[blocks, block_size, latent + rope]`` of the same dtype, or packed rows; blocks may lie apart.
             block_table: ``[sequences, blocks]`` int32.
             lengths: ``[sequences]`` int32, cached tokens of each.
 
@@ -66,6 +71,7 @@ class DecodeKernel:
         tensors = (q, cache, block_table, lengths, output, workspace)
         self._decode(
             *(tensor.data_ptr() for tensor in tensors),
+            None if self._means is None else self._means.data_ptr(),
             sequences,
             chunks,
             block_table.stride(0),
@@ -76,18 +82,32 @@ class DecodeKernel:
         return output
 
 
+def compile_kernel(
+    heads: int, latent: int, rope: int, dtype: torch.dtype, format: CacheFormat | None = None
+) -> ctypes.CDLL | None:
+    """The decode kernel for these sizes and the format of the cache (None: not packed); see :func:`compile_library`."""
+    return compile_library("cpu_decode.cpp", dtype, (f"-DHEADS={heads}", *_sizes(latent, rope), *_rows(format)))
+
+
+def compile_packing(format: CacheFormat, dtype: torch.dtype) -> ctypes.CDLL | None:
+    """What packs and unpacks rows; see :func:`compile_library`."""
+    # The same codes as in torch, which does not contract products and sums.
+    return compile_library("cpu_pack.cpp", dtype, ("-ffp-contract=off", *_sizes(*format.sizes), *_rows(format)))
+
+
 @cache
-def compile_kernel(heads: int, latent: int, rope: int, dtype: torch.dtype) -> ctypes.CDLL | None:
-    """The kernel for these sizes, from the cache on disk or newly compiled.
+def compile_library(source: str, dtype: torch.dtype, options: tuple[str, ...]) -> ctypes.CDLL | None:
+    """A file of this folder as a library, from the cache on disk or newly compiled.
 
     Returns:
         None, after a warning, if it cannot be compiled or loaded.
     """
     compiler = os.environ.get("CXX", "g++")
-    sizes = (f"-DHEADS={heads}", f"-DLATENT={latent}", f"-DROPE={rope}", f"-DSCALAR={SCALARS[dtype]}")
-    recipe = (compiler, *FLAGS, *sizes)
-    key = hashlib.sha256("\0".join((*recipe, SOURCE.read_text(), processor())).encode()).hexdigest()[:16]
-    library = Path(envs.VLLM_CACHE_ROOT) / "mla_cpu_kernels" / f"decode-{key}.so"
+    options = (*FLAGS, *options, f"-DSCALAR={SCALARS[dtype]}")
+    texts = [(SOURCES / name).read_text() for name in (source, *HEADERS)]
+    key = hashlib.sha256("\0".join((compiler, *options, *texts, processor())).encode()).hexdigest()[:16]
+    library = Path(envs.VLLM_CACHE_ROOT) / "mla_cpu_kernels" / f"{Path(source).stem}-{key}.so"
+    recipe = (compiler, *options, str(SOURCES / source))
     try:
         problem = None if library.exists() else run_compiler(recipe, library)
         if problem is None:
@@ -98,15 +118,34 @@ def compile_kernel(heads: int, latent: int, rope: int, dtype: torch.dtype) -> ct
     return None
 
 
+def _sizes(latent: int, rope: int) -> tuple[str, ...]:
+    return f"-DLATENT={latent}", f"-DROPE={rope}"
+
+
+def _rows(format: CacheFormat | None) -> tuple[str, ...]:
+    """What ``cpu_rows.h`` wants to know of a format."""
+    if format is None:
+        return ()
+    return f"-DROW={format.bytes_per_token}", f"-DPIECES={','.join(map(_initialiser, format.pieces))}"
+
+
+def _initialiser(piece: Piece) -> str:
+    """Of ``struct Piece``."""
+    segment = piece.segment
+    planes = ",".join(f"{{{plane.bits},{plane.shift},{plane.offset},{plane.stride}}}" for plane in piece.planes)
+    fields = (piece.first, segment.size, segment.bits, segment.group, segment.scaling.upper(), piece.scales)
+    return f"{{{','.join(map(str, fields))},{piece.zeros},{len(piece.planes)},{{{planes}}}}}"
+
+
 def run_compiler(recipe: tuple[str, ...], library: Path) -> str | None:
-    """Compile ``SOURCE``. Returns one sentence that says what went wrong, or None."""
+    """Run a compiler. Returns one sentence that says what went wrong, or None."""
     if shutil.which(recipe[0]) is None:
         return f"the C++ compiler {recipe[0]!r} is not installed (another can be named in CXX)."
     library.parent.mkdir(parents=True, exist_ok=True)
     # The library is renamed when it is complete, because several processes may compile the same kernel at once.
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         unfinished = Path(folder, library.name)
-        command = [*recipe, str(SOURCE), "-o", str(unfinished)]
+        command = [*recipe, "-o", str(unfinished)]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode:
             messages = [line for line in result.stderr.splitlines() if "error" in line]

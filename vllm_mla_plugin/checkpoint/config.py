@@ -5,7 +5,9 @@ from typing import Any, ClassVar
 
 from transformers import LlamaConfig, MistralConfig, MixtralConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
+from vllm_mla_plugin.checkpoint.cache_formats import CacheFormat
 from vllm_mla_plugin.checkpoint.families import FAMILIES
+from vllm_mla_plugin.checkpoint.latent_cache import parse_latent_cache
 
 MLA_TP_PLAN = {
     "layers.*.self_attn.q_proj": "colwise",
@@ -36,10 +38,12 @@ class MLAFields:
         qk_norm: whether the family normalises each head's query and key before RoPE.
         converted_rope_parameters: the source's ``rope_parameters``, from which the checkpoint's ``rope_freqs`` were
             made; None in checkpoints of version 0.1.0.
+        latent_cache: how the cache is packed, as :func:`~vllm_mla_plugin.checkpoint.latent_cache.latent_cache_json`
+            writes it. None: in numbers of 16 bits, as the model computes them.
         mla_conversion: how the checkpoint was made: method, source, calibration, versions.
 
     Raises:
-        ValueError: sizes per layer are given, but not one for each layer.
+        ValueError: sizes per layer are given, but not one for each layer; or ``latent_cache`` does not fit the sizes.
     """
 
     model_type: ClassVar[str]
@@ -53,6 +57,7 @@ class MLAFields:
     softmax_scale: float | None = None
     qk_norm: ClassVar[bool] = False
     converted_rope_parameters: dict[str, Any] | None = None
+    latent_cache: dict[str, Any] | None = None
     mla_conversion: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -67,6 +72,7 @@ class MLAFields:
             if len(sizes) != layers:
                 raise ValueError(f"{name}s has {len(sizes)} entries, but the model has {layers} layers.")
             setattr(self, name, max(sizes))
+        self.cache_format(0)  # raises, if the formats do not fit
 
     @property
     def attention_biases(self) -> tuple[bool, bool]:
@@ -95,6 +101,13 @@ class MLAFields:
         rank = self.kv_lora_rank if self.kv_lora_ranks is None else self.kv_lora_ranks[layer]
         rope = self.qk_rope_head_dim if self.qk_rope_head_dims is None else self.qk_rope_head_dims[layer]
         return rank, rope
+
+    def cache_format(self, layer: int) -> CacheFormat | None:
+        """How a layer's cache is packed, or None if it is not."""
+        if self.latent_cache is None:
+            return None
+        layers: int = self.num_hidden_layers  # type: ignore[attr-defined]  # the source family's
+        return parse_latent_cache(self.latent_cache, [self.cached_sizes(index) for index in range(layers)])[layer]
 
 
 class LlamaMLAConfig(MLAFields, LlamaConfig):

@@ -11,6 +11,8 @@ from transformers.models.llama.modeling_llama import eager_attention_forward, ro
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from vllm_mla_plugin.checkpoint.query_norm import norm_queries
+from vllm_mla_plugin.hf.packed_cache import PackedLayer
+from vllm_mla_plugin.latent_packing import take_mean_out
 
 
 def apply_rope(x: torch.Tensor, freqs: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
@@ -33,10 +35,12 @@ class MLASelfAttention(nn.Module):
     """Multi-head latent attention (DeepSeek-V2, section 2.1) that caches latents only.
 
     In the place of a layer's keys, transformers' cache holds the latent ``[batch, 1, tokens, R]``; in the place of its
-    values, the rotated shared key ``[batch, 1, tokens, r]``.
+    values, the rotated shared key ``[batch, 1, tokens, r]``. A packed cache holds the rows of
+    :class:`~vllm_mla_plugin.hf.packed_cache.PackedLayer`.
     """
 
     rope_freqs: torch.Tensor
+    cache_mean: torch.Tensor | None
     is_causal = True
     num_key_value_groups = 1  # after expansion every query head has its own keys and values
 
@@ -55,6 +59,9 @@ class MLASelfAttention(nn.Module):
         self.kv_b_proj = nn.Linear(self.latent_dim, heads * (self.nope_dim + self.v_dim), bias=False)
         self.o_proj = nn.Linear(heads * self.v_dim, hidden, bias=bias_o_proj)
         self.register_buffer("rope_freqs", torch.ones(self.rope_dim // 2))
+        self.cache_format = config.cache_format(layer_idx)
+        taken_out = self.cache_format is not None and self.cache_format.mean
+        self.register_buffer("cache_mean", torch.zeros(2, self.latent_dim + self.rope_dim) if taken_out else None)
 
     def make_projections(self, config: PretrainedConfig, bias: bool) -> None:
         """Make the modules that :meth:`project` needs."""
@@ -92,12 +99,17 @@ class MLASelfAttention(nn.Module):
         batch, tokens, _ = hidden_states.shape
         kwargs.pop("position_embeddings", None)  # made from the source's frequencies; here each layer has its own
         q, cached = self.project(hidden_states)
+        if self.cache_mean is not None:
+            cached = take_mean_out(cached, self.cache_mean, position_ids)
         q_nope, q_rope = q.transpose(1, 2).split([self.nope_dim, self.rope_dim], dim=-1)
         latent, k_rope = cached.unsqueeze(1).split([self.latent_dim, self.rope_dim], dim=-1)
         q = torch.cat((q_nope, apply_rope(q_rope, self.rope_freqs, position_ids)), dim=-1)
         k_rope = apply_rope(k_rope, self.rope_freqs, position_ids)
         cache = past_key_values if cache is None else cache
-        if cache is not None:
+        if self.cache_format is not None:
+            packed = PackedLayer(self.cache_format, self.cache_mean, self.rope_freqs, self.layer_idx)
+            latent, k_rope = packed.update(latent, k_rope, position_ids, cache)
+        elif cache is not None:
             latent, k_rope = cache.update(latent, k_rope, self.layer_idx)
 
         kv = self.kv_b_proj(latent.squeeze(1)).view(batch, latent.shape[2], -1, self.nope_dim + self.v_dim)
@@ -150,7 +162,8 @@ class MLAModel:
     """Mixed into a family's ``ForCausalLM``: replaces every ``self_attn`` by MLA."""
 
     # If a frequency were rounded to bfloat16, it would be off by whole turns after a few hundred tokens.
-    _keep_in_fp32_modules_strict: ClassVar[set[str]] = {"rope_freqs"}
+    _keep_in_fp32_modules_strict: ClassVar[set[str]] = {"rope_freqs", "cache_mean"}
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"\.cache_mean$"]  # of a checkpoint served unpacked
     _supports_flash_attn = False  # keys and values differ in head size
     _supports_flex_attn = False
 

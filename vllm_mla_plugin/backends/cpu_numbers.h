@@ -1,0 +1,67 @@
+// Vectors of floats, and the dtypes of a model: what all CPU kernels share.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+struct Bfloat16 {
+  uint16_t bits;
+};
+
+namespace {
+
+constexpr int LANES = 16;  // floats of a vector; compilers split it where registers are shorter
+typedef float Vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t IntVec __attribute__((vector_size(4 * LANES)));
+typedef uint32_t WordVec __attribute__((vector_size(4 * LANES)));
+typedef uint16_t HalfVec __attribute__((vector_size(2 * LANES)));
+typedef uint8_t ByteVec __attribute__((vector_size(LANES)));
+
+// 16 bytes as floats.
+inline Vec floats_of(const uint8_t* in) {
+#ifdef __AVX512F__  // one instruction, which compilers do not find
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in))));
+#else
+  ByteVec bytes;
+  memcpy(&bytes, in, sizeof bytes);
+  return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(bytes, HalfVec), IntVec), Vec);
+#endif
+}
+
+inline void widen(const float* in, float* out, int count) { memcpy(out, in, sizeof(float) * count); }
+
+inline void widen(const Bfloat16* in, float* out, int count) {
+  int i = 0;
+  for (; i + LANES <= count; i += LANES) {
+    HalfVec bits;
+    memcpy(&bits, in + i, sizeof bits);
+    WordVec word = __builtin_convertvector(bits, WordVec) << 16;
+    memcpy(out + i, &word, sizeof word);
+  }
+  for (; i < count; i++) {
+    uint32_t word = uint32_t(in[i].bits) << 16;
+    memcpy(out + i, &word, sizeof word);
+  }
+}
+
+inline void narrow(float value, float* out) { *out = value; }
+
+inline void narrow(float value, Bfloat16* out) {  // to nearest, ties to even
+  uint32_t word;
+  memcpy(&word, &value, sizeof word);
+  out->bits = (word + 0x7fff + ((word >> 16) & 1)) >> 16;
+}
+
+#ifdef __FLT16_MAX__
+inline void widen(const _Float16* in, float* out, int count) {
+  for (int i = 0; i < count; i++) out[i] = float(in[i]);
+}
+
+inline void narrow(float value, _Float16* out) { *out = _Float16(value); }
+#endif
+
+}  // namespace
