@@ -58,18 +58,18 @@ def test_computes_what_the_source_does_with_it(family: str, case: str, tmp_path:
 
 def test_calibrated_and_healed(tmp_path: Path) -> None:
     """Calibration and healing have the scaling, so that healing begins near the source; the report says it."""
-    source = RandomModel(std=0.1).save(tmp_path / "source")
+    source = RandomModel(std=0.3).save(tmp_path / "source")
     scaling = ("--rope-scaling", json.dumps(SCALINGS["yarn"]))
-    options = ("--calibration", "self", "--calibration-tokens", 1024, "--refit-steps", 1, "--cache-ratio", 0.5)
+    options = ("--calibration", "self", "--calibration-tokens", 1024, "--refit-steps", 1, "--cache-ratio", 0.9)
     out = convert(source, tmp_path / "out", *options, *scaling, "--max-context", 512)
     report = json.loads((out / "conversion_report.json").read_text())
     assert report["rope_scaling"] == SCALINGS["yarn"]
     assert '--rope-scaling \'{"rope_type": "yarn"' in report["command"]
     assert json.loads((out / "config.json").read_text())["max_position_embeddings"] == 512
-    few_steps = ("--text", CALIBRATION, "--tokens", 4096, "--batch-size", 1, "--steps", 20, "--learning-rate", 1e-3)
+    few_steps = ("--text", CALIBRATION, "--tokens", 4096, "--batch-size", 1, "--steps", 20, "--learning-rate", 3e-4)
     healed = heal(out, tmp_path / "healed", *few_steps)
     report = json.loads((healed / "conversion_report.json").read_text())
-    assert report["healing"]["kl_held_out"]["before"] < 1.0
+    assert report["healing"]["kl_held_out"]["before"] < 1.0  # from the source without the scaling, 2.7
 
 
 def test_verified(tmp_path: Path) -> None:
