@@ -29,6 +29,7 @@ LOSSLESS_KL = 0.01  # nats per token that rounding may leave
 # measured. The median layer may err by less, because a fault of the whole model (wrong RoPE, no biases) is in all.
 LAYER_BOUND = (8.0, 1.0)
 MEDIAN_BOUND = (4.0, 0.1)
+NEGLIGIBLE = 1e-8  # of the input's squared size: what a layer adds below this, no prediction depends on
 CHANCE = 0.5  # of the vocabulary's size: a perplexity above this share is no better than guessing
 PROBE = """\
 The lighthouse stood at the end of a narrow path, and for most of the year nobody walked there. In winter the waves
@@ -75,8 +76,8 @@ def prove(source: Source, folder: Path, report: ConversionReport, device: str) -
     Raises:
         ConversionError: the converted model does not compute what the report says.
     """
-    ids, is_text = _probe(source)
     checkpoint, config = Checkpoint(folder), AutoConfig.from_pretrained(folder)
+    ids, is_text = _probe(source, config.max_position_embeddings)
     experts = source.family.experts
     seen: dict[int, tuple[dict[str, Any], torch.Tensor]] = {}
     errors: list[float] = []
@@ -89,7 +90,9 @@ def prove(source: Source, folder: Path, report: ConversionReport, device: str) -
         if expected is None:  # the comparison's own call
             return
         got = attention(**given | {"hidden_states": theirs["hidden_states"]})[0].float()
-        errors.append(((got - expected).square().sum() / expected.square().sum().clamp(min=1e-30)).item())
+        # A dead layer's output is zero, and so its error is taken relative to a little of its input.
+        least = NEGLIGIBLE * theirs["hidden_states"].square().sum()
+        errors.append(((got - expected).square().sum() / expected.square().sum().clamp(min=least)).item())
 
     reference = _predictions(source.skeleton(), source, experts, ids, device, keep)
     with torch.device("meta"):
@@ -113,9 +116,12 @@ def _rounded(value: float) -> float:
     return round(value, 4) + 0.0  # not the negative zero
 
 
-def _probe(source: Source) -> tuple[torch.Tensor, bool]:
-    """Token ids ``[1, tokens]``, and whether they are text: a source without tokenizer gets every n-th of its ids."""
-    longest = min(TOKENS, source.config.max_position_embeddings)
+def _probe(source: Source, context: int) -> tuple[torch.Tensor, bool]:
+    """Token ids ``[1, tokens]`` within the converted model's context, and whether they are text.
+
+    A source without tokenizer gets every n-th of its ids.
+    """
+    longest = min(TOKENS, context)
     if has_tokenizer(source.folder):
         ids = source.tokenizer(PROBE, return_tensors="pt").input_ids[:, :longest]
         if ids.shape[1] > 1 and int(ids.max()) < source.config.vocab_size:

@@ -281,7 +281,7 @@ def time_limit(seconds: int) -> Iterator[None]:
 
 
 def command_line(*arguments: object) -> tuple[int, str]:
-    """Run ``vllm-mla`` in this process; return its exit code and stderr."""
+    """Run ``vllm-mla`` in this process; return its exit code, and its stderr without progress."""
     complaint = io.StringIO()
     with (
         patch.object(sys, "argv", ["vllm-mla", *map(str, arguments)]),
@@ -290,7 +290,7 @@ def command_line(*arguments: object) -> tuple[int, str]:
         pytest.raises(SystemExit) as exit_info,
     ):
         main()
-    return exit_info.value.code, complaint.getvalue()
+    return exit_info.value.code, without_progress(complaint.getvalue())
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -317,7 +317,7 @@ def check(pristine: Path, model: str, sharded: bool, damages: list[Damage], opti
             code, complaint = command_line("convert", source, out, *options)
         if code:
             assert code == 2, complaint
-            (line,) = without_progress(complaint).strip().splitlines()
+            (line,) = complaint.strip().splitlines()
             assert line.startswith("vllm-mla: error: ")
             assert contents(Path(scratch)) == before
             return

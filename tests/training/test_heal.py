@@ -169,7 +169,9 @@ def test_report_and_card(command_line: CommandLine, source: Path, mla: Path, tmp
     assert written == json.loads((out / "config.json").read_text())["mla_conversion"]
     assert report["healing"] == written["healing"]
     healing = written.pop("healing")
-    assert written == json.loads((mla / "conversion_report.json").read_text())
+    before = json.loads((mla / "conversion_report.json").read_text())
+    assert written.pop("self_check")["kl"] < before.pop("self_check")["kl"]
+    assert written == before
     assert (healing["tokens"], healing["window"], healing["steps"]) == (4096, 256, 8)
     assert healing["command"] == f"vllm-mla heal {mla} ./mla-healed {' '.join(map(str, options))}"
     card = (out / "README.md").read_text()

@@ -153,10 +153,9 @@ def check_config(config: PretrainedConfig) -> None:
             raise ConversionError(
                 f"config.json has {name} {value!r}, where a number from 1 to {largest:,} was expected."
             )
-    if (getattr(config, "num_experts_per_tok", None) or 0) > (getattr(config, "num_experts", None) or 0):
-        raise ConversionError(
-            f"config.json has num_experts_per_tok {config.num_experts_per_tok} of {config.num_experts} experts."
-        )
+    experts, chosen = getattr(config, "num_experts", None), getattr(config, "num_experts_per_tok", None)
+    if experts is not None and (chosen or 0) > experts:
+        raise ConversionError(f"config.json has num_experts_per_tok {chosen} of {experts} experts.")
     rope_type = config.rope_parameters.get("rope_type", "default")
     if rope_type not in SUPPORTED_ROPE:
         raise ConversionError(
