@@ -94,10 +94,22 @@ def prove(source: Source, folder: Path, report: ConversionReport, device: str) -
         least = NEGLIGIBLE * theirs["hidden_states"].square().sum()
         errors.append(((got - expected).square().sum() / expected.square().sum().clamp(min=least)).item())
 
-    reference = _predictions(source.skeleton(), source, experts, ids, device, keep)
+    try:
+        reference = _predictions(source.skeleton(), source, experts, ids, device, keep)
+    except (ValueError, RuntimeError, TypeError, AttributeError) as error:
+        # transformers finds only now that parts of the configuration do not fit each other.
+        reason = str(error).strip().split("\n")[0]
+        raise ConversionError(f"transformers cannot run {source.name}: {reason}: its config.json is wrong.") from error
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    own = _predictions(skeleton, checkpoint, experts, ids, device, compare)
+    try:
+        own = _predictions(skeleton, checkpoint, experts, ids, device, compare)
+    except (ValueError, RuntimeError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConversionError(
+            f"transformers cannot run what was converted from {source.name}: {reason} Please report this as a bug, with "
+            "the source's config.json."
+        ) from error
     check = SelfCheck(
         tokens=ids.shape[1],
         text=is_text,

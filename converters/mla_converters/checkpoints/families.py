@@ -156,6 +156,11 @@ def check_config(config: PretrainedConfig) -> None:
     experts, chosen = getattr(config, "num_experts", None), getattr(config, "num_experts_per_tok", None)
     if experts is not None and (chosen or 0) > experts:
         raise ConversionError(f"config.json has num_experts_per_tok {chosen} of {experts} experts.")
+    layer_types = getattr(config, "layer_types", None) or ()
+    if "sliding_attention" in layer_types and getattr(config, "sliding_window", None) is None:
+        raise ConversionError(
+            "config.json has layer_types with sliding_attention, but no sliding_window: config.json is wrong."
+        )
     rope_type = config.rope_parameters.get("rope_type", "default")
     if rope_type not in SUPPORTED_ROPE:
         raise ConversionError(

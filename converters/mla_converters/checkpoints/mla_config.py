@@ -34,6 +34,8 @@ def mla_config(
         dtype: of the weights.
     """
     kept = {name: value for name, value in source.raw_config.items() if not name.startswith("_") and name not in STALE}
+    if "attention_bias" in kept:  # which Mistral ignores, and an MLA model would not
+        kept["attention_bias"] = "o_proj.bias" in source.attention_names(0)
     return kept | {
         "architectures": [source.family.mla_architecture],
         "model_type": source.family.mla_model_type,
