@@ -107,8 +107,8 @@ def prove(source: Source, folder: Path, report: ConversionReport, device: str) -
     except (ValueError, RuntimeError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise ConversionError(
-            f"transformers cannot run what was converted from {source.name}: {reason} Please report this as a bug, with "
-            "the source's config.json."
+            f"transformers cannot run what was converted from {source.name}: {reason} Please report this as a bug, "
+            "with the source's config.json."
         ) from error
     check = SelfCheck(
         tokens=ids.shape[1],
