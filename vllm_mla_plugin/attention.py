@@ -18,6 +18,7 @@ from vllm.model_executor.layers.linear import (
     MergedColumnParallelLinear,
     ReplicatedLinear,
     RowParallelLinear,
+    UnquantizedLinearMethod,
 )
 from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, extract_layer_index
@@ -34,6 +35,15 @@ from vllm_mla_plugin.rope import FrequencyRotaryEmbedding
 ROW_MULTIPLE = 16
 """Fast kernels want products whose columns are a multiple of this: cuBLAS wants rows of whole 16 bytes, AMX whole
 tiles."""
+
+
+def is_quantised(quant_config: QuantizationConfig | None, input_size: int, name: str) -> bool:
+    """Whether the checkpoint's projection of this name is quantised: a checkpoint may leave some out."""
+    if quant_config is None:
+        return False
+    with torch.device("meta"):  # the layer is only asked what it would be
+        layer = ReplicatedLinear(input_size, input_size, quant_config=quant_config, prefix=name)
+    return not isinstance(layer.quant_method, UnquantizedLinearMethod)
 
 
 class MLASelfAttention(nn.Module):
@@ -82,7 +92,6 @@ class MLASelfAttention(nn.Module):
         if not model_config.use_mla:
             raise ValueError("This checkpoint can only be served with MLA: unset VLLM_MLA_DISABLE.")
 
-        config.check_rope()
         self.nope_dim = config.qk_nope_head_dim
         layer = extract_layer_index(prefix)
         self.latent_dim, self.rope_dim = config.cached_sizes(layer)
@@ -168,7 +177,7 @@ class MLASelfAttention(nn.Module):
         ``parts`` stay apart in three cases:
 
         - With several ranks, because these share out the queries but not the other part.
-        - When quantised, because each part has its own scales.
+        - Where one of them is quantised, because each part then has its own scales.
         - Where the second part would make the columns of the product no multiple of :data:`ROW_MULTIPLE`, so that fast
           kernels would no longer take the first.
 
@@ -176,9 +185,12 @@ class MLASelfAttention(nn.Module):
             sizes: columns of the parts, over all ranks.
         """
         self.input_sizes = sizes
-        packed = get_tensor_model_parallel_world_size() == 1 and quant_config is None
         self.packed_modules_mapping: dict[str, list[str]] = {}
-        if packed and sum(sizes) % ROW_MULTIPLE == 0:
+        if (
+            get_tensor_model_parallel_world_size() == 1
+            and sum(sizes) % ROW_MULTIPLE == 0
+            and not any(is_quantised(quant_config, hidden_size, f"{prefix}.{name}") for name in self.parts)
+        ):
             self.packed_modules_mapping[self.product] = list(self.parts)
             self.add_module(
                 self.product,

@@ -1,5 +1,7 @@
 """Tells vLLM about our checkpoints: their architectures, their config classes, and that they use MLA."""
 
+from typing import Any
+
 from transformers import AutoConfig
 from vllm import ModelRegistry
 from vllm.transformers_utils.model_arch_config_convertor import (
@@ -12,7 +14,17 @@ from vllm_mla_plugin.checkpoint.families import FAMILIES
 
 
 class MLAModelArchConfigConvertor(ModelArchConfigConvertorBase):
-    """Switches vLLM's MLA path on. Without it, vLLM decides this from a fixed list of model types."""
+    """Switches vLLM's MLA path on. Without it, vLLM decides this from a fixed list of model types.
+
+    vLLM makes it as soon as it has applied ``--hf-overrides``, before it starts any other process.
+
+    Raises:
+        ValueError: an override changes the RoPE.
+    """
+
+    def __init__(self, hf_config: Any, *args: Any, **kwargs: Any) -> None:
+        hf_config.check_rope()
+        super().__init__(hf_config, *args, **kwargs)
 
     def is_deepseek_mla(self) -> bool:
         return True

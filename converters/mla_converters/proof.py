@@ -26,9 +26,9 @@ LOSSLESS_ERROR = 1e-3  # of a layer's attention output, relative and squared; ro
 LOSSLESS_KL = 0.01  # nats per token that rounding may leave
 # A layer may err by this many times its measured error and this much besides, because the probe is another text than
 # the calibration's: on SmolLM2 at half its cache, calibrated on a licence, one layer errs by 0.61 where 0.05 was
-# measured. The median layer may err by less, because a fault of the whole model (wrong RoPE, no biases) is in all.
-LAYER_BOUND = (8.0, 1.0)
-MEDIAN_BOUND = (4.0, 0.1)
+# measured, and the median layer by 0.23 where 0.03 was. A wrong RoPE or lost biases err by about 1 in most layers.
+LAYER_BOUND = (8.0, 2.0)
+MEDIAN_BOUND = (8.0, 0.5)
 NEGLIGIBLE = 1e-8  # of the input's squared size: what a layer adds below this, no prediction depends on
 CHANCE = 0.5  # of the vocabulary's size: a perplexity above this share is no better than guessing
 PROBE = """\

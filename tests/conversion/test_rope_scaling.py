@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support.commands import Refused, contents, convert, heal
+from support.engine import run_engine
 from support.files import CALIBRATION
 from support.models import YARN, RandomModel, load
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -58,18 +59,18 @@ def test_computes_what_the_source_does_with_it(family: str, case: str, tmp_path:
 
 def test_calibrated_and_healed(tmp_path: Path) -> None:
     """Calibration and healing have the scaling, so that healing begins near the source; the report says it."""
-    source = RandomModel(std=0.1).save(tmp_path / "source")
+    source = RandomModel(std=0.3).save(tmp_path / "source")
     scaling = ("--rope-scaling", json.dumps(SCALINGS["yarn"]))
-    options = ("--calibration", "self", "--calibration-tokens", 1024, "--refit-steps", 1, "--cache-ratio", 0.5)
+    options = ("--calibration", "self", "--calibration-tokens", 1024, "--refit-steps", 1, "--cache-ratio", 0.9)
     out = convert(source, tmp_path / "out", *options, *scaling, "--max-context", 512)
     report = json.loads((out / "conversion_report.json").read_text())
     assert report["rope_scaling"] == SCALINGS["yarn"]
     assert '--rope-scaling \'{"rope_type": "yarn"' in report["command"]
     assert json.loads((out / "config.json").read_text())["max_position_embeddings"] == 512
-    few_steps = ("--text", CALIBRATION, "--tokens", 4096, "--batch-size", 1, "--steps", 20, "--learning-rate", 1e-3)
+    few_steps = ("--text", CALIBRATION, "--tokens", 4096, "--batch-size", 1, "--steps", 20, "--learning-rate", 3e-4)
     healed = heal(out, tmp_path / "healed", *few_steps)
     report = json.loads((healed / "conversion_report.json").read_text())
-    assert report["healing"]["kl_held_out"]["before"] < 1.0
+    assert report["healing"]["kl_held_out"]["before"] < 1.0  # from the source without the scaling, 2.7
 
 
 def test_verified(tmp_path: Path) -> None:
@@ -145,8 +146,7 @@ def test_out_keeps_its_rope_in_transformers(tmp_path: Path) -> None:
 
 @pytest.mark.engine
 def test_out_keeps_its_rope_in_vllm(tmp_path: Path) -> None:
-    from vllm import LLM
-
     out = convert(RandomModel().save(tmp_path / "source"), tmp_path / "out", *EXACT)
-    with pytest.raises(Exception, match="rope_type cannot be changed afterwards: convert the source again with"):
-        LLM(str(out), hf_overrides={"rope_parameters": CHANGED}, max_model_len=64, enforce_eager=True)
+    engine = {"hf_overrides": {"rope_parameters": CHANGED}, "max_model_len": 64}
+    with pytest.raises(AssertionError, match="rope_type cannot be changed afterwards: convert the source again with"):
+        run_engine(out, [[1, 2, 3]], engine=engine)

@@ -67,6 +67,7 @@ SHAPES = {
     "qwen2": (RandomModel("qwen2", heads=3, kv_heads=3, head_dim=48, hidden=144, tied=True), 50),
     "nine-heads": (RandomModel(heads=9, kv_heads=3, head_dim=16, hidden=144), 40),
     "llama3-beyond-original-context": (RandomModel(rope=LLAMA3), 200),
+    "linear": (RandomModel("qwen3", rope={"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}), 50),
     "yarn-beyond-original-context": (RandomModel("qwen2", rope=YARN), 200),
     "qwen3": (RandomModel("qwen3", heads=9, kv_heads=3, head_dim=48, bias=True), 40),
     "qwen3-mqa-head-80-tied": (RandomModel("qwen3", kv_heads=1, head_dim=80, tied=True), 50),
@@ -92,6 +93,16 @@ def test_random_shapes(shape: str, tmp_path: Path) -> None:
         options = {"max_new_tokens": len(tokens), "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         expected = reference.generate(ids, attention_mask=torch.ones_like(ids), **options)
         assert tokens == expected[0, len(prompt) :].tolist()
+
+
+def test_another_rope_is_refused(tmp_path: Path) -> None:
+    """An override of the RoPE would have no effect. One sentence says so, before vLLM starts other processes."""
+    mla = convert(RandomModel("qwen3").save(tmp_path / "source"), tmp_path / "mla", "--method", "exact")
+    engine = {"hf_overrides": {"rope_parameters": YARN}, "max_model_len": 256}
+    refusal = r"converted with the RoPE parameters .*'rope_type': 'default'.*, and rope_type cannot be changed"
+    with pytest.raises(AssertionError, match=refusal) as error:
+        run_engine(mla, [[1, 2, 3]], no_tokenizer=True, engine=engine)
+    assert "pydantic" in str(error.value), "refused with the arguments"
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])

@@ -37,12 +37,12 @@ def generate(job: dict[str, Any], environment: dict[str, str], answer: Path, out
 
     Args:
         job: ``model``, ``prompts`` (token ids), ``max_tokens``, ``prompt_logprobs`` (bool), ``engine`` (arguments of
-            ``vllm.LLM``), ``lora`` (folder of an adapter to use).
+            ``vllm.LLM``), ``lora`` (folder of an adapter to use), ``modules`` (bool).
         environment: variables to set.
         answer: file for the result, JSON: ``tokens`` and ``logprobs`` of what was generated, ``prompt_logprobs`` of
             each prompt token but the first, ``cached_tokens`` (of each prompt, found in the prefix cache),
             ``kv_tokens`` (capacity of the cache), ``cuda_graphs`` (their mode, and how many were captured, where the
-            engine has no processes of its own).
+            engine has no processes of its own), ``modules`` (their names, where asked for and the engine has none).
         output: file for what the engine prints.
     """
     os.environ.update(environment)
@@ -82,6 +82,8 @@ def generate(job: dict[str, Any], environment: dict[str, str], answer: Path, out
             "captured": compilation_counter.num_cudagraph_captured,
         },
     }
+    if job.get("modules"):
+        (result["modules"],) = llm.apply_model(lambda model: [name for name, _ in model.named_modules()])
     if job.get("prompt_logprobs"):
         result["prompt_logprobs"] = [
             [step[token].logprob for step, token in zip(o.prompt_logprobs[1:], ids[1:], strict=True)]

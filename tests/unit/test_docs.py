@@ -25,7 +25,7 @@ OPTIONS = {
 }
 # Options of other commands, which the documents mention without the command.
 FOREIGN = {"--batch_size", "--enforce-eager", "--hf-overrides", "--kv-cache-dtype", "--tasks"}
-ERRORS = {"ConversionError", "UnfinishedError", "StoppedError"}
+ERRORS = {"ConversionError", "OptionError", "StoppedError", "UnfinishedError"}
 MOST_WORDS = 2
 """A message with at most this many fixed words is put together from other messages."""
 VARIES = "…"

@@ -13,12 +13,12 @@ from vllm.model_executor.layers.attention.mla_attention import (
     MLACommonMetadataBuilder,
     MLACommonPrefillMetadata,
 )
-from vllm.model_executor.layers.quantization.utils.quant_utils import get_and_maybe_dequant_weights
 from vllm.v1.attention.backend import AttentionLayer, MultipleOf
 from vllm.v1.attention.backends.mla.cpu_mla import CPUMLABackend, CPUMLAImpl
 
 from vllm_mla_plugin.backends.cpu_kernel import DecodeKernel, compile_kernel
 from vllm_mla_plugin.backends.cpu_prefill import MULTIPLE, extend, has_extend_kernel
+from vllm_mla_plugin.backends.dequantise import dequantise
 from vllm_mla_plugin.backends.metadata import AnySizeMLAMetadata, page_slots
 
 MAX_EXPANDED_BYTES = 256 * 2**20
@@ -66,7 +66,8 @@ class AnySizeCPUMLAImpl(CPUMLAImpl):
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Split ``kv_b_proj`` into its two halves, and make the decode kernel."""
-        weight = get_and_maybe_dequant_weights(self.kv_b_proj, out_dtype=act_dtype)
+        dequantise(self.kv_b_proj, act_dtype)
+        weight = self.kv_b_proj.weight.to(act_dtype)
         weight = weight.view(self.num_heads, self.qk_nope_head_dim + self.v_head_dim, self.kv_lora_rank)
         w_uk, w_uv = weight.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
         self.w_uk, self.w_uv = w_uk, w_uv.mT

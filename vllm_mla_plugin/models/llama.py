@@ -13,6 +13,7 @@ from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
 from vllm.model_executor.models.utils import WeightsMapper
 
 from vllm_mla_plugin.attention import MLASelfAttention, QKNormMLASelfAttention
+from vllm_mla_plugin.models.adapters import ChecksAdapters
 
 
 def attention_type(vllm_config: VllmConfig) -> type[MLASelfAttention]:
@@ -34,9 +35,6 @@ class LlamaMLAModel(LlamaModel):
     hf_to_vllm_mapper = WeightsMapper(
         orig_to_new_substr={
             ".block_sparse_moe.": ".mlp.",  # Mixtral's name
-            # MLA takes kv_b_proj apart when it loads, so that an adapter for it would have no effect. vLLM does not say
-            # so. Here the adapter gets a name that no module has, and vLLM refuses it.
-            ".kv_b_proj.lora_": ".kv_b_proj_takes_no_lora_with_mla.lora_",
         },
         orig_to_new_stacked={
             ".mlp.gate_proj": (".mlp.gate_up_proj", 0),
@@ -45,7 +43,7 @@ class LlamaMLAModel(LlamaModel):
     )
 
 
-class LlamaMLAForCausalLM(LlamaForCausalLM):
+class LlamaMLAForCausalLM(ChecksAdapters, LlamaForCausalLM):
     """``LlamaForCausalLM`` with MLA, for checkpoints that ``vllm-mla convert`` writes."""
 
     hf_to_vllm_mapper = LlamaMLAModel.hf_to_vllm_mapper
