@@ -96,7 +96,7 @@ def _convert(
     nope_dim = method.nope_dim(source.shape)
     warnings = source.warnings + carry_side_files(source, work.model)
     try:
-        calibration = _calibrate(source, options, method.window, work, progress) if method.window else None
+        calibration = _calibrate(source, options, method.window, device, work, progress) if method.window else None
         job = Job(source, options, budget, calibration, options.seed, device, work, progress)
         prepared = method.prepare(job)
         dtype = DTYPES[options.dtype] if options.dtype else None
@@ -139,12 +139,14 @@ def _disk_bytes(source: Source, method: Method, budget: CacheBudget, options: Co
     return method.cost(shape, budget, options.calibration_tokens).disk_bytes
 
 
-def _calibrate(source: Source, options: ConvertOptions, window: int, work: Work, progress: Progress) -> Calibration:
+def _calibrate(
+    source: Source, options: ConvertOptions, window: int, device: str, work: Work, progress: Progress
+) -> Calibration:
     """Text to calibrate on, or the text of an earlier run."""
     text = work.remembered(
         "calibration",
         lambda: calibration_windows(
-            source, options.calibration, options.calibration_tokens, options.seed, progress, window
+            source, options.calibration, options.calibration_tokens, options.seed, progress, window, device
         ),
     )
     return calibrate(text, source, options.seed)

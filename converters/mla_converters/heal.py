@@ -140,7 +140,7 @@ def _train(
     """The trained tensors by name, and what the report says of the training."""
     length = options.length or LONGEST
     windows = work.remembered(
-        "text", lambda: training_windows(source, options.text, options.tokens, length, options.seed, progress)
+        "text", lambda: training_windows(source, options.text, options.tokens, length, options.seed, progress, device)
     )
     trained_on, held_out = hold_out(windows)
     dtype = torch.bfloat16 if native_bfloat16(device) else torch.float32

@@ -24,13 +24,13 @@ def test_texts_are_drawn_from_what_the_model_predicts(
 ) -> None:
     """Drawing from predictions without a cache, with the same random numbers, gives the same text in each batch."""
     monkeypatch.setattr(sampling, "TOKENS", 3 * LENGTH)
-    monkeypatch.setattr(sampling, "sampling_dtype", lambda: torch.float32)
+    monkeypatch.setattr(sampling, "sampling_dtype", lambda device: torch.float32)
     folder = random.save(tmp_path / "source")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     never = torch.tensor([5, 7])
     first = torch.arange(10, 15)
     with open_source(str(folder)) as source, Progress(disable=True) as progress:
-        texts = sampled_texts(source, first, never, LENGTH, torch.Generator().manual_seed(1), progress)
+        texts = sampled_texts(source, first, never, LENGTH, torch.Generator().manual_seed(1), progress, "cpu")
     assert texts.shape == (5, LENGTH)
     assert torch.equal(texts[:, 0], first)
     generator = torch.Generator().manual_seed(1)

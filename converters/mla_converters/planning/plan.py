@@ -11,6 +11,7 @@ from mla_converters.methods.registry import METHODS, method_of
 from mla_converters.options import CacheSizes, ConvertOptions, PlanOptions
 from mla_converters.options.convert import conversion_flags
 from mla_converters.planning.layouts import Candidate, candidates, recommend
+from mla_converters.planning.proof import proof_core_seconds
 from mla_converters.planning.sampling import sampling_core_seconds, sampling_memory
 from mla_converters.planning.serving import serving_backends
 from mla_converters.reports.plan import CacheSize, Layout, Plan, PlannedConversion, PlannedModel, Recommendation
@@ -121,6 +122,7 @@ def _describe_conversion(source: PlannedSource, options: PlanOptions, costs: dic
             "self": max(own.memory_bytes, sampling_memory(source.shape, tokens)),
         },
         core_seconds={name: round(cost.core_seconds, 1) for name, cost in costs.items()},
+        proof_core_seconds=round(proof_core_seconds(source.shape), 1),
         sampling_core_seconds=round(sampling_core_seconds(source.shape, tokens), 1),
     )
 

@@ -15,4 +15,4 @@ def sampling_core_seconds(shape: Shape, tokens: int) -> float:
 def sampling_memory(shape: Shape, tokens: int) -> int:
     """Peak bytes of memory on this machine: the model, and its KV cache for the texts that are written at a time."""
     cached = min(tokens, TOKENS) * shape.layers * shape.cached
-    return RUNTIME_BYTES + sampling_dtype().itemsize * (shape.parameters + cached)
+    return RUNTIME_BYTES + sampling_dtype("cpu").itemsize * (shape.parameters + cached)

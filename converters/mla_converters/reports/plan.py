@@ -66,6 +66,7 @@ class PlannedConversion(Part):
         peak_disk_bytes: peak disk space.
         peak_memory_bytes: peak memory for each kind of calibration text: ``file`` or ``self``.
         core_seconds: seconds on one core, for each method.
+        proof_core_seconds: for the proof of the converted model.
         sampling_core_seconds: seconds on one core in which the model writes the calibration text, if it does.
     """
 
@@ -76,6 +77,7 @@ class PlannedConversion(Part):
     peak_disk_bytes: int
     peak_memory_bytes: dict[str, int]
     core_seconds: dict[str, float]
+    proof_core_seconds: float
     sampling_core_seconds: float
 
 

@@ -44,7 +44,13 @@ def calibrate(text: torch.Tensor, source: Source, seed: int) -> Calibration:
 
 
 def calibration_windows(
-    source: Source, origins: Sequence[str], tokens: int, seed: int, progress: Progress, length: int = WINDOW
+    source: Source,
+    origins: Sequence[str],
+    tokens: int,
+    seed: int,
+    progress: Progress,
+    length: int = WINDOW,
+    device: str = "cpu",
 ) -> torch.Tensor:
     """Token ids to calibrate on.
 
@@ -55,6 +61,7 @@ def calibration_windows(
         seed: decides where files are cut, and which text is sampled.
         length: tokens in a window; less if an origin's share or the model's context is less. If a file is shorter,
             windows have ``WINDOW`` tokens.
+        device: where the model writes text.
 
     Returns:
         ``[windows, length]`` int64. The origins take turns, so that the first windows have text of each.
@@ -69,7 +76,7 @@ def calibration_windows(
         length = WINDOW
     generator = torch.Generator().manual_seed(seed)
     count = share // length
-    windows = text_windows(source, texts, count, length, _cut, generator, progress)
+    windows = text_windows(source, texts, count, length, _cut, generator, progress, device)
     return torch.stack(windows, dim=1).flatten(0, 1)
 
 

@@ -15,7 +15,13 @@ LEAST = 2  # windows: one to train on, and one to hold out
 
 
 def training_windows(
-    source: Source, origins: Sequence[str], tokens: int, length: int, seed: int, progress: Progress
+    source: Source,
+    origins: Sequence[str],
+    tokens: int,
+    length: int,
+    seed: int,
+    progress: Progress,
+    device: str = "cpu",
 ) -> torch.Tensor:
     """Token ids to train on.
 
@@ -27,6 +33,7 @@ def training_windows(
         length: tokens in a window; the model's context if that is less.
         seed: decides which windows of a longer file are used, and which text is sampled.
         progress: shows the progress.
+        device: where the model writes text.
 
     Returns:
         ``[windows, length]`` int64. The windows of each text are in random order. The texts are interleaved so that
@@ -44,7 +51,7 @@ def training_windows(
         )
     texts = read_texts(source, origins)
     generator = torch.Generator().manual_seed(seed)
-    of_each = text_windows(source, texts, share, length, _cut, generator, progress, WRITTEN_LENGTH)
+    of_each = text_windows(source, texts, share, length, _cut, generator, progress, device, WRITTEN_LENGTH)
     windows = torch.cat([of_one[torch.randperm(len(of_one), generator=generator)] for of_one in of_each])
     if len(windows) < LEAST:
         raise ConversionError(

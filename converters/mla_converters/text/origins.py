@@ -40,6 +40,7 @@ def text_windows(
     cut: Callable[[torch.Tensor, int, int, torch.Generator], torch.Tensor],
     generator: torch.Generator,
     progress: Progress,
+    device: str,
     written: int = LENGTH,
 ) -> list[torch.Tensor]:
     """Windows ``[count, length]`` of each text.
@@ -52,13 +53,14 @@ def text_windows(
         cut: cuts ``count`` windows of ``length`` tokens from token ids, with the generator; it may return fewer.
         generator: decides cutting and sampling.
         progress: shows the progress.
+        device: where the model writes.
         written: tokens of a text that the model writes, if a window has room for more than one text; conversations have
             ``LENGTH``.
     """
     return [
         cut(text, count, length, generator)
         if isinstance(text, torch.Tensor)
-        else _sample(source, count, length, generator, progress, text, LENGTH if text else written)
+        else _sample(source, count, length, generator, progress, device, text, LENGTH if text else written)
         for text in texts
     ]
 
@@ -103,6 +105,7 @@ def _sample(
     length: int,
     generator: torch.Generator,
     progress: Progress,
+    device: str,
     template: ChatTemplate | None,
     written: int,
 ) -> torch.Tensor:
@@ -113,5 +116,5 @@ def _sample(
     else:
         first = random_tokens(source, (1, count * per_window), generator)[0]
         never = _special_ids(source)  # otherwise padding after an end of text would be part of the calibration
-    texts = sampled_texts(source, first, never, -(-length // per_window), generator, progress, template)
+    texts = sampled_texts(source, first, never, -(-length // per_window), generator, progress, device, template)
     return texts.view(count, -1)[:, :length]

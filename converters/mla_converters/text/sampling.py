@@ -16,9 +16,9 @@ LENGTH = 512  # tokens of a text; short, because many short texts say more than 
 TOKENS = 32 * LENGTH  # tokens of the texts that are sampled together
 
 
-def sampling_dtype() -> torch.dtype:
+def sampling_dtype(device: str) -> torch.dtype:
     """The dtype in which the model samples: the faster one, because the precision of sampled text does not matter."""
-    return torch.bfloat16 if native_bfloat16("cpu") else torch.float32
+    return torch.bfloat16 if native_bfloat16(device) else torch.float32
 
 
 class ReservedLayer(DynamicLayer):
@@ -62,6 +62,7 @@ def sampled_texts(
     length: int,
     generator: torch.Generator,
     progress: Progress,
+    device: str,
     template: ChatTemplate | None = None,
 ) -> torch.Tensor:
     """Texts that the model writes after a first token, sampled at temperature 1.
@@ -75,6 +76,7 @@ def sampled_texts(
         length: tokens of each text.
         generator: draws the tokens.
         progress: shows the progress.
+        device: where the model runs.
         template: if given, the texts are conversations in this template.
 
     Returns:
@@ -84,9 +86,10 @@ def sampled_texts(
         ConversionError: the model's logits are not numbers.
     """
     with loadable(source.model_folder) as path:
-        model = AutoModelForCausalLM.from_pretrained(path, config=source.config, dtype=sampling_dtype())
+        model = AutoModelForCausalLM.from_pretrained(path, config=source.config, dtype=sampling_dtype(device))
     # transformers 5.24 renames the argument.
     argument = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    model.to(device)
     batches = first[:, None].split(max(1, TOKENS // length))
     task = progress.add_task("Sampling text", total=len(batches) * (length - 1))
     texts = []
@@ -98,8 +101,8 @@ def sampled_texts(
         conversations = Conversations(template, len(ids)) if template else None
         for position in range(1, length):
             last = tokens[:, position - 1 : position]
-            logits = model(last, **{argument: cache}, use_cache=True).logits[:, -1].float()
-            sums = logits.index_fill(1, never, float("-inf")).softmax(-1).double().cumsum(-1)
+            logits = model(last.to(device), **{argument: cache}, use_cache=True).logits[:, -1].float()
+            sums = logits.index_fill(1, never.to(device), float("-inf")).softmax(-1).double().cumsum(-1)
             if not sums[:, -1].isfinite().all():
                 raise ConversionError(f"The model in {source.name} gives logits that are not numbers: it is broken.")
             sampled = drawn(sums, generator)
@@ -115,5 +118,6 @@ def drawn(sums: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     This takes one random number per text. ``torch.multinomial`` takes one for each token of the vocabulary, which needs
     a seventh of the time of a small model.
     """
-    heights = torch.rand(len(sums), 1, dtype=sums.dtype, generator=generator) * sums[:, -1:]
-    return torch.searchsorted(sums, heights, right=True)
+    # Random numbers come from the CPU's generator, so that a seed means the same on every device.
+    heights = torch.rand(len(sums), 1, dtype=sums.dtype, generator=generator).to(sums.device) * sums[:, -1:]
+    return torch.searchsorted(sums, heights, right=True).cpu()
