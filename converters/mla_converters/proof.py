@@ -30,6 +30,7 @@ LOSSLESS_KL = 0.01  # nats per token that rounding may leave
 LAYER_BOUND = (8.0, 2.0)
 MEDIAN_BOUND = (8.0, 0.5)
 NEGLIGIBLE = 1e-8  # of the input's squared size: what a layer adds below this, no prediction depends on
+TINY = 1e-30  # so that nothing is divided by zero
 CHANCE = 0.5  # of the vocabulary's size: a perplexity above this share is no better than guessing
 PROBE = """\
 The lighthouse stood at the end of a narrow path, and for most of the year nobody walked there. In winter the waves
@@ -91,7 +92,7 @@ def prove(source: Source, folder: Path, report: ConversionReport, device: str) -
             return
         got = attention(**given | {"hidden_states": theirs["hidden_states"]})[0].float()
         # A dead layer's output is zero, and so its error is taken relative to a little of its input.
-        least = NEGLIGIBLE * theirs["hidden_states"].square().sum()
+        least = NEGLIGIBLE * theirs["hidden_states"].square().sum() + TINY
         errors.append(((got - expected).square().sum() / expected.square().sum().clamp(min=least)).item())
 
     try:

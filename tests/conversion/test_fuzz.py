@@ -327,7 +327,7 @@ def check(pristine: Path, model: str, sharded: bool, damages: list[Damage], opti
         if expected is not None and expected.abs().max() < SOUND:
             report = verify(out)
             # A source may come without a tokenizer.
-            assert not [check for check in report["checks"] if check["problems"] and check["name"] != "tokenizer"]
+            assert not [check for check in report.checks if check.problems and check.name != "tokenizer"]
             if "exact" in options:
                 # What is converted is written in the dtype of the tensors that it is made of.
                 narrow = any(tensor.element_size() < 4 for tensor in load_file(out / WEIGHTS).values())
