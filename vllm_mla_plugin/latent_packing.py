@@ -15,9 +15,9 @@ E5M3, E4M1 = (3, 107), (1, 118)
 
 So e5m3 goes from ``2**-20`` to 3,840 and e4m1 from ``2**-9`` to 96, whatever the bits of a number.
 """
-COARSER = {2: (0, 2, 4, 6), 3: (0, 1, 2), 4: (0, 1), 5: (0, 1), 6: (0, 1), 8: (0,)}
+FINER = {2: range(0, 8, 2), 3: range(3), 4: range(2), 5: range(2), 6: range(2), 8: range(1)}
 """By bits of a number: the scales that are tried, in steps of e5m3 below the one that reaches all of a group."""
-COARSER_COMPACT = {2: (0, 1, 2), 3: (0, 1), 4: (0, 1)}
+FINER_COMPACT = {2: range(3), 3: range(2), 4: range(2)}
 """Likewise, in steps of e4m1."""
 LARGEST = 2.0**20
 """More than any scale reaches, and few enough that squares stay finite."""
@@ -152,6 +152,11 @@ def mean_at(mean: torch.Tensor, freqs: torch.Tensor, positions: torch.Tensor) ->
     return torch.cat((latent, (first * cos - second * sin).float(), (second * cos + first * sin).float()), dim=-1)
 
 
+def tried_scales(segment: Segment) -> range:
+    """How far below the scale that reaches all of a group others are tried."""
+    return (FINER_COMPACT if segment.scaling == "compact" else FINER)[segment.bits]
+
+
 def _groups(numbers: torch.Tensor, segment: Segment) -> tuple[torch.Tensor, torch.Tensor]:
     """``[..., groups, group]``, and which of them are there: the last group may be smaller."""
     missing = segment.groups * segment.group - segment.size
@@ -198,8 +203,7 @@ def _best_scales(groups: tuple[torch.Tensor, torch.Tensor], segment: Segment) ->
     bits = ((high - low) * (1 / top)).contiguous().view(torch.int32) - (exponent << 23)
     reaching = (bits + (1 << 23 - mantissa) - 1 >> 23 - mantissa).clamp(0, largest)
     best_scales, best_zeros, least = reaching, torch.zeros_like(reaching), torch.full_like(low, torch.inf)
-    tried = COARSER_COMPACT if segment.scaling == "compact" else COARSER
-    for below in tried[segment.bits]:
+    for below in tried_scales(segment):
         scales = (reaching - below).clamp(min=0)
         inverse = _read_scales(scales, scales, segment)[0].reciprocal()
         for place in PLACES if segment.scaling != "symmetric" else (0.5,):

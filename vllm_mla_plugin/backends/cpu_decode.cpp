@@ -72,6 +72,10 @@ struct alignas(64) Work {
   Vec query[HEADS][STEPS];
   Vec keys[TILE][STEPS];
   Vec partial[ROWS][TILE];
+#ifdef PIECES
+  Row rows[TILE];
+  float turned[TILE][ROPE + LANES];
+#endif
   float weights[HEADS][TILE];
   Vec output[HEADS][VALUE_STEPS];
   float top[HEADS];    // largest score so far
@@ -138,17 +142,9 @@ void add_values(Work& work) {
 typedef uint8_t Cached;
 constexpr int ROW_LENGTH = ROW;
 
-// A token's numbers but for the latent's mean: it changes all scores of a query by the same, which is nothing to a
-// softmax, and results by itself.
-void read_row(const Cached* row, float* out, int position, const float* means) {
-  widen_row(row, out, STEPS * LANES);
-  if (means) Means(means).add_to(out, position);
-}
 #else
 typedef SCALAR Cached;
 constexpr int ROW_LENGTH = WIDTH;
-
-void read_row(const Cached* row, float* out, int, const float*) { widen(row, out, WIDTH); }
 #endif
 
 // The cache of one sequence.
@@ -163,12 +159,29 @@ struct Pages {
   }
 };
 
+#ifdef PIECES
+// Some tokens' numbers but for the latent's mean: it changes all scores of a query by the same, which is nothing to a
+// softmax, and results by itself.
+void read_rows(Work& work, const Pages& pages, const float* means, int first, int count) {
+  // A step for all tokens at a time, because the processor waits for what has just been written by other vectors.
+  for (int token = 0; token < count; token++) memcpy(work.rows[token].bytes, pages.row(first + token), ROW);
+  for (int token = 0; means && token < count; token++) Means(means).turn(first + token, work.turned[token]);
+  auto numbers = [&](int token) { return reinterpret_cast<float*>(work.keys[token]); };
+  for (int token = 0; token < count; token++) widen_row(work.rows[token].bytes, numbers(token), STEPS * LANES);
+  for (int token = 0; means && token < count; token++)
+    Means(means).add_to(numbers(token), work.turned[token], first + token);
+}
+#else
+void read_rows(Work& work, const Pages& pages, const float*, int first, int count) {
+  for (int token = 0; token < count; token++)
+    widen(pages.row(first + token), reinterpret_cast<float*>(work.keys[token]), WIDTH);
+}
+#endif
+
 void attend(Work& work, const Pages& pages, const float* means, int first, int last) {
   for (; first < last; first += TILE) {
     int count = std::min(TILE, last - first);
-    for (int token = 0; token < count; token++) {
-      read_row(pages.row(first + token), reinterpret_cast<float*>(work.keys[token]), first + token, means);
-    }
+    read_rows(work, pages, means, first, count);
     // No weight of zero removes what another sequence may have left here, should it be NaN.
     memset(work.keys[count], 0, sizeof work.keys[0] * (TILE - count));
     // Pages lie anywhere in memory, which the processor does not foresee.

@@ -19,6 +19,7 @@ from vllm import envs
 from vllm.logger import init_logger
 
 from vllm_mla_plugin.checkpoint.cache_formats import CacheFormat, Piece
+from vllm_mla_plugin.latent_packing import tried_scales
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -133,8 +134,12 @@ def _initialiser(piece: Piece) -> str:
     """Of ``struct Piece``."""
     segment = piece.segment
     planes = ",".join(f"{{{plane.bits},{plane.shift},{plane.offset},{plane.stride}}}" for plane in piece.planes)
-    fields = (piece.first, segment.size, segment.bits, segment.group, segment.scaling.upper(), piece.scales)
-    return f"{{{','.join(map(str, fields))},{piece.zeros},{len(piece.planes)},{{{planes}}}}}"
+    tried = range(0) if segment.bits == 16 else tried_scales(segment)
+    fields = (
+        *(piece.first, segment.size, segment.bits, segment.group, segment.scaling.upper(), piece.scales, piece.zeros),
+        *(tried.stop, tried.step, len(piece.planes), f"{{{planes}}}"),
+    )
+    return f"{{{','.join(map(str, fields))}}}"
 
 
 def run_compiler(recipe: tuple[str, ...], library: Path) -> str | None:

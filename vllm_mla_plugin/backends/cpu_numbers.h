@@ -21,16 +21,18 @@ typedef uint32_t WordVec __attribute__((vector_size(4 * LANES)));
 typedef uint16_t HalfVec __attribute__((vector_size(2 * LANES)));
 typedef uint8_t ByteVec __attribute__((vector_size(LANES)));
 
-// 16 bytes as floats.
-inline Vec floats_of(const uint8_t* in) {
+// 16 bytes, each in a lane.
+inline IntVec lanes_of(const uint8_t* in) {
 #ifdef __AVX512F__  // one instruction, which compilers do not find
-  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in))));
+  return (IntVec)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in)));
 #else
   ByteVec bytes;
   memcpy(&bytes, in, sizeof bytes);
-  return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(bytes, HalfVec), IntVec), Vec);
+  return __builtin_convertvector(__builtin_convertvector(bytes, HalfVec), IntVec);
 #endif
 }
+
+inline Vec floats_of(IntVec numbers) { return __builtin_convertvector(numbers, Vec); }
 
 inline void widen(const float* in, float* out, int count) { memcpy(out, in, sizeof(float) * count); }
 

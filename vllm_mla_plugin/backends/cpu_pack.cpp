@@ -20,7 +20,7 @@ float bounded(float value, float least, float most) { return value > least ? std
 template <int I>
 struct Group {
   static constexpr Piece piece = pieces[I];
-  static constexpr int VECTORS = (std::min(piece.group, piece.size) + LANES - 1) / LANES;
+  static constexpr int VECTORS = vectors_of_group(piece);
   static constexpr int TOP = (1 << piece.bits) - 1;
 
   Vec numbers[VECTORS];
@@ -72,13 +72,15 @@ struct Group {
   }
 };
 
-// Scales that are tried, in steps of their codes below the one that reaches all of a group.
-constexpr int tried(const Piece& piece) {
-  if (piece.scaling == COMPACT) return piece.bits == 2 ? 3 : 2;
-  return piece.bits == 2 ? 4 : piece.bits == 3 ? 3 : piece.bits == 8 ? 1 : 2;
+template <int I>
+float scale_of(int code) {
+  return scales_of(pieces[I], IntVec{} + code)[0];
 }
 
-constexpr int step(const Piece& piece) { return piece.bits == 2 && piece.scaling != COMPACT ? 2 : 1; }
+template <int I>
+float zero_of(int code) {
+  return zeros_of(pieces[I], IntVec{} + code)[0];
+}
 
 template <int I>
 void pack_group(const Group<I>& group, int index, uint8_t* row, uint8_t* codes) {
@@ -95,15 +97,15 @@ void pack_group(const Group<I>& group, int index, uint8_t* row, uint8_t* codes) 
   int reaching = std::clamp((bits + (1 << shift) - 1) >> shift, 0, most);
   int best_scale = reaching, best_zero = 0;
   float least = INFINITY;
-  for (int i = 0; i < tried(piece); i++) {
-    int scale_code = std::max(reaching - i * step(piece), 0);
-    float scale = scale_of(scale_code, compact), inverse = 1 / scale;
+  for (int below = 0; below < piece.tried; below += piece.step) {
+    int scale_code = std::max(reaching - below, 0);
+    float scale = scale_of<I>(scale_code), inverse = 1 / scale;
     for (float place : {0.5f, 0.0f, 1.0f}) {
       if (fixed && place != 0.5f) continue;
       float wanted = place * (TOP - high * inverse) - (1 - place) * (low * inverse);
       int zero_code = compact ? bounded(std::nearbyint(wanted * (8.0f / (TOP + 1)) - 0.5f), 0, 7)
                               : bounded(std::nearbyint(wanted * (256.0f / (TOP + 1))), 0, 255);
-      float error = group.error(scale, zero_of(piece, zero_code));
+      float error = group.error(scale, zero_of<I>(zero_code));
       if (error < least) {
         least = error;
         best_scale = scale_code;
@@ -113,7 +115,7 @@ void pack_group(const Group<I>& group, int index, uint8_t* row, uint8_t* codes) 
   }
   row[piece.scales + index] = compact ? best_scale << 3 | best_zero : best_scale;
   if (piece.scaling == ASYMMETRIC) row[piece.zeros + index] = best_zero;
-  float inverse = 1 / scale_of(best_scale, compact), zero = zero_of(piece, best_zero);
+  float inverse = 1 / scale_of<I>(best_scale), zero = zero_of<I>(best_zero);
   for (int vector = 0; vector < Group<I>::VECTORS; vector++) {
     ByteVec bytes = __builtin_convertvector(__builtin_convertvector(group.codes(vector, inverse, zero), IntVec), ByteVec);
     memcpy(codes + vector * LANES, &bytes, sizeof bytes);
@@ -130,7 +132,7 @@ void pack_pieces(const float* numbers, uint8_t* row) {
       for (int i = 0; i < piece.size; i++) halves[i] = _Float16(bounded(own[i], -LARGEST_HALF, LARGEST_HALF));
       memcpy(row + piece.plane[0].offset, halves, sizeof halves);
     } else {
-      uint8_t codes[groups_of(piece) * piece.group + 8 + SPARE];
+      uint8_t codes[groups_of(piece) * piece.group + 8 + LANES];
       Group<I> group;
       for (int index = 0; index < groups_of(piece); index++) {
         int first = index * piece.group;
@@ -179,10 +181,14 @@ void unpack(const uint8_t* rows, const int64_t* slots, const int64_t* positions,
 #pragma omp parallel for schedule(static)
   for (int64_t token = 0; token < tokens; token++) {
     float numbers[ROOM];
-    widen_row(rows + slots[token] * ROW, numbers, ROOM);
+    Row row = {};
+    memcpy(row.bytes, rows + slots[token] * ROW, ROW);
+    widen_row(row.bytes, numbers, ROOM);
     if (means) {
       Means table(means);
-      table.add_to(numbers, positions[token]);
+      float turned[ROPE + LANES];
+      table.turn(positions[token], turned);
+      table.add_to(numbers, turned, positions[token]);
       for (int i = 0; i < LATENT; i++) numbers[i] += table.latent[i];
     }
     for (int i = 0; i < WIDTH; i++) narrow(numbers[i], output + token * WIDTH + i);

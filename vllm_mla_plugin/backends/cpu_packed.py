@@ -14,6 +14,8 @@ from vllm_mla_plugin.latent_packing import dequantise, mean_at, quantise
 
 STEP = 32
 """Positions from one coarse turn of the rotary keys' mean to the next; ``Means::STEP`` of ``cpu_rows.h``."""
+LANES = 16
+"""Floats of a vector, as in ``cpu_numbers.h``."""
 
 
 def mean_table(mean: torch.Tensor, freqs: torch.Tensor, positions: int) -> torch.Tensor:
@@ -32,9 +34,10 @@ def mean_table(mean: torch.Tensor, freqs: torch.Tensor, positions: int) -> torch
     """
     latent = mean.shape[-1] - 2 * len(freqs)
     others = torch.stack((mean[1], mean[1]))
-    fine = mean_at(others, freqs, torch.arange(STEP))[:, latent:]
+    fine = mean_at(others, freqs, torch.arange(STEP))[:, latent:].unflatten(-1, (2, -1))
     angles = STEP * torch.arange(positions // STEP + 1)[:, None].double() * freqs.double()
-    coarse = torch.cat((angles.cos(), angles.sin()), dim=-1).float()
+    coarse = torch.stack((angles.cos(), angles.sin()), dim=1).float()
+    fine, coarse = (torch.nn.functional.pad(x, (0, -len(freqs) % LANES)) for x in (fine, coarse))
     return torch.cat([part.flatten() for part in (mean[0] - mean[1], mean[1, :latent], fine, coarse)]).contiguous()
 
 

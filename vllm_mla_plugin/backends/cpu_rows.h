@@ -5,6 +5,7 @@
 #pragma once
 
 #include <algorithm>
+#include <utility>
 
 #include "cpu_numbers.h"
 
@@ -19,73 +20,98 @@ struct Plane {
 struct Piece {
   int first, size, bits, group;
   Scaling scaling;
-  int scales, zeros, planes;
+  int scales, zeros;
+  int tried, step;  // scales below the one that reaches all of a group: up to `tried`, every `step`
+  int planes;
   Plane plane[2];
 };
 
 constexpr Piece pieces[] = {PIECES};
 constexpr int PIECE_COUNT = sizeof pieces / sizeof pieces[0];
-constexpr int SPARE = 64;  // bytes beyond a row, and beyond codes, that vectors may touch
-typedef uint16_t Words __attribute__((vector_size(64)));
+constexpr int MARGIN = LANES;
+
+// A copy of a row that vectors may read beyond.
+struct alignas(64) Row {
+  uint8_t before[64];
+  uint8_t bytes[ROW];
+  uint8_t after[MARGIN];
+};
 
 constexpr int groups_of(const Piece& piece) { return (piece.size + piece.group - 1) / piece.group; }
+constexpr int vectors_of_group(const Piece& piece) { return (std::min(piece.group, piece.size) + LANES - 1) / LANES; }
 
-// A float without a sign (e5m3, or e4m1 in the upper bits): to float32 by moving its bits.
-inline float scale_of(uint32_t code, bool compact) {
-  uint32_t word = compact ? (code << 22) + (118u << 23) : (code << 20) + (107u << 23);
-  float scale;
-  memcpy(&scale, &word, sizeof scale);
-  return scale;
+// Floats without a sign (e5m3, or e4m1 where compact): to float32 by moving their bits.
+inline Vec scales_of(const Piece& piece, IntVec codes) {
+  IntVec words = piece.scaling == COMPACT ? (codes << 22) + (118 << 23) : (codes << 20) + (107 << 23);
+  Vec scales;
+  memcpy(&scales, &words, sizeof scales);
+  return scales;
 }
 
-inline float zero_of(const Piece& piece, int code) {
-  if (piece.scaling == SYMMETRIC) return ((1 << piece.bits) - 1) * 0.5f;
-  if (piece.scaling == ASYMMETRIC) return code * ((1 << piece.bits) / 256.0f);
-  return (code + 0.5f) * ((1 << piece.bits) / 8.0f);
+inline Vec zeros_of(const Piece& piece, IntVec codes) {
+  if (piece.scaling == SYMMETRIC) return Vec{} + ((1 << piece.bits) - 1) * 0.5f;
+  if (piece.scaling == ASYMMETRIC) return floats_of(codes) * ((1 << piece.bits) / 256.0f);
+  return (floats_of(codes) + 0.5f) * ((1 << piece.bits) / 8.0f);
 }
 
-// Scale and zero of a group.
-inline void read_scale(const Piece& piece, const uint8_t* row, int group, float& scale, float& zero) {
-  int code = row[piece.scales + group];
-  scale = scale_of(piece.scaling == COMPACT ? code >> 3 : code, piece.scaling == COMPACT);
-  zero = zero_of(piece, piece.scaling == COMPACT ? code & 7 : piece.scaling == ASYMMETRIC ? row[piece.zeros + group] : 0);
-}
-
-// The codes of a piece, a byte each; row and codes have SPARE bytes beyond their end.
-template <int I>
-const uint8_t* take_codes(const uint8_t* row, uint8_t* codes) {
-  constexpr Piece piece = pieces[I];
-  if (piece.bits == 8) return row + piece.plane[0].offset;
-  for (int p = 0; p < piece.planes; p++) {
-    const Plane plane = piece.plane[p];
-    uint8_t upper[piece.size + 2 * SPARE];
-    uint8_t* target = p ? upper : codes;
-    const uint16_t mask = ((1 << plane.bits) - 1) * 0x0101;
-    // What a vector writes beyond the plane's end, the next one overwrites.
-    for (int shift = 0, first = 0; shift < 8; shift += plane.bits, first += plane.stride) {
-      for (int i = 0; i < plane.stride && first + i < piece.size; i += SPARE) {
-        Words words;
-        memcpy(&words, row + plane.offset + i, sizeof words);
-        words = (words >> shift) & mask;
-        memcpy(target + first + i, &words, sizeof words);
-      }
-    }
-    if (p) {
-      for (int i = 0; i < piece.size; i += SPARE) {
-        Words low, high;
-        memcpy(&low, codes + i, sizeof low);
-        memcpy(&high, upper + i, sizeof high);
-        low |= high << plane.shift;
-        memcpy(codes + i, &low, sizeof low);
-      }
-    }
+// Of all groups of a piece: the scale, and the scale times the zero.
+inline void read_scales(const Piece& piece, const uint8_t* row, Vec* scales, Vec* offsets) {
+  for (int i = 0; i < groups_of(piece); i += LANES) {
+    IntVec codes = lanes_of(row + piece.scales + i), zeros = codes & 7;
+    if (piece.scaling == COMPACT) codes >>= 3;
+    if (piece.scaling == ASYMMETRIC) zeros = lanes_of(row + piece.zeros + i);
+    scales[i / LANES] = scales_of(piece, codes);
+    offsets[i / LANES] = scales[i / LANES] * zeros_of(piece, zeros);
   }
-  return codes;
 }
 
-// The numbers of a piece and of those after it; `room` floats may be written to in all.
-template <int I>
-void widen_pieces(const uint8_t* row, float* out, int room) {
+// A vector, or as much of it as there is room for.
+inline void store(const Vec& numbers, float* out, int room) {
+  if (room >= LANES) memcpy(out, &numbers, sizeof numbers);
+  else memcpy(out, &numbers, sizeof(float) * room);
+}
+
+// What a plane knows of the codes of 16 numbers of a piece, from the N-th on.
+template <int I, int P, int N>
+inline IntVec bits_of(const uint8_t* row) {
+  constexpr Plane plane = pieces[I].plane[P];
+  constexpr int last = std::min((N + LANES - 1) / plane.stride, 8 / plane.bits - 1);
+  const IntVec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  IntVec found = {};
+  // Most vectors lie in one slice of the plane: numbers that are shifted alike.
+  for (int slice = N / plane.stride; slice <= last; slice++) {
+    IntVec own = lanes_of(row + plane.offset + N - slice * plane.stride) >> (slice * plane.bits);
+    found = slice == N / plane.stride ? own : lane < slice * plane.stride - N ? found : own;
+  }
+  return (found & ((1 << plane.bits) - 1)) << plane.shift;
+}
+
+// The V-th vector of a piece; each group begins a new one.
+template <int I, int V>
+inline void widen_vector(const uint8_t* row, const Vec* scales, const Vec* offsets, float* out, int room) {
+  constexpr Piece piece = pieces[I];
+  constexpr int each = vectors_of_group(piece), group = V / each, first = group * piece.group + V % each * LANES;
+  if constexpr (first < piece.size) {
+    IntVec codes = bits_of<I, 0, first>(row);
+    if constexpr (piece.planes == 2) codes |= bits_of<I, 1, first>(row);
+    const float scale = scales[group / LANES][group % LANES], offset = offsets[group / LANES][group % LANES];
+    // Beyond the group's end, vectors write what is overwritten by what comes next.
+    store(floats_of(codes) * scale - offset, out + piece.first + first, room - piece.first - first);
+  }
+}
+
+template <int I, int... V>
+inline void widen_vectors(const uint8_t* row, float* out, int room, std::integer_sequence<int, V...>) {
+  constexpr int count = (groups_of(pieces[I]) + LANES - 1) / LANES;
+  Vec scales[count], offsets[count];
+  read_scales(pieces[I], row, scales, offsets);
+  (widen_vector<I, V>(row, scales, offsets, out, room), ...);
+}
+
+// The numbers of a row from the I-th piece on, without the mean. MARGIN bytes before and after the row are read too, and
+// `room` floats may be written to.
+template <int I = 0>
+inline void widen_row(const uint8_t* row, float* out, int room) {
   if constexpr (I < PIECE_COUNT) {
     constexpr Piece piece = pieces[I];
     if constexpr (piece.bits == 16) {
@@ -93,31 +119,11 @@ void widen_pieces(const uint8_t* row, float* out, int room) {
       memcpy(halves, row + piece.plane[0].offset, sizeof halves);
       for (int i = 0; i < piece.size; i++) out[piece.first + i] = float(halves[i]);
     } else {
-      alignas(64) uint8_t buffer[piece.size + 2 * SPARE];
-      const uint8_t* codes = take_codes<I>(row, buffer);
-      for (int group = 0; group < groups_of(piece); group++) {
-        float scale, zero;
-        read_scale(piece, row, group, scale, zero);
-        const float offset = zero * scale;
-        int first = group * piece.group, last = std::min(first + piece.group, piece.size);
-        for (int i = first; i < last; i += LANES) {
-          Vec numbers = floats_of(codes + i) * scale - offset;
-          // Beyond the group's end, vectors write what is overwritten by what comes next.
-          int count = std::min(LANES, room - piece.first - i);
-          memcpy(out + piece.first + i, &numbers, sizeof(float) * count);
-        }
-      }
+      constexpr int vectors = groups_of(piece) * vectors_of_group(piece);
+      widen_vectors<I>(row, out, room, std::make_integer_sequence<int, vectors>());
     }
-    widen_pieces<I + 1>(row, out, room);
+    widen_row<I + 1>(row, out, room);
   }
-}
-
-// The numbers of a row, without the mean; `room` floats may be written to.
-inline void widen_row(const uint8_t* packed, float* out, int room) {
-  alignas(64) uint8_t row[ROW + SPARE];
-  memcpy(row, packed, ROW);
-  memset(row + ROW, 0, SPARE);
-  widen_pieces<0>(row, out, room);
 }
 
 // Where the mean of a layer's numbers is known from; see MeanTable in cpu_packed.py.
@@ -125,21 +131,32 @@ struct Means {
   static constexpr int STEP = 32;  // positions from one coarse turn to the next
   const float* first;              // [LATENT + ROPE], what the first token's mean is more than the others'
   const float* latent;             // [LATENT]
-  const float* fine;               // [STEP, ROPE], the rotary key's mean turned by 0 ... STEP - 1 positions
-  const float* coarse;             // [positions / STEP, ROPE], cosines and sines of STEP positions each
+  const float* fine;               // [STEP, 2, PADDED], the rotary key's mean turned by 0 ... STEP - 1 positions
+  const float* coarse;             // [positions / STEP, 2, PADDED], cosines and sines of STEP positions each
+  static constexpr int HALF = ROPE / 2;
+  static constexpr int PADDED = (HALF + LANES - 1) / LANES * LANES;  // with zeros
 
   explicit Means(const float* table)
-      : first(table), latent(first + LATENT + ROPE), fine(latent + LATENT), coarse(fine + STEP * ROPE) {}
+      : first(table), latent(first + LATENT + ROPE), fine(latent + LATENT), coarse(fine + 2 * STEP * PADDED) {}
 
-  // Add the rotary key's mean at a position, and all that the first token has more.
-  void add_to(float* numbers, int64_t position) const {
-    constexpr int HALF = ROPE / 2;
-    const float* __restrict mean = fine + position % STEP * ROPE;
-    const float* __restrict cosines = coarse + position / STEP * ROPE;
-    const float* __restrict sines = cosines + HALF;
-    float* __restrict rotary = numbers + LATENT;
-    for (int i = 0; i < HALF; i++) rotary[i] += cosines[i] * mean[i] - sines[i] * mean[HALF + i];
-    for (int i = 0; i < HALF; i++) rotary[HALF + i] += cosines[i] * mean[HALF + i] + sines[i] * mean[i];
+  // The rotary key's mean at a position, [ROPE]; `out` has room for LANES floats more.
+  void turn(int64_t position, float* out) const {
+    const float* mean = fine + position % STEP * 2 * PADDED;
+    const float* turn = coarse + position / STEP * 2 * PADDED;
+    auto part = [](const float* in) {
+      Vec vec;
+      memcpy(&vec, in, sizeof vec);
+      return vec;
+    };
+    for (int i = 0; i < HALF; i += LANES)
+      store(part(turn + i) * part(mean + i) - part(turn + PADDED + i) * part(mean + PADDED + i), out + i, LANES);
+    for (int i = 0; i < HALF; i += LANES)
+      store(part(turn + i) * part(mean + PADDED + i) + part(turn + PADDED + i) * part(mean + i), out + HALF + i, LANES);
+  }
+
+  // Add the turned mean, and all that the first token has more.
+  void add_to(float* numbers, const float* turned, int64_t position) const {
+    for (int i = 0; i < ROPE; i++) numbers[LATENT + i] += turned[i];
     if (position == 0)
       for (int i = 0; i < LATENT + ROPE; i++) numbers[i] += first[i];
   }

@@ -16,13 +16,13 @@ or write it as text, which is also its name: ``CacheFormat.parse("64x4g32+144x2g
 
 In ``config.json``, the field ``latent_cache`` holds what
 :func:`vllm_mla_plugin.checkpoint.latent_cache.latent_cache_json` returns. With a mean that is taken out (the default),
-each layer has ``self_attn.cache_mean``, ``[2, kv_lora_rank + qk_rope_head_dim]`` float32: the means
-of what ``kv_a_proj_with_mqa`` gives (the rotary key before RoPE), of tokens at position 0 and of all others. The first
-token has its own because many models attend to it from everywhere, and what it caches hardly depends on the text: on
-SmolLM2 with all of its cache in 4 bits, its own mean takes three quarters of the divergence from 16 bits away.
+each layer has ``self_attn.cache_mean``, ``[2, kv_lora_rank + qk_rope_head_dim]`` float32: the means of what
+``kv_a_proj_with_mqa`` gives (the rotary key before RoPE), of tokens at position 0 and of all others. The first token
+has its own because many models attend to it from everywhere, and what it caches hardly depends on the text: on SmolLM2
+with all of its cache in 4 bits, its own mean takes three quarters of the divergence from 16 bits away.
 
 How a group of codes ``0 ... 2**bits - 1`` is read: ``scale * (code - zero)``. The scale is a float of 8 bits without a
-sign: on SmolLM2's latents it costs 2.5% more squared error than a scale and a minimum in float16, at half the bytes.
+sign: on SmolLM2's latents it costs 3% more squared error than a scale and a minimum in float16, at half the bytes.
 
 ============ ============================ =========================================== ============
 scaling      scale                        zero                                        bytes
