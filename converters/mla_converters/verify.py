@@ -19,21 +19,13 @@ from mla_converters.checkpoints.tokenizer_check import tokenizer_difference
 from mla_converters.errors import ConversionError
 from mla_converters.evaluation.run import compare
 from mla_converters.options import VerifyOptions
+from mla_converters.proof import PROBE
 from mla_converters.reports.conversion import WRITER, ConversionReport
 from mla_converters.reports.verification import Check, Verification
 
 EXACT_KL = 0.01  # nats per token; a lossless conversion differs by rounding alone
 LEAST_AGREEMENT = 0.1  # share of equal likeliest tokens; below, the predictions have nothing to do with the source's
 SHOWN = 5  # number of a check's problems that are named
-SAMPLE = """\
-The lighthouse stood at the end of a narrow path, and for most of the year nobody walked there. In winter the waves
-reached the lower windows; in summer the grass grew as high as the door. The keeper wrote down the weather every
-morning, the ships that passed, and the hours in which the lamp had burned. When the lamp was replaced by an electric
-one, the letters he sent to the town became shorter, and in the end they held nothing but the date and his name. Years
-later a student found the books in the cellar of the town hall. She counted the ships, compared them with the records
-of three harbours, and showed that the keeper had missed only four vessels in twenty-six years. Two of them had passed
-in fog. The other two, as far as anybody knows, had never existed.
-"""
 
 
 def verify(folder: Path, options: VerifyOptions | None = None) -> Verification:
@@ -111,7 +103,7 @@ def _tokenizer(
         return Check(name=name, problems=[str(error)]), []
     difference = tokenizer_difference(expected, tokenizer) if reference else None
     problems = [f"differs from the source's: {difference}"] if difference else []
-    ids = expected(SAMPLE).input_ids
+    ids = expected(PROBE).input_ids
     if max(ids, default=0) >= vocab_size:
         return Check(name=name, problems=[*problems, f"gives ids beyond the vocabulary of {vocab_size} tokens"]), []
     detail = f"cuts the sample into {len(ids)} tokens{', as the source does' if reference else ''}"

@@ -29,7 +29,8 @@ from support.models import MIXTRAL_EXPERTS, QWEN3_EXPERTS, RandomModel, load
 from transformers import AutoModelForCausalLM
 
 from mla_converters.cli.main import main
-from mla_converters.verify import SAMPLE, verify
+from mla_converters.proof import PROBE
+from mla_converters.verify import verify
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "60"))
 SOUND = 1e4  # largest logit of a sound source; one with larger logits, or NaN, overflows before it is converted
@@ -342,7 +343,7 @@ def logits(folder: Path) -> torch.Tensor | None:
         model = load(folder)
     except Exception:  # it may raise anything
         return None
-    ids = torch.tensor([ord(character) for character in SAMPLE])[None, : model.config.max_position_embeddings]
+    ids = torch.tensor([ord(character) for character in PROBE])[None, : model.config.max_position_embeddings]
     return model(ids % model.config.vocab_size).logits
 
 
