@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.commands import Refused, contents, convert, running, vllm_mla, wait_for
+from support.commands import BIN, Refused, contents, convert, running, vllm_mla, wait_for
 from support.files import CALIBRATION
 from support.models import RandomModel
 
@@ -50,7 +50,7 @@ def test_empty_folder(source: Path, expected: dict[str, bytes], tmp_path: Path) 
 
 
 def test_current_folder(source: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
-    command = ["vllm-mla", "convert", str(source), ".", *EXACT]
+    command = [BIN / "vllm-mla", "convert", str(source), ".", *map(str, EXACT)]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     assert contents(tmp_path) == expected
 
