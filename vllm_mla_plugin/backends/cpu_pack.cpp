@@ -16,6 +16,16 @@ constexpr int LARGEST = 1 << 20, LARGEST_HALF = 65504;
 
 float bounded(float value, float least, float most) { return value > least ? std::min(value, most) : least; }
 
+// All lanes of a vector made one, in steps that halve them: fewer wait for each other than lane after lane.
+template <typename Join>
+float joined(const Vec& vec, Join join) {
+  float parts[LANES];
+  memcpy(parts, &vec, sizeof vec);
+  for (int half = LANES / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) parts[i] = join(parts[i], parts[i + half]);
+  return parts[0];
+}
+
 // Numbers of a group, in whole vectors filled up with the first one; `there` is 1 where a number is its own.
 template <int I>
 struct Group {
@@ -39,11 +49,8 @@ struct Group {
       least = vec < least ? vec : least;
       most = vec > most ? vec : most;
     }
-    low = high = 0;  // codes reach 0 too
-    for (int lane = 0; lane < LANES; lane++) {
-      low = std::min(low, least[lane]);
-      high = std::max(high, most[lane]);
-    }
+    low = std::min(0.0f, joined(least, [](float a, float b) { return std::min(a, b); }));  // codes reach 0 too
+    high = std::max(0.0f, joined(most, [](float a, float b) { return std::max(a, b); }));
     if (piece.scaling == SYMMETRIC) {
       high = std::max(-low, high);
       low = -high;
@@ -66,9 +73,7 @@ struct Group {
       Vec difference = (codes(vector, inverse, zero) - zero) * scale - numbers[vector];
       sum += difference * difference * there[vector];
     }
-    float total = 0;
-    for (int lane = 0; lane < LANES; lane++) total += sum[lane];
-    return total;
+    return joined(sum, [](float a, float b) { return a + b; });
   }
 };
 
