@@ -5,6 +5,7 @@ In a real model such steps grow from layer to layer, so only small random models
 """
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,9 @@ from support.models import RandomModel, load
 from support.packed import pack_checkpoint
 from transformers import AutoTokenizer
 
+from vllm_mla_plugin import backends
 from vllm_mla_plugin.checkpoint.cache_formats import CacheFormat
+from vllm_mla_plugin.packed_attention import served_format
 
 FORMATS = [
     CacheFormat.parse(spec)
@@ -118,6 +121,20 @@ def test_cache_dtype(tiny: Path) -> None:
     assert run_engine(tiny, PROMPTS, engine=engine, **JOB)["kv_tokens"] == pytest.approx(CAPACITY / (3 * 384), rel=1e-3)
     with pytest.raises(AssertionError, match=r"This checkpoint's cache is packed .* so it is not kept as fp8 too"):
         run_engine(tiny, PROMPTS, engine=ENGINE | {"kv_cache_dtype": "fp8"}, **JOB)
+
+
+def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What does not serve packed rows says so, and how to go on."""
+    monkeypatch.setattr(backends, "current_platform", SimpleNamespace(is_cpu=lambda: False))
+    with pytest.raises(ValueError, match=r"Only CPUs serve .*mla_96x4g32_48x5g16.* --hf-overrides"):
+        backends.select_backend(96, 96, FORMATS[2])
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(hf_text_config=SimpleNamespace(cache_format=FORMATS.__getitem__), dtype=None),
+        cache_config=SimpleNamespace(cache_dtype="auto"),
+        parallel_config=SimpleNamespace(decode_context_parallel_size=2),
+    )
+    with pytest.raises(ValueError, match="Decode context parallelism does not take a packed cache yet"):
+        served_format(config, 0)
 
 
 def test_real_model(packed: Path) -> None:

@@ -59,11 +59,15 @@ inline void narrow(float value, Bfloat16* out) {  // to nearest, ties to even
 }
 
 #ifdef __FLT16_MAX__
+typedef _Float16 Half;
+
 inline void widen(const _Float16* in, float* out, int count) {
   for (int i = 0; i < count; i++) out[i] = float(in[i]);
 }
 
 inline void narrow(float value, _Float16* out) { *out = _Float16(value); }
+#else
+struct Half;  // this compiler has none: a format or model that needs it is left to torch
 #endif
 
 }  // namespace

@@ -133,8 +133,8 @@ void pack_pieces(const float* numbers, uint8_t* row) {
     constexpr Piece piece = pieces[I];
     const float* own = numbers + piece.first;
     if constexpr (piece.bits == 16) {
-      _Float16 halves[piece.size];
-      for (int i = 0; i < piece.size; i++) halves[i] = _Float16(bounded(own[i], -LARGEST_HALF, LARGEST_HALF));
+      typename Number<I>::type halves[piece.size];
+      for (int i = 0; i < piece.size; i++) narrow(bounded(own[i], -LARGEST_HALF, LARGEST_HALF), halves + i);
       memcpy(row + piece.plane[0].offset, halves, sizeof halves);
     } else {
       uint8_t codes[groups_of(piece) * piece.group + 8 + LANES];

@@ -108,6 +108,12 @@ inline void widen_vectors(const uint8_t* row, float* out, int room, std::integer
   (widen_vector<I, V>(row, scales, offsets, out, room), ...);
 }
 
+// Named so, compilers look at the type for the pieces that need it only.
+template <int I>
+struct Number {
+  typedef Half type;
+};
+
 // The numbers of a row from the I-th piece on, without the mean. MARGIN bytes before and after the row are read too, and
 // `room` floats may be written to.
 template <int I = 0>
@@ -115,9 +121,9 @@ inline void widen_row(const uint8_t* row, float* out, int room) {
   if constexpr (I < PIECE_COUNT) {
     constexpr Piece piece = pieces[I];
     if constexpr (piece.bits == 16) {
-      _Float16 halves[piece.size];
+      typename Number<I>::type halves[piece.size];
       memcpy(halves, row + piece.plane[0].offset, sizeof halves);
-      for (int i = 0; i < piece.size; i++) out[piece.first + i] = float(halves[i]);
+      widen(halves, out + piece.first, piece.size);
     } else {
       constexpr int vectors = groups_of(piece) * vectors_of_group(piece);
       widen_vectors<I>(row, out, room, std::make_integer_sequence<int, vectors>());
