@@ -33,9 +33,12 @@ def as_family(source: Path, model_type: str, folder: Path, experts: int = 2, gat
             if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
                 tensors[name.replace("weight", "bias")] = torch.zeros(len(tensor))
     if family.experts is not None:
-        # Families call the same fields by different names.
-        config |= {"num_local_experts": experts, "num_experts": experts, "num_experts_per_tok": 2}
-        config |= {"moe_intermediate_size": config["intermediate_size"], "norm_topk_prob": True}
+        # Families call the same fields by different names. Mixtral always does what norm_topk_prob asks for.
+        if model_type == "mixtral":
+            config |= {"num_local_experts": experts, "num_experts_per_tok": 2}
+        else:
+            config |= {"num_experts": experts, "num_experts_per_tok": 2, "norm_topk_prob": True}
+            config["moe_intermediate_size"] = config["intermediate_size"]
         for layer in range(config["num_hidden_layers"]):
             prefix = f"model.layers.{layer}."
             for part, projection in zip(("gate", "up", "down"), family.experts.projections, strict=True):
