@@ -100,7 +100,8 @@ def _convert(
         job = Job(source, options, budget, calibration, options.seed, device, work, progress)
         prepared = method.prepare(job)
         dtype = DTYPES[options.dtype] if options.dtype else None
-        shards = Shards(work.model, planned_tensors(source, prepared.budgets, nope_dim, dtype))
+        format = prepared.cache_format
+        shards = Shards(work.model, planned_tensors(source, prepared.budgets, nope_dim, dtype, format))
         measured = _write_weights(source, prepared, shards, work.record("layers"), device, progress)
     except torch.linalg.LinAlgError as error:
         raise ConversionError(
@@ -116,7 +117,7 @@ def _convert(
             "warnings": warnings + prepared.warnings,
         }
     )
-    config = mla_config(source, prepared.budget, sizes, nope_dim, context, dtype_name)
+    config = mla_config(source, prepared.budget, sizes, nope_dim, context, dtype_name, format)
     return prove_and_describe(source, work.model, config, report, device)
 
 

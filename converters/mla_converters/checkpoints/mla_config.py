@@ -5,6 +5,8 @@ from typing import Any
 from mla_converters.checkpoints.config_keys import DUAL_CHUNK
 from mla_converters.checkpoints.source import Source
 from mla_converters.latent.cache_size import CacheBudget
+from vllm_mla_plugin.checkpoint.cache_formats import CacheFormat
+from vllm_mla_plugin.checkpoint.latent_cache import latent_cache_json
 
 # dtype's older name; fields about sliding windows, which a converted model never has; and an attention that it has not.
 STALE = ("torch_dtype", "layer_types", "max_window_layers", DUAL_CHUNK)
@@ -21,7 +23,13 @@ def per_layer_sizes(budgets: list[CacheBudget]) -> dict[str, list[int]]:
 
 
 def mla_config(
-    source: Source, budget: CacheBudget, sizes: dict[str, list[int]], nope_dim: int, context: int, dtype: str
+    source: Source,
+    budget: CacheBudget,
+    sizes: dict[str, list[int]],
+    nope_dim: int,
+    context: int,
+    dtype: str,
+    format: CacheFormat | None = None,
 ) -> dict[str, Any]:
     """The configuration, all but the report.
 
@@ -32,6 +40,7 @@ def mla_config(
         nope_dim: ``qk_nope_head_dim``.
         context: the longest that the converted model takes, in tokens.
         dtype: of the weights.
+        format: the packed format of every layer's cache; None if it is not packed.
     """
     kept = {name: value for name, value in source.raw_config.items() if not name.startswith("_") and name not in STALE}
     if "attention_bias" in kept:  # which Mistral ignores, and an MLA model would not
@@ -52,4 +61,5 @@ def mla_config(
         "softmax_scale": source.softmax_scale,
         "converted_rope_parameters": dict(source.config.rope_parameters),
         **sizes,
+        **({} if format is None else {"latent_cache": latent_cache_json([format])}),
     }

@@ -103,7 +103,7 @@ def latent_attention(
     Args:
         q: ``[windows, H, queries, n + r]`` before RoPE; the last ``r`` components get rotated.
         k_nope, v: ``[windows, g or H, tokens, n]`` and ``[windows, g or H, tokens, d]``, one per KV or query head.
-        k_rope: ``[windows, tokens, r]``, before RoPE, shared by all heads.
+        k_rope: ``[windows, tokens, r]``, after RoPE, shared by all heads.
         freqs: ``[r / 2]`` radians per position.
         scale: factor on the scores.
         positions: ``[queries]``, the tokens that are queries, ascending, on CPU; None for all tokens.
@@ -113,5 +113,5 @@ def latent_attention(
     """
     nope_dim = k_nope.shape[-1]
     q = torch.cat((q[..., :nope_dim], rotate(q[..., nope_dim:], freqs, positions)), dim=-1)
-    k_rope = rotate(k_rope, freqs)[:, None].expand(-1, k_nope.shape[1], -1, -1)
+    k_rope = k_rope[:, None].expand(-1, k_nope.shape[1], -1, -1)
     return _causal(q, torch.cat((k_nope, k_rope), dim=-1), v, scale, positions)

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 from mla_converters.errors import ConversionError
-from vllm_mla_plugin.checkpoint.layouts import VLLM_LAYOUTS
+from mla_converters.options.convert import DEFAULT_CACHE_RATIO
+from vllm_mla_plugin.checkpoint.layouts import MAX_PREFILL_HEAD_SIZE, VLLM_LAYOUTS
 
-DEFAULT_CACHE_RATIO = 0.5
 SPLITS = (1 / 4, 1 / 3, 5 / 12, 1 / 2, 7 / 12)  # shares of the cache that a search gives to the rotary key
 
 
@@ -72,6 +72,19 @@ def resolve_budget(
             f"{rope} of them are rotary, so --kv-lora-rank can be 1 to {largest}."
         )
     return CacheBudget(rank, rope)
+
+
+def candidate_ropes(kv_heads: int, head_dim: int) -> list[int]:
+    """Widths of the rotary key that a search for a packed format compares.
+
+    Each is about ``sqrt(2)`` times the next. GPUs serve all of them: prefill limits the sum of both parts of a head.
+
+    Args:
+        kv_heads, head_dim: ``g`` and ``d`` of the source.
+    """
+    widest = min(kv_heads * head_dim, max(head_dim, MAX_PREFILL_HEAD_SIZE - head_dim))
+    steps = (round(widest / 2 ** (step / 2)) for step in range(8))
+    return sorted({max(2, width - width % (8 if width >= 16 else 2)) for width in steps})
 
 
 def candidate_budgets(kv_heads: int, head_dim: int, budget: CacheBudget) -> list[CacheBudget]:

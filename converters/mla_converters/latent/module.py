@@ -3,8 +3,10 @@
 import torch
 from torch import nn
 
-from mla_converters.latent.attention import latent_attention
+from mla_converters.latent.attention import latent_attention, rotate
+from vllm_mla_plugin.checkpoint.cache_formats import CacheFormat
 from vllm_mla_plugin.checkpoint.query_norm import norm_queries
+from vllm_mla_plugin.latent_packing import mean_at, round_trip, take_mean_out
 
 PROJECTIONS = ("q_proj", "k_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
 
@@ -18,9 +20,11 @@ class LatentAttention(nn.Module):
         scale: factor on the scores.
         device, dtype: the device and the dtype of the computation.
         qk_norm_eps: ``eps`` of the norm of queries and keys; None for a model without QK-norm.
+        cache_format: the packed format through which all tokens are read; None for a cache that rounds nothing.
     """
 
     rope_freqs: torch.Tensor
+    cache_mean: torch.Tensor | None
 
     def __init__(
         self,
@@ -31,6 +35,7 @@ class LatentAttention(nn.Module):
         dtype: torch.dtype = torch.float32,
         *,
         qk_norm_eps: float | None = None,
+        cache_format: CacheFormat | None = None,
     ) -> None:
         super().__init__()
         self.heads = heads
@@ -56,6 +61,9 @@ class LatentAttention(nn.Module):
             self.k_norm = nn.RMSNorm(self.v_dim, eps=qk_norm_eps, device="meta")
             self.k_norm.weight = nn.Parameter(weights["k_norm.weight"].detach().to(device, dtype, copy=True))
         self.register_buffer("rope_freqs", weights["rope_freqs"].to(device, torch.float32, copy=True))
+        self.cache_format = cache_format
+        mean = weights.get("cache_mean")
+        self.register_buffer("cache_mean", None if mean is None else mean.to(device, torch.float32, copy=True))
 
     def forward(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
         """Compute the attention's output from normed inputs ``[windows, tokens, D]``.
@@ -69,15 +77,45 @@ class LatentAttention(nn.Module):
         """
         q = self.q_proj(x if positions is None else x[:, positions]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         if self.qk_norm_eps is not None:
-            # In float32, as transformers computes norms.
-            k = self.k_norm(self.k_proj(x).float().unflatten(-1, (-1, self.v_dim))).flatten(-2)
-            x = torch.cat((k, x), dim=-1)
             q = norm_queries(q.float(), self.v_dim, self.nope_dim, self.qk_norm_eps)
-        latent, k_rope = self.kv_a_proj_with_mqa(x).split([self.latent_dim, self.rope_dim], dim=-1)
+        latent, k_rope = self._read(self._to_cache(x))
         kv = self.kv_b_proj(latent).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k_nope, v = kv.split([self.nope_dim, self.v_dim], dim=-1)
         output = latent_attention(q, k_nope, k_rope, v, self.rope_freqs, self.scale, positions)
         return self.o_proj(output.transpose(1, 2).flatten(2))
+
+    @torch.inference_mode()
+    def measure_mean(self, x: torch.Tensor) -> None:
+        """Set ``cache_mean`` to the means over normed inputs ``[windows, tokens, D]``, if the format takes one out."""
+        if self.cache_format is not None and self.cache_format.mean:
+            cached = self._to_cache(x).float()
+            others = cached[:, 1:].mean((0, 1)) if cached.shape[1] > 1 else cached[:, 0].mean(0)
+            self.cache_mean = torch.stack((cached[:, 0].mean(0), others))
+
+    def _to_cache(self, x: torch.Tensor) -> torch.Tensor:
+        """The numbers to cache ``[windows, tokens, R + r]``, before RoPE, with their mean."""
+        if self.qk_norm_eps is not None:
+            # In float32, as transformers computes norms.
+            k = self.k_norm(self.k_proj(x).float().unflatten(-1, (-1, self.v_dim))).flatten(-2)
+            x = torch.cat((k, x), dim=-1)
+        return self.kv_a_proj_with_mqa(x)
+
+    def _read(self, cached: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The latent and the rotated key as attention reads them from the cache."""
+        sizes = [self.latent_dim, self.rope_dim]
+        if self.cache_format is None:
+            latent, k_rope = cached.split(sizes, dim=-1)
+            return latent, rotate(k_rope, self.rope_freqs)
+        positions = torch.arange(cached.shape[1], device=cached.device)
+        numbers = cached.float()
+        if self.cache_mean is not None:
+            numbers = take_mean_out(numbers, self.cache_mean, positions)
+        latent, k_rope = numbers.split(sizes, dim=-1)
+        numbers = round_trip(torch.cat((latent, rotate(k_rope, self.rope_freqs)), dim=-1), self.cache_format)
+        if self.cache_mean is not None:
+            numbers = numbers + mean_at(self.cache_mean, self.rope_freqs, positions)
+        latent, k_rope = numbers.to(cached).split(sizes, dim=-1)
+        return latent, k_rope
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The projections and ``rope_freqs`` under the checkpoint's names, detached, on CPU."""

@@ -21,6 +21,7 @@ class LayerMoments:
         self.head_dim = head_dim
         self.tokens = 0
         self._kv = torch.zeros(width, width, dtype=torch.float64, device=device)
+        self._sum = torch.zeros(width, dtype=torch.float64, device=device)
 
     def add(self, k: torch.Tensor, v: torch.Tensor) -> None:
         """Add some tokens.
@@ -30,6 +31,7 @@ class LayerMoments:
         """
         kv = torch.cat((k, v), dim=-1).flatten(0, -2)
         self._kv += (kv.mT @ kv).double()
+        self._sum += kv.sum(0, dtype=torch.float64)
         self.tokens += kv.shape[0]
 
     def corrected(self, biased: "LayerMoments", true: "LayerMoments") -> "LayerMoments":
@@ -47,3 +49,9 @@ class LayerMoments:
     def kv(self) -> torch.Tensor:
         """``E [k; v][k; v]ᵀ``, ``[2 * g * d, 2 * g * d]`` float64."""
         return self._kv / self.tokens
+
+    @property
+    def covariance(self) -> torch.Tensor:
+        """Second moments around the mean, ``[2 * g * d, 2 * g * d]`` float64."""
+        mean = self._sum / self.tokens
+        return self.kv - torch.outer(mean, mean)

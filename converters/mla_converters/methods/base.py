@@ -7,12 +7,13 @@ from rich.progress import Progress
 
 from mla_converters.checkpoints.shape import Shape
 from mla_converters.checkpoints.source import Source
-from mla_converters.latent.cache_size import CacheBudget, resolve_budget
+from mla_converters.latent.cache_size import CacheBudget
 from mla_converters.methods.layer_conversion import LayerConversion
 from mla_converters.options import CacheSizes, MethodOptions
 from mla_converters.reports.conversion import Search
 from mla_converters.resume.work_folder import Work
 from mla_converters.text.calibration import Calibration
+from vllm_mla_plugin.checkpoint.cache_formats import CacheFormat
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Prepared:
     Attributes:
         budgets: the cache's sizes in each layer.
         conversion: converts the layers.
+        cache_format: the packed format of every layer's cache; None for numbers of 16 bits.
         settings: the settings that the method used, for the report.
         searches: settings that were searched, with the error of each candidate.
         warnings: sentences for the user.
@@ -54,6 +56,7 @@ class Prepared:
 
     budgets: list[CacheBudget]
     conversion: LayerConversion
+    cache_format: CacheFormat | None = None
     settings: dict[str, object] = field(default_factory=dict)
     searches: list[Search] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -121,8 +124,3 @@ class Method(Protocol):
             ConversionError: the method cannot convert this source, or not with this text.
         """
         ...
-
-
-def asked_budget(shape: Shape, sizes: CacheSizes) -> CacheBudget:
-    """The cache's sizes, where :func:`resolve_budget` chooses those that the user did not give."""
-    return resolve_budget(shape.kv_heads, shape.head_dim, sizes.kv_lora_rank, sizes.qk_rope_head_dim, sizes.cache_ratio)

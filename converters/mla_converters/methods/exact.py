@@ -1,5 +1,7 @@
 """Method ``exact``: GQA written as MLA. It loses nothing and saves no memory (TransMLA, section 4.1).
 
+With a packed cache it saves memory and needs no text: only rounding is lost, which at 4 bits is little.
+
 The rotary key that all heads share holds the rotary keys of all KV heads side by side. A query is zero outside the
 block of its own KV head. The latent holds the values.
 """
@@ -7,13 +9,21 @@ block of its own KV head. The latent holds the values.
 import torch
 
 from mla_converters.checkpoints.shape import Shape
+from mla_converters.checkpoints.source import Source
 from mla_converters.errors import ConversionError
 from mla_converters.latent.cache_size import CacheBudget, exact_budget
 from mla_converters.latent.maps import LatentMap, mla_weights
+from mla_converters.latent.packed_sizes import uniform_format
 from mla_converters.methods.base import Cost, Job, Prepared
 from mla_converters.methods.cost import Passes, conversion_cost
-from mla_converters.methods.layer_conversion import ConvertedLayer, LayerConversion
-from mla_converters.options import CacheSizes, ExactOptions
+from mla_converters.methods.layer_conversion import ConvertedLayer, LayerConversion, measure, with_mean
+from mla_converters.options import WINDOW, CacheSizes, ExactOptions
+from mla_converters.resume.layer_pass import Streams
+from mla_converters.streaming.layers import SourceLayer, embed
+from mla_converters.text.origins import random_tokens
+from vllm_mla_plugin.checkpoint.cache_formats import CacheFormat
+
+WINDOWS = 8  # windows of random tokens on which the means are measured that packing takes out
 
 
 def exact_map(kv_heads: int, head_dim: int, freqs: torch.Tensor) -> LatentMap:
@@ -42,6 +52,23 @@ def exact_map(kv_heads: int, head_dim: int, freqs: torch.Tensor) -> LatentMap:
     )
 
 
+def packed_exact(source: Source, maps: LatentMap, format: CacheFormat, seed: int) -> LayerConversion:
+    """The conversion with a packed cache. Means are measured on random tokens, because the method has no text."""
+
+    def start() -> Streams:
+        windows = (WINDOWS, min(WINDOW, source.config.max_position_embeddings))
+        return {"random": embed(source, random_tokens(source, windows, torch.Generator().manual_seed(seed)))}
+
+    def convert(layer: SourceLayer, streams: Streams) -> ConvertedLayer:
+        hidden = streams["random"]
+        weights, attention = with_mean(layer, mla_weights(layer.attention_weights, maps), format, hidden)
+        measured = measure(layer, hidden, maps, layer.moments(hidden).kv, attention)
+        layer.advance(hidden, layer.attend)
+        return ConvertedLayer(weights, measured)
+
+    return LayerConversion(start, convert)
+
+
 class Exact:
     """The method, see :class:`mla_converters.methods.base.Method`."""
 
@@ -54,10 +81,16 @@ class Exact:
     def budget(self, shape: Shape, sizes: CacheSizes) -> CacheBudget:
         if (sizes.kv_lora_rank, sizes.qk_rope_head_dim, sizes.cache_ratio) != (None, None, None):
             raise ConversionError(
-                "Method exact keeps the whole cache: leave out --kv-lora-rank, --qk-rope-head-dim and "
-                "--cache-ratio, or use another --method."
+                "Method exact keeps all of the cache's numbers: leave out --kv-lora-rank, --qk-rope-head-dim and "
+                "--cache-ratio, give --latent-bits to round them, or use another --method."
             )
-        return exact_budget(shape.kv_heads, shape.head_dim)
+        whole = exact_budget(shape.kv_heads, shape.head_dim)
+        if sizes.format is not None and CacheBudget(*sizes.format.sizes) != whole:
+            raise ConversionError(
+                f"--latent-cache packs {' + '.join(map(str, sizes.format.sizes))} numbers, but method exact caches "
+                f"{whole.kv_lora_rank} + {whole.qk_rope_head_dim}."
+            )
+        return whole
 
     def nope_dim(self, shape: Shape) -> int:
         return 0
@@ -68,7 +101,16 @@ class Exact:
         return conversion_cost(shape, whole, self.nope_dim(shape), Passes())
 
     def prepare(self, job: Job) -> Prepared:
-        source = job.source
+        source, budgets = job.source, [job.budget] * job.source.config.num_hidden_layers
         maps = exact_map(source.config.num_key_value_heads, source.head_dim, source.rope[0])
+        format = self._format(job)
+        if format is not None:
+            return Prepared(budgets, packed_exact(source, maps, format, job.seed), format)
         conversion = LayerConversion(dict, lambda layer, _: ConvertedLayer(mla_weights(layer.attention_weights, maps)))
-        return Prepared([job.budget] * source.config.num_hidden_layers, conversion)
+        return Prepared(budgets, conversion)
+
+    def _format(self, job: Job) -> CacheFormat | None:
+        sizes, budget = job.sizes, job.budget
+        if sizes.format is not None or sizes.uniform_bits == 16:
+            return sizes.format
+        return uniform_format(budget.kv_lora_rank, budget.qk_rope_head_dim, sizes.uniform_bits)

@@ -8,6 +8,7 @@ import torch
 from mla_converters.latent.maps import LatentMap, mla_weights
 from mla_converters.resume.layer_pass import Streams
 from mla_converters.streaming.layers import Attention, SourceLayer
+from vllm_mla_plugin.checkpoint.cache_formats import CacheFormat
 
 ERROR_WINDOWS = 1  # windows on which a converted layer's error is measured
 
@@ -52,15 +53,21 @@ class LayerConversion:
     convert: Callable[[SourceLayer, Streams], ConvertedLayer]
 
 
-def map_error(error_of: Callable[[Attention], float], layer: SourceLayer, maps: LatentMap) -> float:
-    """The error of the layer's attention with ``maps``, computed by ``error_of`` (:meth:`SourceLayer.comparison`)."""
-    return error_of(layer.converted(mla_weights(layer.attention_weights, maps)))
+def map_errors(
+    layer: SourceLayer, hidden: torch.Tensor, candidates: Iterable[tuple[LatentMap, CacheFormat | None]]
+) -> list[float]:
+    """Relative squared errors of the attention's output, on inputs ``[windows, tokens, D]``.
 
-
-def map_errors(layer: SourceLayer, hidden: torch.Tensor, maps: Iterable[LatentMap]) -> list[float]:
-    """Relative squared errors of the attention's output with each map, on inputs ``[windows, tokens, D]``."""
+    Args:
+        layer: the source's layer.
+        hidden: the inputs.
+        candidates: maps, each with the packed format of its cache; None where nothing is rounded.
+    """
     error_of = layer.comparison(hidden)
-    return [map_error(error_of, layer, candidate) for candidate in maps]
+    return [
+        error_of(layer.converted(mla_weights(layer.attention_weights, maps), format, hidden))
+        for maps, format in candidates
+    ]
 
 
 def measure(
@@ -77,6 +84,25 @@ def measure(
     """
     error = layer.comparison(hidden[:ERROR_WINDOWS])(attention)
     return Measured(energy_kept(maps, moments), error)
+
+
+MEAN_WINDOWS = 8  # windows on which the mean is measured that packing takes out
+
+
+def with_mean(
+    layer: SourceLayer, weights: dict[str, torch.Tensor], format: CacheFormat | None, hidden: torch.Tensor
+) -> tuple[dict[str, torch.Tensor], Attention]:
+    """A layer's projections with the mean that its cache format takes out, and the attention that they make.
+
+    Args:
+        layer: the source's layer.
+        weights: the converted projections.
+        format: of the cache; None if it is not packed.
+        hidden: ``[windows, tokens, D]``, inputs of the layer.
+    """
+    attention = layer.converted(weights, format, hidden[:MEAN_WINDOWS])
+    mean = {} if attention.cache_mean is None else {"cache_mean": attention.cache_mean.cpu()}
+    return weights | mean, attention
 
 
 def energy_kept(maps: LatentMap, moments: torch.Tensor) -> float:

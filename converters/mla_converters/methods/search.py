@@ -1,6 +1,6 @@
 """Comparison of settings that hold for the whole model, by the errors of its layers' attention."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TypeVar
 
 import torch
@@ -13,6 +13,13 @@ from mla_converters.streaming.layers import SourceLayer, embed
 Candidate = TypeVar("Candidate")
 
 
+def sampled_layers(source: Source, most: int) -> range:
+    """At most ``most`` layers of a model, evenly spread over it."""
+    count = source.config.num_hidden_layers
+    step = -(-count // most)
+    return range((count - 1) % step // 2, count, step)
+
+
 def search(
     source: Source,
     windows: torch.Tensor,
@@ -22,8 +29,9 @@ def search(
     progress: Progress,
     description: str,
     record: Record,
+    layers: Collection[int] | None = None,
 ) -> dict[Candidate, float]:
-    """The error of each candidate, as the mean over all layers.
+    """The error of each candidate, as the mean over layers.
 
     Args:
         source: the model.
@@ -34,12 +42,15 @@ def search(
         device: the device on which layers run.
         progress, description: the progress display, and the name of this task in it.
         record: keeps the state of the search, so that an interrupted run can go on.
+        layers: the layers on which candidates are compared; None for all.
     """
-    count = source.config.num_hidden_layers
+    compared = range(source.config.num_hidden_layers) if layers is None else layers
     streams = record.begin(
         lambda: {"hidden": embed(source, windows), "errors": torch.zeros(len(candidates), dtype=torch.float64)}
     )
     for layer in record.layers(source, device, progress, description):
-        streams["errors"] += torch.tensor(layer_errors(layer, streams["hidden"]), dtype=torch.float64) / count
+        if layer.index in compared:
+            errors = torch.tensor(layer_errors(layer, streams["hidden"]), dtype=torch.float64)
+            streams["errors"] += errors / len(compared)
         layer.advance(streams["hidden"], layer.attend)
     return dict(zip(candidates, streams["errors"].tolist(), strict=True))

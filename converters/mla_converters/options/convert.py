@@ -7,11 +7,14 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from mla_converters.errors import OptionError
-from mla_converters.options.base import Flag, OptionsModel, given_options
+from mla_converters.options.base import Flag, OptionsModel, given_options, option_name
 from mla_converters.options.common import Device, Dtype, Seed, TrustedCode
 from mla_converters.options.methods import AttentionAwareOptions, MethodOptions
 from mla_converters.options.rope_scaling import parse_rope_scaling
 from mla_converters.options.text import ORIGINS, SELF, WINDOW
+from vllm_mla_plugin.checkpoint.cache_formats import PLANES, CacheFormat
+
+DEFAULT_CACHE_RATIO = 0.25
 
 
 class MethodChoice(OptionsModel):
@@ -25,29 +28,73 @@ class MethodChoice(OptionsModel):
 
 
 class CacheSizes(OptionsModel):
-    """The size of the cache that the user asks for; see :func:`mla_converters.latent.cache_size.resolve_budget`.
+    """The size of the cache that the user asks for, see :mod:`mla_converters.methods.asked_cache`.
 
     Attributes:
-        kv_lora_rank: width of the latent.
+        cache_ratio: bytes of the cache as a share of the source's at 16 bits a number.
+        latent_bits: bits of every cached number, where 16 stands for numbers that are not packed. None to search them,
+            if the sizes are not given either, and 16 otherwise.
+        kv_lora_rank: width of the latent; given instead of ``cache_ratio``.
         qk_rope_head_dim: width of the rotary key.
-        cache_ratio: size of the cache as a share of the source's; given instead of ``kv_lora_rank``.
+        latent_cache: a packed format, as :meth:`vllm_mla_plugin.checkpoint.cache_formats.CacheFormat.parse` reads it;
+            given instead of all others.
     """
 
+    cache_ratio: Annotated[float | None, Flag(panel="Cache size", default=str(DEFAULT_CACHE_RATIO))] = Field(
+        None, gt=0, le=1, description="Bytes of the cache as a share of the source's, which has 16 bits a number."
+    )
+    latent_bits: Annotated[int | None, Flag(panel="Cache size", none="auto", default="auto")] = Field(
+        None,
+        description="Bits of every cached number: **auto** gives more to those that matter more; 16 (not packed), "
+        "8, 6, 5, 4, 3 or 2. With --kv-lora-rank, auto means 16.",
+    )
+
     kv_lora_rank: Annotated[int | None, Flag(panel="Cache size")] = Field(
-        None, description="Width of the cached latent."
+        None, description="Width of the cached latent, instead of --cache-ratio."
     )
     qk_rope_head_dim: Annotated[int | None, Flag(panel="Cache size")] = Field(
         None, description="Dimensions that keep RoPE, cached too."
     )
-    cache_ratio: Annotated[float | None, Flag(panel="Cache size", default="0.5")] = Field(
-        None, gt=0, le=1, description="Cache size as a share of the source's, instead of --kv-lora-rank."
+    latent_cache: Annotated[str | None, Flag(panel="Cache size", metavar="FORMAT")] = Field(
+        None, description="A packed format, such as 64x4g32+144x2g48c/56x6g56, instead of all other sizes."
     )
 
     @model_validator(mode="after")
     def _one_size(self) -> "CacheSizes":
         if self.cache_ratio is not None and self.kv_lora_rank is not None:
             raise OptionError("--cache-ratio and --kv-lora-rank both set the cache's size: give one of them.")
+        if self.latent_bits not in (None, 16, *PLANES):
+            bits = ", ".join(map(str, (16, *sorted(PLANES, reverse=True))))
+            raise OptionError(f"--latent-bits is {self.latent_bits}; choose one of auto, {bits}.")
+        if self.latent_cache is not None:
+            others = ("cache_ratio", "latent_bits", "kv_lora_rank", "qk_rope_head_dim")
+            if given := [option_name(name) for name in others if getattr(self, name) is not None]:
+                raise OptionError(f"--latent-cache sets all of the cache's sizes: leave out {', '.join(given)}.")
+            try:
+                CacheFormat.parse(self.latent_cache)
+            except ValueError as error:
+                raise OptionError(f"--latent-cache: {error}") from error
         return self
+
+    @property
+    def share(self) -> float:
+        """The cache's bytes as a share of the source's."""
+        return DEFAULT_CACHE_RATIO if self.cache_ratio is None else self.cache_ratio
+
+    @property
+    def format(self) -> CacheFormat | None:
+        """The packed format that was given by hand."""
+        return None if self.latent_cache is None else CacheFormat.parse(self.latent_cache)
+
+    @property
+    def searches_bits(self) -> bool:
+        """Whether each number's bits are left open."""
+        return self.latent_cache is None and self.latent_bits is None and self.kv_lora_rank is None
+
+    @property
+    def uniform_bits(self) -> int:
+        """The bits of every number; 16 if they are not given and the size is."""
+        return 16 if self.latent_bits is None else self.latent_bits
 
 
 class Calibration(Seed):

@@ -14,6 +14,7 @@ from mla_converters.latent.module import LatentAttention
 from mla_converters.latent.moments import LayerMoments
 from mla_converters.streaming.whole_model import layer_weights
 from mla_converters.support.devices import calibration_autocast, native_bfloat16
+from vllm_mla_plugin.checkpoint.cache_formats import CacheFormat
 
 ERROR_QUERIES = 256  # queries of each window at which attentions are compared
 
@@ -116,18 +117,35 @@ class SourceLayer:
         """The attention's output ``[windows, queries, D]`` from the heads' outputs ``[windows, H, queries, d]``."""
         return self._module.self_attn.o_proj(values.transpose(1, 2).flatten(2))
 
-    def converted(self, weights: dict[str, torch.Tensor]) -> LatentAttention:
-        """The attention with converted projections, an :class:`Attention`."""
-        return LatentAttention(weights, self.heads, self.scale, self.device, qk_norm_eps=self.qk_norm_eps)
+    def converted(
+        self,
+        weights: dict[str, torch.Tensor],
+        cache_format: CacheFormat | None = None,
+        hidden: torch.Tensor | None = None,
+    ) -> LatentAttention:
+        """The attention with converted projections, an :class:`Attention`.
+
+        Args:
+            weights: the projections.
+            cache_format: the packed format of its cache; None if nothing is rounded.
+            hidden: ``[windows, tokens, D]``, inputs of the layer on which the mean is measured that packing takes out;
+                None if ``weights`` hold the mean, or the format takes none out.
+        """
+        attention = LatentAttention(
+            weights, self.heads, self.scale, self.device, qk_norm_eps=self.qk_norm_eps, cache_format=cache_format
+        )
+        if hidden is not None:
+            attention.measure_mean(self.normed(hidden))
+        return attention
 
     @torch.inference_mode()
-    def moments(self, hidden: torch.Tensor) -> LayerMoments:
-        """Second moments of keys and values over all inputs ``[windows, tokens, D]``."""
+    def moments(self, hidden: torch.Tensor, first: int = 0) -> LayerMoments:
+        """Moments of keys and values over the inputs ``[windows, tokens, D]``, from token ``first`` of each on."""
         moments = LayerMoments(self.kv_heads, self.head_dim, self.device)
         for batch in hidden.split(1):
             with calibration_autocast(self.device):
                 k, v = self.keys_values(self.normed(batch))
-            moments.add(*(x.transpose(1, 2).flatten(2).float() for x in (k, v)))
+            moments.add(*(x[:, :, first:].transpose(1, 2).flatten(2).float() for x in (k, v)))
         return moments
 
     @torch.inference_mode()

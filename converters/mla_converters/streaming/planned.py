@@ -5,13 +5,19 @@ import torch
 from mla_converters.checkpoints.source import Source
 from mla_converters.latent.cache_size import CacheBudget
 from mla_converters.latent.maps import LatentMap, mla_weights
+from vllm_mla_plugin.checkpoint.cache_formats import CacheFormat
 
 LAYERS = "model.layers."
 FREQS = "rope_freqs"
+MEAN = "cache_mean"
 
 
 def planned_tensors(
-    source: Source, budgets: list[CacheBudget], nope_dim: int, dtype: torch.dtype | None
+    source: Source,
+    budgets: list[CacheBudget],
+    nope_dim: int,
+    dtype: torch.dtype | None,
+    format: CacheFormat | None = None,
 ) -> dict[str, torch.Tensor]:
     """Every tensor of the converted checkpoint, on the meta device.
 
@@ -21,6 +27,7 @@ def planned_tensors(
         nope_dim: ``qk_nope_head_dim``.
         dtype: dtype of the written weights. None keeps the dtype of each tensor, and gives converted projections the
             dtype of the projections that they are made of.
+        format: the packed format of the cache; None if it is not packed.
     """
     tensors = {name: source.meta(name) for name in source.names() if not name.startswith(LAYERS)}
     for index, budget in enumerate(budgets):
@@ -29,11 +36,13 @@ def planned_tensors(
         converted = mla_weights(attention, maps)
         for name, tensor in converted.items():
             tensors[f"{LAYERS}{index}.self_attn.{name}"] = tensor.to(_converted_dtype(name, attention))
+        if format is not None and format.mean:
+            tensors[f"{LAYERS}{index}.self_attn.{MEAN}"] = torch.empty(2, budget.width, device="meta")
         for name in source.other_names(index):
             tensors[f"{LAYERS}{index}.{name}"] = source.meta(f"{LAYERS}{index}.{name}")
     if dtype is None:
         return tensors
-    return {name: tensor if name.endswith(FREQS) else tensor.to(dtype) for name, tensor in tensors.items()}
+    return {name: tensor if name.endswith((FREQS, MEAN)) else tensor.to(dtype) for name, tensor in tensors.items()}
 
 
 def _meta_map(kv_heads: int, head_dim: int, nope_dim: int, budget: CacheBudget) -> LatentMap:

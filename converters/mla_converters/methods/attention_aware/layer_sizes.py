@@ -104,7 +104,7 @@ def measured_sizes(
     for layer in record.layers(source, device, progress, "Measuring layers"):
         model = layer_model(layer, hidden[:-1], hidden[-1:], settings.without)
         maps = [layer_map(layer, model, candidates[size], weighing) for size in sizes]
-        errors = map_errors(layer, hidden[:ERROR_WINDOWS], maps)
+        errors = map_errors(layer, hidden[:ERROR_WINDOWS], [(each, None) for each in maps])
         streams["errors"][layer.index] = torch.tensor(errors, dtype=torch.float64)
         for other in alone[: layer.index]:
             layer.advance(other, layer.attend)

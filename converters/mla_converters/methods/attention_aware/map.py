@@ -44,6 +44,8 @@ class ScoreModel:
         loss: ``[H, d / 2]``, mean square error of that replacement, per unit of score energy.
         key_metric: ``[g, d, d]``, the quadratic form that measures errors of keys without RoPE.
         value_metric: ``[g, d, d]``, the quadratic form that measures errors of values.
+        covariance: ``[2 * g * d, 2 * g * d]`` of ``[k; v]`` without each window's first token, where all tokens count
+            the same.
     """
 
     key_value: torch.Tensor
@@ -52,6 +54,7 @@ class ScoreModel:
     loss: torch.Tensor
     key_metric: torch.Tensor
     value_metric: torch.Tensor
+    covariance: torch.Tensor
 
     @cached_property
     def roots(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -62,6 +65,7 @@ class ScoreModel:
 def score_model(
     statistics: AttentionStatistics,
     plain: torch.Tensor,
+    covariance: torch.Tensor,
     kv_heads: int,
     *,
     mean_phase: bool = True,
@@ -73,6 +77,7 @@ def score_model(
     Args:
         statistics: statistics weighted by attention.
         plain: ``[2 * g * d, 2 * g * d]`` second moments of ``[k; v]`` in which all tokens count the same.
+        covariance: the same around their mean, without each window's first token.
         kv_heads: ``g``.
         mean_phase: replace a lost rotation by its mean; if off, leave it out.
         attention_weights: average ``plain`` with moments that weigh each token by how much it is read; if off, use
@@ -91,7 +96,7 @@ def score_model(
     value_metric = statistics.output.unflatten(0, (kv_heads, -1)).sum(1)
     if not metric:
         key_metric, value_metric = _isotropic(key_metric), _isotropic(value_metric)
-    return ScoreModel(key_value, query, phase, loss, key_metric, value_metric)
+    return ScoreModel(key_value, query, phase, loss, key_metric, value_metric, covariance)
 
 
 def _trace(matrices: torch.Tensor) -> torch.Tensor:

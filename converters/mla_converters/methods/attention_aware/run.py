@@ -9,7 +9,15 @@ from mla_converters.methods.attention_aware.amounts import RANDOM_SHARE, enough_
 from mla_converters.methods.attention_aware.layer import Settings, best_map, layer_model
 from mla_converters.methods.attention_aware.least_squares import Examples, fit_output
 from mla_converters.methods.attention_aware.refit import refit_layer
-from mla_converters.methods.layer_conversion import ConvertedLayer, LayerConversion, Measured, energy_kept, measure
+from mla_converters.methods.layer_conversion import (
+    MEAN_WINDOWS,
+    ConvertedLayer,
+    LayerConversion,
+    Measured,
+    energy_kept,
+    measure,
+    with_mean,
+)
 from mla_converters.options import Ingredient
 from mla_converters.resume.layer_pass import Streams
 from mla_converters.streaming.layers import SourceLayer, embed
@@ -50,20 +58,20 @@ def attention_aware(
     def convert(layer: SourceLayer, streams: Streams) -> ConvertedLayer:
         text, random = streams["text"], streams["random"]
         model = layer_model(layer, text, random, settings.without)
-        error, maps = best_map(layer, text, model, budgets[layer.index], settings.without)
+        error, maps = best_map(layer, text, model, budgets[layer.index], settings)
+        weights, attention = with_mean(layer, mla_weights(layer.attention_weights, maps), settings.cache_format, text)
         random_inputs = random.clone()
         layer.add_attention(random, layer.attend)
         if "converted" not in streams:
             layer.add_mlp(random)
             layer.advance(text, layer.attend)
-            weights = mla_weights(layer.attention_weights, maps)
             return ConvertedLayer(weights, Measured(energy_kept(maps, model.key_value), error))
         converted = streams["converted"]
         if Ingredient.CONVERTED_INPUTS in settings.without:
             converted.copy_(text)
-        attention = layer.converted(mla_weights(layer.attention_weights, maps))
         layer.add_attention(text, layer.attend)
-        lossless = budgets[layer.index] == exact_budget(layer.kv_heads, layer.head_dim)
+        whole = budgets[layer.index] == exact_budget(layer.kv_heads, layer.head_dim)
+        lossless = whole and settings.cache_format is None
         if fits and not lossless:
             examples = [Examples(converted, text, 1 - RANDOM_SHARE)]
             if Ingredient.RANDOM_TOKENS not in settings.without:
@@ -79,6 +87,7 @@ def attention_aware(
             generator.set_state(streams["generator"])
             refit_layer(attention, layer, converted, text, error, settings.refit, generator, through_mlp)
             streams["generator"] = generator.get_state()
+            attention.measure_mean(layer.normed(converted[:MEAN_WINDOWS]))
         measured = measure(layer, converted, maps, model.key_value, attention)
         layer.advance(converted, attention)
         if not through_mlp:

@@ -38,7 +38,7 @@ def search_split(
 
     def errors(layer: SourceLayer, hidden: torch.Tensor) -> list[float]:
         model = layer_model(layer, hidden[:-1], hidden[-1:], settings.without)
-        maps = (layer_map(layer, model, budget, weighing) for budget in budgets)
+        maps = ((layer_map(layer, model, budget, weighing), None) for budget in budgets)
         return map_errors(layer, hidden[:ERROR_WINDOWS], maps)
 
     windows = calibration.some(ATTENTION_WINDOWS).windows

@@ -1,9 +1,12 @@
 """Method ``mha2mla`` (MHA2MLA, arXiv 2502.14837)."""
 
+from dataclasses import replace
+
 from mla_converters.checkpoints.shape import Shape
 from mla_converters.errors import ConversionError
 from mla_converters.latent.cache_size import CacheBudget
-from mla_converters.methods.base import Cost, Job, Prepared, asked_budget
+from mla_converters.methods.asked_cache import asked_budget, asked_format
+from mla_converters.methods.base import Cost, Job, Prepared
 from mla_converters.methods.cost import Passes, conversion_cost
 from mla_converters.methods.mha2mla.map import check_sizes
 from mla_converters.methods.mha2mla.run import mha2mla
@@ -39,8 +42,12 @@ class Mha2mla:
 
     def prepare(self, job: Job) -> Prepared:
         windows = None if job.calibration is None else job.calibration.text
+        format = asked_format(job.source.shape, job.sizes)
+        if windows is None and format is not None:
+            format = replace(format, mean=False)  # there is no text to measure it on
         return Prepared(
             [job.budget] * job.source.config.num_hidden_layers,
-            mha2mla(job.source, windows, job.budget, self.options),
+            mha2mla(job.source, windows, job.budget, self.options, format),
+            format,
             settings=self.options.model_dump(mode="json"),
         )

@@ -5,12 +5,13 @@ import torch
 from mla_converters.checkpoints.source import Source
 from mla_converters.latent.cache_size import CacheBudget
 from mla_converters.latent.maps import LatentMap, mla_weights
-from mla_converters.methods.layer_conversion import ConvertedLayer, LayerConversion, measure
+from mla_converters.methods.layer_conversion import ConvertedLayer, LayerConversion, measure, with_mean
 from mla_converters.methods.mha2mla.map import PairNorms, kept_pairs, latent_bias, mha2mla_map
 from mla_converters.options import Mha2mlaOptions
 from mla_converters.resume.layer_pass import Streams
 from mla_converters.streaming.layers import SourceLayer, embed
 from mla_converters.support.devices import calibration_autocast
+from vllm_mla_plugin.checkpoint.cache_formats import CacheFormat
 
 
 @torch.inference_mode()
@@ -35,7 +36,11 @@ def layer_weights(weights: dict[str, torch.Tensor], maps: LatentMap) -> dict[str
 
 
 def mha2mla(
-    source: Source, windows: torch.Tensor | None, budget: CacheBudget, options: Mha2mlaOptions
+    source: Source,
+    windows: torch.Tensor | None,
+    budget: CacheBudget,
+    options: Mha2mlaOptions,
+    format: CacheFormat | None = None,
 ) -> LayerConversion:
     """Prepare the method to convert layers.
 
@@ -44,6 +49,7 @@ def mha2mla(
         windows: ``[windows, tokens]`` token ids; None if ``options`` need no calibration.
         budget: cache sizes of every layer.
         options: the alternatives that the paper compares.
+        format: the packed format of the cache; without windows, one that takes no mean out.
 
     Raises:
         ConversionError: see :func:`mla_converters.methods.mha2mla.map.check_sizes`.
@@ -63,7 +69,8 @@ def mha2mla(
         converted = layer_weights(weights, maps)
         if hidden is None:
             return ConvertedLayer(converted)
-        measured = measure(layer, hidden, maps, layer.moments(hidden).kv, layer.converted(converted))
+        converted, attention = with_mean(layer, converted, format, hidden)
+        measured = measure(layer, hidden, maps, layer.moments(hidden).kv, attention)
         layer.advance(hidden, layer.attend)
         return ConvertedLayer(converted, measured)
 

@@ -3,7 +3,8 @@
 from mla_converters.checkpoints.shape import Shape
 from mla_converters.errors import ConversionError
 from mla_converters.latent.cache_size import CacheBudget
-from mla_converters.methods.base import Cost, Job, Prepared, asked_budget
+from mla_converters.methods.asked_cache import asked_budget, asked_format
+from mla_converters.methods.base import Cost, Job, Prepared
 from mla_converters.methods.cost import Passes, conversion_cost
 from mla_converters.methods.transmla.map import fits_freqfold, freqfold_candidates
 from mla_converters.methods.transmla.run import SOURCE_WINDOWS, search_freqfold, transmla
@@ -48,9 +49,11 @@ class Transmla:
             record = job.work.record("search")
             fold, errors = search_freqfold(job.source, windows, job.budget, job.device, job.progress, record)
             searches = [Search(title="FreqFold", errors={str(k): round(v, 6) for k, v in errors.items()})]
+        format = asked_format(job.source.shape, job.sizes)
         return Prepared(
             [job.budget] * job.source.config.num_hidden_layers,
-            transmla(job.source, windows, job.budget, fold),
+            transmla(job.source, windows, job.budget, fold, format),
+            format,
             settings={"freqfold": fold},
             searches=searches,
         )

@@ -2,7 +2,7 @@
 
 import torch
 
-from mla_converters.latent.attention import latent_attention
+from mla_converters.latent.attention import latent_attention, rotate
 from mla_converters.methods.transmla.map import KeyRotation
 from mla_converters.streaming.layers import SourceLayer
 
@@ -33,5 +33,5 @@ class PartialRope:
         k_nope = k - (k_rope @ self.kept).view(x.shape[0], x.shape[1], layer.kv_heads, -1).transpose(1, 2)
         by_head = self.kept.view(len(self.kept), layer.kv_heads, -1).permute(1, 2, 0)  # [g, d, r]
         q_rope = q @ by_head.repeat_interleave(layer.heads // layer.kv_heads, dim=0)
-        q = torch.cat((q, q_rope), dim=-1)
+        q, k_rope = torch.cat((q, q_rope), dim=-1), rotate(k_rope, self.freqs)
         return layer.output(latent_attention(q, k_nope, k_rope, v, self.freqs, layer.scale, positions))

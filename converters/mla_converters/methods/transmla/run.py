@@ -6,12 +6,13 @@ from rich.progress import Progress
 from mla_converters.checkpoints.source import Source
 from mla_converters.latent.cache_size import CacheBudget
 from mla_converters.latent.maps import mla_weights
-from mla_converters.methods.layer_conversion import ConvertedLayer, LayerConversion, map_errors, measure
+from mla_converters.methods.layer_conversion import ConvertedLayer, LayerConversion, map_errors, measure, with_mean
 from mla_converters.methods.search import search
 from mla_converters.methods.transmla.map import freqfold_candidates, joint_map, rotate_keys, transmla_map
 from mla_converters.methods.transmla.partial_rope import PartialRope
 from mla_converters.resume.layer_pass import Record, Streams
 from mla_converters.streaming.layers import SourceLayer, embed
+from vllm_mla_plugin.checkpoint.cache_formats import CacheFormat
 
 SEARCH_WINDOWS = 2  # windows from whose moments the candidates are built
 ERROR_WINDOWS = 1  # how many of these windows measure the candidates' errors
@@ -34,14 +35,16 @@ def search_freqfold(
 
     def errors(layer: SourceLayer, hidden: torch.Tensor) -> list[float]:
         moments = layer.moments(hidden)
-        maps = (transmla_map(moments, layer.freqs, *sizes, fold) for fold in candidates)
+        maps = ((transmla_map(moments, layer.freqs, *sizes, fold), None) for fold in candidates)
         return map_errors(layer, hidden[:ERROR_WINDOWS], maps)
 
     found = search(source, windows[:SEARCH_WINDOWS], candidates, errors, device, progress, "Searching freqfold", record)
     return min(found, key=found.__getitem__), found
 
 
-def transmla(source: Source, windows: torch.Tensor, budget: CacheBudget, freqfold: int) -> LayerConversion:
+def transmla(
+    source: Source, windows: torch.Tensor, budget: CacheBudget, freqfold: int, format: CacheFormat | None = None
+) -> LayerConversion:
     """Prepare the method to convert layers.
 
     As in TransMLA's own code, the rotation of the keys is computed from the hidden states of the original model, and
@@ -62,8 +65,8 @@ def transmla(source: Source, windows: torch.Tensor, budget: CacheBudget, freqfol
         rotation = rotate_keys(of_source, budget.qk_rope_head_dim, freqfold)
         layer.advance(hidden, layer.attend)
         maps = joint_map(moments, layer.freqs, rotation, budget.kv_lora_rank)
-        weights = mla_weights(layer.attention_weights, maps)
-        measured = measure(layer, partial, maps, moments.kv, layer.converted(weights))
+        weights, attention = with_mean(layer, mla_weights(layer.attention_weights, maps), format, partial)
+        measured = measure(layer, partial, maps, moments.kv, attention)
         layer.advance(partial, PartialRope(layer, rotation))
         return ConvertedLayer(weights, measured)
 

@@ -1,0 +1,65 @@
+"""The cache that the options ask for, before anything is searched."""
+
+from mla_converters.checkpoints.shape import Shape
+from mla_converters.errors import ConversionError
+from mla_converters.latent.cache_size import CacheBudget, resolve_budget
+from mla_converters.latent.packed_sizes import uniform_format, widest_uniform
+from mla_converters.options import CacheSizes
+from vllm_mla_plugin.checkpoint.cache_formats import CacheFormat
+
+BYTES_OF_16_BITS = 2
+
+
+def row_bytes(shape: Shape, sizes: CacheSizes) -> int:
+    """The bytes that a token may take in a layer."""
+    return int(sizes.share * BYTES_OF_16_BITS * shape.cached)
+
+
+def asked_format(shape: Shape, sizes: CacheSizes) -> CacheFormat | None:
+    """The packed format that the options give; None for numbers of 16 bits, or if bits are left open.
+
+    Raises:
+        ConversionError: the sizes do not fit the source.
+    """
+    if (given := sizes.format) is not None:
+        latent, rope = given.sizes
+        resolve_budget(shape.kv_heads, shape.head_dim, latent, rope)  # raises if they do not fit
+        return given
+    if sizes.uniform_bits == BYTES_OF_16_BITS * 8:
+        return None
+    if sizes.kv_lora_rank is not None:
+        budget = resolve_budget(shape.kv_heads, shape.head_dim, sizes.kv_lora_rank, sizes.qk_rope_head_dim)
+        return uniform_format(budget.kv_lora_rank, budget.qk_rope_head_dim, sizes.uniform_bits)
+    return uniform_row(shape, sizes, sizes.uniform_bits)
+
+
+def uniform_row(shape: Shape, sizes: CacheSizes, bits: int) -> CacheFormat:
+    """The widest format with so many bits for every number in the bytes that were asked for.
+
+    Raises:
+        ConversionError: the sizes do not fit the source, or the bytes are too few.
+    """
+    numbers = min(1.0, sizes.share * BYTES_OF_16_BITS * 8 / bits)
+    budget = resolve_budget(shape.kv_heads, shape.head_dim, None, sizes.qk_rope_head_dim, numbers)
+    rope, row = budget.qk_rope_head_dim, row_bytes(shape, sizes)
+    format = widest_uniform(rope, bits, row, shape.cached - rope)
+    if format is None:
+        raise ConversionError(too_few_bytes(row))
+    return format
+
+
+def too_few_bytes(row: int) -> str:
+    """What to say if nothing fits into a token's row."""
+    return f"A cache of {row} bytes per token and layer has no room for a latent: give a larger --cache-ratio."
+
+
+def asked_budget(shape: Shape, sizes: CacheSizes) -> CacheBudget:
+    """The cache's sizes, where :func:`resolve_budget` chooses those that the user did not give.
+
+    Raises:
+        ConversionError: the sizes do not fit the source.
+    """
+    format = asked_format(shape, sizes)
+    if format is not None:
+        return CacheBudget(*format.sizes)
+    return resolve_budget(shape.kv_heads, shape.head_dim, sizes.kv_lora_rank, sizes.qk_rope_head_dim, sizes.cache_ratio)
