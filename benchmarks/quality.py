@@ -47,8 +47,8 @@ from mla_converters.checkpoints.models import Model, read_config
 from scripts.demo_model import demo_folder
 
 COMMAND = "python -m benchmarks.quality --valid wiki.valid.tokens --test wiki.test.raw"
-OLDER = "rows_with_an_older_tokenizer"
-"""Rows of a source whose tokenizer did not cut digits one by one. They are kept, but compare with no other row."""
+OLDER = "older_rows"
+"""Rows that were measured before ``--cache-ratio`` counted bytes; the result file says how they compare."""
 LONG, OTHER = "perplexity_at_4096", "perplexity_of_code"
 SCORES = {"perplexity": (8, 1024), LONG: (2, 4096), OTHER: (8, 1024)}
 """For each score the number of windows, and the tokens in each."""
@@ -59,7 +59,7 @@ def main() -> None:
     arguments = row_parser(__doc__).parse_args()
     before = result("quality")
     rows = before.get("rows", {})
-    older = {OLDER: before[OLDER]} if OLDER in before else {}
+    older = before.get(OLDER, {"rows": {}})
     with tempfile.TemporaryDirectory() as scratch:
         text = Path(scratch, "calibration.txt")
         text.write_text(plain_text(arguments.valid))
@@ -67,8 +67,8 @@ def main() -> None:
         for name, row in _measure(text, arguments.test, wanted):
             rows[name] = row
             print(name, row, flush=True)
-            write_result("quality", COMMAND, {"rows": rows, **older})
-    draw(rows, RESULTS / "quality.png")
+            write_result("quality", COMMAND, {"rows": rows, OLDER: older})
+    draw({**older["rows"], **rows}, RESULTS / "quality.png")
 
 
 def _is_wanted(rows: dict[str, Any], only: str, name: str) -> bool:
