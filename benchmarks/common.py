@@ -61,10 +61,15 @@ def row_parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def result(name: str) -> dict[str, Any]:
+    """What ``results/name.json`` holds; nothing if there is no such file."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def measured_rows(name: str) -> dict[str, dict[str, Any]]:
     """The rows that ``results/name.json`` has already."""
-    result = RESULTS / f"{name}.json"
-    return json.loads(result.read_text())["rows"] if result.exists() else {}
+    return result(name).get("rows", {})
 
 
 def convert(source: Path, out: Path, *options: str) -> dict[str, Any]:
@@ -103,7 +108,7 @@ def cost(report: dict[str, Any]) -> dict[str, Any]:
 def write_result(name: str, command: str, content: dict[str, Any]) -> None:
     """Write ``results/name.json``: the command, hardware and versions, and ``content``."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU only"
-    result = {
+    described = {
         "command": command,
         "hardware": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {device}",
         "versions": {
@@ -114,4 +119,4 @@ def write_result(name: str, command: str, content: dict[str, Any]) -> None:
         },
         **content,
     }
-    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    (RESULTS / f"{name}.json").write_text(json.dumps(described, indent=2) + "\n")

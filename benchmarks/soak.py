@@ -1,9 +1,9 @@
 """Does the server withstand more requests than it can serve, if some of them are broken and some abandoned?
 
-    python -m benchmarks.soak MODEL [--minutes 5] [--overload 1.5]
+    python -m benchmarks.soak MODEL [--minutes 5] [--overload 1.5] [--latent-cache FORMAT]
 
 Starts `vllm serve` on MODEL, a converted checkpoint, in float32, because there an answer does not depend on the other
-requests of its batch. The steps:
+requests of its batch. The cache is packed as the checkpoint says, or as `--latent-cache` says. The steps:
 
 1. Ask each prompt of a fixed set alone.
 2. Measure how many requests the server completes in a second.
@@ -17,6 +17,7 @@ The server runs with thresholds that make glibc give freed memory back. By defau
 memory grows even if nothing leaks. The server's log is `soak.log` in the system's folder for temporary files.
 """
 
+import argparse
 import asyncio
 import collections
 import contextlib
@@ -36,10 +37,14 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks.common import plain_parser, write_result
+from mla_converters.checkpoints.models import converted_config
 from mla_converters.engines.server import serve
+from vllm_mla_plugin.checkpoint.cache_formats import CacheFormat
+from vllm_mla_plugin.checkpoint.latent_cache import latent_cache_json
 
 CONTEXT = 2048
 OPTIONS = ("--dtype", "float32", "--max-model-len", str(CONTEXT), "--enforce-eager")
+UNPACKED = "none"
 VOCABULARY = 40000  # smaller token ids are ordinary words in the demo model's tokenizer
 SHORT, LONG = (range(16, 200), range(16, 96)), (range(800, 1800), range(16, 64))  # tokens of prompt and answer
 POOL = 16
@@ -257,20 +262,39 @@ async def soak(model: Path, url: str, minutes: float, overload: float) -> dict[s
     }
 
 
+def format_name(text: str) -> str:
+    """The value of an option that names a cache format, or :data:`UNPACKED`."""
+    try:
+        return text if text == UNPACKED else CacheFormat.parse(text).spec
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def main() -> None:
     """Measure, print, and write the result file; end with exit code 1 if anything went wrong."""
     parser = plain_parser(__doc__)
     parser.add_argument("model", type=Path, help="converted checkpoint with the demo model's tokenizer")
     parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--overload", type=float, default=1.5, help="requests sent for each that the server completes")
+    parser.add_argument(
+        "--latent-cache",
+        metavar="FORMAT",
+        type=format_name,
+        help=f"how to pack the cache, such as 144x4g48/48x8g48, or {UNPACKED} for numbers; default: as MODEL says",
+    )
     arguments = parser.parse_args()
+    packed, options = converted_config(arguments.model).get("latent_cache"), list(OPTIONS)
+    if (asked := arguments.latent_cache) is not None:
+        packed = None if asked == UNPACKED else latent_cache_json([CacheFormat.parse(asked)])
+        options += ["--hf-overrides", json.dumps({"latent_cache": packed})]
     log = Path(tempfile.gettempdir(), "soak.log")
-    with serve(arguments.model, log, *OPTIONS, environment=SERVING | GIVE_BACK) as url:
+    with serve(arguments.model, log, *options, environment=SERVING | GIVE_BACK) as url:
         figures = asyncio.run(soak(arguments.model, url, arguments.minutes, arguments.overload))
     print(json.dumps(figures, indent=2))
-    figures["model"] = arguments.model.name
+    figures |= {"model": arguments.model.name, "latent_cache": packed}
     command = f"python -m benchmarks.soak {arguments.model.name} --minutes {arguments.minutes:g}"
-    write_result("soak", f"{command} --overload {arguments.overload:g}", figures)
+    command += f" --overload {arguments.overload:g}" + (f" --latent-cache {asked}" if asked else "")
+    write_result("soak" if packed is None else "soak_packed", command, figures)
     sys.exit(1 if figures["wrong"] or figures["problems"] else 0)
 
 

@@ -68,6 +68,9 @@ def _config(folder: Path) -> tuple[PretrainedConfig | None, Check]:
     widths = {sum(config.cached_sizes(layer)) for layer in range(config.num_hidden_layers)}
     cached = f"{min(widths)}" if len(widths) == 1 else f"{min(widths)} to {max(widths)}"
     detail = f"{config.model_type}, {cached} numbers cached per token and layer"
+    model = Model(str(folder), str(folder), config)
+    if model.cache_format is not None and model.cached_bytes is not None:
+        detail += f", packed into {model.cached_bytes:g} bytes"
     return config, Check(name="config", problems=[], detail=detail)
 
 

@@ -10,8 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.commands import CommandLine, Refused, convert
 from support.models import MIXTRAL_EXPERTS, RandomModel
+from support.packed import pack_checkpoint
 
 from mla_converters.checkpoints.manifest import write_manifest
+from vllm_mla_plugin.checkpoint.cache_formats import CacheFormat
+from vllm_mla_plugin.checkpoint.latent_cache import latent_cache_json
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +110,75 @@ def test_damage(command_line: CommandLine, damage: Callable, mla: Path, tmp_path
     code, table, complaint = command_line("verify", mla, "--json", report)
     assert (code, complaint) == (1, "")
     assert "Damaged: " in table and name in table
+    problems = {check["name"]: check["problems"] for check in json.loads(report.read_text())["checks"]}
+    assert any(reason in problem for problem in problems[name]), problems
+
+
+SPECS = ("32x4g16/32x8g32s/a4", "32x4g16/32x4g16/a4")
+MEAN = "model.layers.1.self_attn.cache_mean"
+
+
+@pytest.fixture(scope="module")
+def pristine_packed(pristine: tuple[Path, Path]) -> Path:
+    """The conversion with a packed cache, in which layers differ."""
+    formats = [CacheFormat.parse(spec) for spec in SPECS]
+    ids = torch.arange(96).view(2, 48)
+    packed = pack_checkpoint(pristine[1], pristine[1].with_name("packed"), formats, ids)
+    write_manifest(packed)
+    return packed
+
+
+def test_whole_packed_model(command_line: CommandLine, pristine_packed: Path) -> None:
+    code, table, complaint = command_line("verify", pristine_packed)
+    assert (code, complaint) == (0, "")
+    # 16 codes, 4 scales and zeros, 32 codes and a scale make 53 bytes; with codes of 4 bits alone, 40. Rows are padded.
+    assert "64 numbers cached per token and layer, packed into 48 bytes" in " ".join(table.replace("│", " ").split())
+
+
+def lose_a_mean(folder: Path) -> None:
+    change_tensors(folder, lambda tensors: tensors.pop(MEAN))
+
+
+def mean_not_finite(folder: Path) -> None:
+    change_tensors(folder, lambda tensors: tensors[MEAN][1].fill_(float("inf")))
+
+
+def mean_of_another_size(folder: Path) -> None:
+    change_tensors(folder, lambda tensors: tensors.update({MEAN: tensors[MEAN][:, :-1].clone()}))
+
+
+def mean_nobody_takes_out(folder: Path) -> None:
+    change_formats(folder, [f"{spec}/nomean" for spec in SPECS])
+
+
+def formats_of_other_sizes(folder: Path) -> None:
+    change_formats(folder, [SPECS[0], "40x4g16/32x4g16/a4"])
+
+
+def change_formats(folder: Path, specs: list[str]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["latent_cache"] = latent_cache_json([CacheFormat.parse(spec) for spec in specs])
+    (folder / "config.json").write_text(json.dumps(config))
+    write_manifest(folder)
+
+
+PACKED_DAMAGE = {
+    lose_a_mean: ("tensors", f"{MEAN} is missing"),
+    mean_not_finite: ("tensors", f"{MEAN} of"),
+    mean_of_another_size: ("tensors", f"{MEAN} has shape [2, 63] where [2, 64] was expected"),
+    mean_nobody_takes_out: ("tensors", "cache_mean is no part of the architecture"),
+    formats_of_other_sizes: ("config", "latent_cache packs 40 + 32 numbers in layer 1, which caches 32 + 32"),
+}
+
+
+@pytest.mark.parametrize("damage", PACKED_DAMAGE, ids=lambda damage: damage.__name__)
+def test_damaged_packed_model(
+    command_line: CommandLine, damage: Callable, pristine_packed: Path, tmp_path: Path
+) -> None:
+    folder, report = Path(shutil.copytree(pristine_packed, tmp_path / "packed")), tmp_path / "report.json"
+    damage(folder)
+    name, reason = PACKED_DAMAGE[damage]
+    assert command_line("verify", folder, "--json", report)[0] == 1
     problems = {check["name"]: check["problems"] for check in json.loads(report.read_text())["checks"]}
     assert any(reason in problem for problem in problems[name]), problems
 

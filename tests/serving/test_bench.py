@@ -5,11 +5,14 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from support.commands import CommandLine, Refused, convert
 from support.models import RandomModel
+from support.packed import pack_checkpoint
 
 from mla_converters.bench.run import medians
 from mla_converters.engines.measuring import Step, decode_rate, peak_concurrency, spread
+from vllm_mla_plugin.checkpoint.cache_formats import CacheFormat
 
 ENGINE = json.dumps({"enforce_eager": True})
 
@@ -54,11 +57,36 @@ def test_two_models(command_line: CommandLine, random_model: Path, tmp_path: Pat
     source, converted = rows[:2]
     assert source["ratios"]["output_tokens_per_second"] == source["ratios"]["time_to_first_token"] == 1
     assert (source["cached_per_token_and_layer"], converted["cached_per_token_and_layer"]) == (128, 64)
+    assert {row["cache_format"] for row in (source, converted)} == {"bfloat16"}
+    assert (source["bytes_per_token_and_layer"], converted["bytes_per_token_and_layer"]) == (256, 128)
     assert converted["ratios"]["kv_capacity"] == pytest.approx(2, rel=0.02)
     assert f"{converted['kv_capacity_tokens']:,}" in table
     assert result["command"].startswith("vllm-mla bench ") and result["hardware"]["cores"] >= 1
     assert {"vllm", "torch", "vllm-mla-plugin", "python"} == result["versions"].keys()
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("unpacked", [False, True])
+def test_packed_cache(command_line: CommandLine, random_model: Path, tmp_path: Path, unpacked: bool) -> None:
+    """The report has the cache's format and bytes as vLLM serves it, and vLLM's capacity follows from the bytes."""
+    exact = convert(random_model, tmp_path / "exact", "--method", "exact")
+    specs = ["64x4g32/64x8g64s/a4", "64x4g32/64x4g32/a4"]
+    formats = [CacheFormat.parse(spec) for spec in specs]
+    packed = pack_checkpoint(exact, tmp_path / "packed", formats, torch.arange(64)[None])
+    engine = {"enforce_eager": True, **({"hf_overrides": {"latent_cache": None}} if unpacked else {})}
+    options = ("--lengths", 16, "--requests", 1, "--rounds", 1, "--cache", "16MiB", "--engine", json.dumps(engine))
+    report = tmp_path / "report.json"
+    code, table, complaint = command_line("bench", packed, *options, "--json", report)
+    assert (code, complaint) == (0, "")
+    (row,) = json.loads(report.read_text())["models"]
+    size = 256 if unpacked else (104 + 72) / 2
+    assert row["cache_format"] == ("bfloat16" if unpacked else specs)
+    assert row["bytes_per_token_and_layer"] == size
+    assert row["bits_per_cached_number"] == size / 16
+    assert row["kv_capacity_tokens"] == pytest.approx(2**24 / (2 * size), rel=0.02)
+    assert ("bfloat16" if unpacked else "formats differ by layer") in table
+    assert f"{size:.0f}" in table and f"{row['kv_capacity_tokens']:,}" in table
 
 
 @pytest.mark.engine

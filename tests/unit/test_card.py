@@ -71,6 +71,28 @@ def test_several_calibration_texts(mla: Path) -> None:
     assert "4,096 tokens of `my.txt` and text that the source wrote, seed 1" in text
 
 
+def test_packed_cache(mla: Path) -> None:
+    """The card names the format, its bytes, and how to undo it; a report without these fields says nothing of it."""
+    write_card(mla)
+    assert "packed" not in (mla / "README.md").read_text()
+    size = {"source": 128, "mla": 24}
+    change_report(mla, latent_cache="20x4g20/12x6g12/a4", bytes_per_token_and_layer=size)
+    write_card(mla)
+    text = (mla / "README.md").read_text()
+    for expected in (
+        "18.8% of its KV cache",
+        "--hf-overrides '{\"latent_cache\": null}'",
+        "\n- Cached per token and layer: `kv_lora_rank` 20 + `qk_rope_head_dim` 12, 50.0% of the source's numbers\n",
+        "\n- Cache format: `20x4g20/12x6g12/a4`, 18.8% of the bytes of the source's 16-bit cache",
+        "| numbers cached per token and layer | 64 | 32 |",
+        "| KV cache per token, packed; the source's at 16 bits | 256 bytes | 48 bytes |",
+    ):
+        assert expected in text, expected
+    change_report(mla, latent_cache=["20x4g20/12x6g12/a4", "20x4g20/12x4g12/a4"])
+    write_card(mla)
+    assert "`20x4g20/12x6g12/a4` (1 layer), `20x4g20/12x4g12/a4` (1 layer), 18.8%" in (mla / "README.md").read_text()
+
+
 def test_picture(mla: Path) -> None:
     """The picture is a PNG without dates and versions. It is left out if there is nothing to draw."""
     change_report(mla, per_layer=None)

@@ -177,6 +177,7 @@ def _row(
     return BenchRow(
         name=model.name,
         cached_per_token_and_layer=model.cached_numbers,
+        **_cache(model, facts[model.name]),
         **asdict(workload),
         kv_capacity_tokens=facts[model.name]["kv_capacity_tokens"],
         **medians(own),
@@ -187,6 +188,18 @@ def _row(
         },
         runs=[Figures(**run) for run in own],
     )
+
+
+def _cache(model: Model, facts: dict[str, Any]) -> dict[str, Any]:
+    """How an engine with these facts keeps a token: the fields of a row about it."""
+    numbers = model.cached_numbers
+    if facts["kv_packed"]:
+        format, size = model.cache_format, model.cached_bytes
+    else:
+        format, each = facts["kv_dtype"], facts["kv_number_bytes"]
+        size = None if numbers is None or each is None else numbers * each
+    bits = None if numbers is None or size is None else 8 * size / numbers
+    return {"cache_format": format, "bytes_per_token_and_layer": size, "bits_per_cached_number": bits}
 
 
 def _ratio(above: list[dict[str, Any]], below: list[dict[str, Any]], key: str) -> float | None:

@@ -1,5 +1,6 @@
 """The model card of a converted checkpoint: ``README.md``, rendered from the reports beside it."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,6 @@ def _render(
     environment = Environment(
         loader=PackageLoader(__package__, "."), trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
     )
-    same_cache = report.cache_ratio == 1
     text = environment.get_template(TEMPLATE).render(
         card_data=_metadata(report).to_yaml(),
         report=report,
@@ -112,7 +112,8 @@ def _render(
         method=_method(report),
         versions=", ".join(f"{name} {version}" for name, version in sorted(report.versions.items())),
         source=_source(report),
-        saved="the same KV cache size" if same_cache else f"{report.cache_ratio:.1%} of its KV cache",
+        saved="the same KV cache size" if report.bytes_ratio == 1 else f"{report.bytes_ratio:.1%} of its KV cache",
+        packed=_packed(report),
         repo=repo,
         served=repo or ".",
         commands=[report.command, *([report.healing.command] if report.healing else [])],
@@ -139,6 +140,16 @@ def _method(report: ConversionReport) -> str:
     return f"`{report.method}`{summary}{paper}"
 
 
+def _packed(report: ConversionReport) -> str | None:
+    """The formats of a packed cache, each once."""
+    if report.latent_cache is None:
+        return None
+    if isinstance(report.latent_cache, str):
+        return f"`{report.latent_cache}`"
+    counted = Counter(report.latent_cache)
+    return ", ".join(f"`{spec}` ({count} {'layer' if count == 1 else 'layers'})" for spec, count in counted.items())
+
+
 def _source(report: ConversionReport) -> str:
     revision = f" at revision `{report.revision}`" if report.revision else ""
     hub_id = report.source_card.base_model
@@ -149,10 +160,14 @@ def _source(report: ConversionReport) -> str:
 def _measurements(report: ConversionReport, evaluation: Evaluation | None) -> str:
     """The table of measures, source beside conversion."""
     cached = report.cached_per_token_and_layer
-    source, mla = (round(numbers * report.layers) * CACHE_BYTES for numbers in (cached.source, cached.mla))
+    if size := report.bytes_per_token_and_layer:
+        source, mla = (round(each * report.layers) for each in (size.source, size.mla))
+    else:
+        source, mla = (round(numbers * report.layers) * CACHE_BYTES for numbers in (cached.source, cached.mla))
+    unit = "packed; the source's at 16 bits" if report.latent_cache else "at 16 bits"
     rows = [
         ("numbers cached per token and layer", f"{cached.source:,}", f"{cached.mla:,}"),
-        ("KV cache per token, at 16 bits", f"{source:,} bytes", f"{mla:,} bytes"),
+        (f"KV cache per token, {unit}", f"{source:,} bytes", f"{mla:,} bytes"),
     ]
     if layers := report.per_layer:
         error = sum(layer.output_error for layer in layers) / len(layers)

@@ -15,6 +15,7 @@ from mla_converters.checkpoints.locate import local_path, not_on_the_hub
 from mla_converters.checkpoints.source import open_source
 from mla_converters.errors import ConversionError
 from mla_converters.support.json_files import read_json_object
+from vllm_mla_plugin.checkpoint.cache_formats import CacheFormat
 from vllm_mla_plugin.checkpoint.families import FAMILIES
 
 
@@ -56,6 +57,32 @@ class Model:
         heads = getattr(self.config, "num_attention_heads", None)
         kv_heads = getattr(self.config, "num_key_value_heads", None) or heads
         return 2 * kv_heads * source_head_dim(self.config) if kv_heads else None
+
+    @property
+    def cache_format(self) -> str | list[str] | None:
+        """How the cache is packed, as :meth:`CacheFormat.parse` reads it; one text a layer where layers differ.
+
+        None for a cache of numbers.
+        """
+        specs = [format.spec for format in self._cache_formats]
+        return (specs[0] if len(set(specs)) == 1 else specs) if specs else None
+
+    @property
+    def cached_bytes(self) -> float | None:
+        """Bytes that vLLM allocates per token and layer, with numbers of 16 bits in a cache that is not packed.
+
+        The mean where layers differ; None for a model without attention.
+        """
+        if formats := self._cache_formats:
+            return sum(format.bytes_per_token for format in formats) / len(formats)
+        return None if self.cached_numbers is None else 2 * self.cached_numbers
+
+    @property
+    def _cache_formats(self) -> list[CacheFormat]:
+        """Each layer's format; none for a cache of numbers."""
+        if getattr(self.config, "latent_cache", None) is None:
+            return []
+        return [self.config.cache_format(layer) for layer in range(self.config.num_hidden_layers)]
 
 
 def find_models(names: list[str], stack: ExitStack, trust_remote_code: bool = False) -> list[Model]:

@@ -84,7 +84,8 @@ def _print_report(report: BenchReport) -> None:
             row for row in rows if (row.requests, row.input_len, row.output_len) == (requests, input_len, output_len)
         ]
         for row in measured:
-            table.add_column(short[row.name], justify="right")
+            table.add_column(short[row.name], justify="right", overflow="fold")
+        table.add_row("cache", *map(_cache, measured))
         for label, key, figure in FIGURES:
             table.add_row(label, *(_cell(figure(row), row.ratios.get(key)) for row in measured))
         out.print(table)
@@ -96,6 +97,10 @@ def _cell(value: float | None, ratio: float | None) -> str:
         return "—"
     text = f"{value:,.1f}" if value < 1000 and value != int(value) else f"{value:,.0f}"
     return text if ratio is None else f"{text} ({ratio:.2f}x)"
+
+
+def _cache(row: BenchRow) -> str:
+    return row.cache_format if isinstance(row.cache_format, str) else "formats differ by layer"
 
 
 def _milliseconds(key: str, statistic: str) -> Callable[[BenchRow], float | None]:
@@ -110,5 +115,7 @@ FIGURES: tuple[tuple[str, str, Callable[[BenchRow], float | None]], ...] = (
     ("time to first token, ms (p99)", "", _milliseconds("time_to_first_token", "p99")),
     ("time per output token, ms (median)", "time_per_output_token", _milliseconds("time_per_output_token", "median")),
     ("requests at once, at most", "", lambda row: row.peak_concurrency),
+    ("bits of a cached number", "", lambda row: row.bits_per_cached_number),
+    ("bytes cached per token and layer", "", lambda row: row.bytes_per_token_and_layer),
     ("KV capacity, tokens", "kv_capacity", lambda row: row.kv_capacity_tokens),
 )

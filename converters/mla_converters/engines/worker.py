@@ -21,6 +21,8 @@ from typing import Any
 from mla_converters.engines.measuring import measure
 from mla_converters.engines.scoring import score
 
+NUMBERS = ("float32", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2")
+"""Dtypes of a cache, as vLLM names them, that hold one number after the other and nothing else."""
 JOBS: dict[str, Callable[..., dict[str, Any]]] = {"measure": measure, "score": score}
 
 
@@ -63,7 +65,7 @@ def start(arguments: dict[str, Any]) -> Any:
 
 
 def describe(llm: Any) -> dict[str, Any]:
-    """The engine's versions and hardware, and how many tokens its cache holds."""
+    """The engine's versions and hardware, how many tokens its cache holds, and how it keeps them."""
     import torch
     import vllm
     from vllm.platforms import current_platform
@@ -73,6 +75,7 @@ def describe(llm: Any) -> dict[str, Any]:
     return {
         "kv_capacity_tokens": blocks * block_size,
         "kv_block_size": block_size,
+        **describe_cache(config),
         "dtype": str(config.model_config.dtype).removeprefix("torch."),
         "chunked_prefill": config.scheduler_config.enable_chunked_prefill,
         "prefix_caching": config.cache_config.enable_prefix_caching,
@@ -80,6 +83,19 @@ def describe(llm: Any) -> dict[str, Any]:
         "device": current_platform.get_device_name(),
         "versions": {"vllm": vllm.__version__, "torch": torch.__version__},
     }
+
+
+def describe_cache(config: Any) -> dict[str, Any]:
+    """How a cache holds its numbers: whether in the packed rows of the checkpoint (``kv_packed``), or in which dtype
+    (``kv_dtype``), and in how many bytes each (``kv_number_bytes``; None where vLLM's format packs them by itself)."""
+    from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
+
+    model, asked = config.model_config, config.cache_config.cache_dtype
+    if asked == "auto" and getattr(model.hf_text_config, "latent_cache", None) is not None:
+        return {"kv_packed": True, "kv_dtype": None, "kv_number_bytes": None}
+    dtype = str(model.dtype).removeprefix("torch.") if asked == "auto" else asked
+    size = STR_DTYPE_TO_TORCH_DTYPE[dtype].itemsize if dtype in NUMBERS else None
+    return {"kv_packed": False, "kv_dtype": dtype, "kv_number_bytes": size}
 
 
 if __name__ == "__main__":

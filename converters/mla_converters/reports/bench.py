@@ -41,6 +41,10 @@ class BenchRow(Figures):
     Attributes:
         name: name of the model.
         cached_per_token_and_layer: cached numbers; None for a model without attention.
+        cache_format: dtype of the cached numbers, or the packed format (one for each layer where layers differ).
+        bytes_per_token_and_layer: what vLLM allocates, scales and padding included; the mean where layers differ. None
+            for a model without attention, and for formats that vLLM packs itself.
+        bits_per_cached_number: the bytes over the numbers, in bits.
         requests, input_len, output_len: the workload.
         kv_capacity_tokens: number of tokens that fit into the engine's cache.
         ratios: for each figure, how many times as good as the first model; None if a figure is missing.
@@ -49,6 +53,9 @@ class BenchRow(Figures):
 
     name: str
     cached_per_token_and_layer: int | float | None = None
+    cache_format: str | list[str]
+    bytes_per_token_and_layer: int | float | None = None
+    bits_per_cached_number: float | None = None
     requests: int | Literal["most"]
     input_len: int
     output_len: int

@@ -19,6 +19,14 @@ class CachedNumbers(Part):
     mla: int | float
 
 
+class CacheBytes(Part):
+    """Bytes per token and layer (the mean if layers differ): of the source's cache in 16 bits, and of the converted
+    model's as vLLM allocates it, with scales and padding."""
+
+    source: int | float
+    mla: int | float
+
+
 class CalibrationText(Part):
     """The text on which a conversion was calibrated.
 
@@ -125,6 +133,9 @@ class ConversionReport(Report):
         kv_lora_rank, qk_rope_head_dim: sizes of the cache; the largest if layers differ.
         kv_lora_ranks, qk_rope_head_dims: sizes of each layer; None if layers do not differ.
         cached_per_token_and_layer, cache_ratio: the cached numbers, and their share of the source's.
+        latent_cache: how the cache is packed, as :meth:`vllm_mla_plugin.checkpoint.cache_formats.CacheFormat.parse`
+            reads it; a text for each layer if layers differ; None for a cache of 16-bit numbers.
+        bytes_per_token_and_layer: the bytes of both caches; None in reports without them.
         layers: number of layers.
         command: the command that repeats the conversion.
         versions: versions of the packages.
@@ -154,6 +165,8 @@ class ConversionReport(Report):
     qk_rope_head_dims: list[int] | None = None
     cached_per_token_and_layer: CachedNumbers
     cache_ratio: float
+    latent_cache: str | list[str] | None = None
+    bytes_per_token_and_layer: CacheBytes | None = None
     layers: int
     command: str
     versions: dict[str, str]
@@ -171,6 +184,12 @@ class ConversionReport(Report):
     out: str | None = None
     seconds: float | None = None
     peak_rss_bytes: int | None = None
+
+    @property
+    def bytes_ratio(self) -> float:
+        """The cache's bytes as a share of the source's in 16 bits."""
+        size = self.bytes_per_token_and_layer
+        return self.cache_ratio if size is None else size.mla / size.source
 
     @model_validator(mode="before")
     @classmethod
