@@ -24,6 +24,7 @@ from mla_converters.methods.registry import method_of
 from mla_converters.options import ConvertOptions, command_line
 from mla_converters.proof import prove_and_describe
 from mla_converters.reports.conversion import (
+    CacheBytes,
     CachedNumbers,
     CalibrationText,
     ConversionReport,
@@ -198,24 +199,31 @@ def _rounded(measured: list[Measured]) -> list[LayerMeasures]:
     return [LayerMeasures(**{name: round(value, 6) for name, value in asdict(row).items()}) for row in measured]
 
 
+def _whole(mean: float) -> int | float:
+    return round(mean, 3) if mean % 1 else int(mean)
+
+
 def _report(
     source: Source, method: Method, prepared: Prepared, calibration: Calibration | None, options: ConvertOptions
 ) -> ConversionReport:
     """The report, before the weights are written."""
-    budgets, cached = prepared.budgets, source.shape.cached
+    budgets, cached, format = prepared.budgets, source.shape.cached, prepared.cache_format
     width = sum(budget.width for budget in budgets) / len(budgets)
+    row = 2 * width if format is None else format.bytes_per_token
     return ConversionReport(
         method=method.options.name,
         method_summary=method.options.summary,
         method_reference=method.options.reference,
-        lossless=method.lossless,
+        lossless=method.lossless and format is None,
         settings=prepared.settings,
         source=source.name,
         revision=source.revision,
         kv_lora_rank=prepared.budget.kv_lora_rank,
         qk_rope_head_dim=prepared.budget.qk_rope_head_dim,
-        cached_per_token_and_layer=CachedNumbers(source=cached, mla=round(width, 3) if width % 1 else int(width)),
-        cache_ratio=round(width / cached, 6),
+        cached_per_token_and_layer=CachedNumbers(source=cached, mla=_whole(width)),
+        cache_ratio=round(row / (2 * cached), 6),
+        latent_cache=None if format is None else format.spec,
+        bytes_per_token_and_layer=CacheBytes(source=2 * cached, mla=_whole(row)),
         layers=len(budgets),
         command=command_line(source.name, options),
         versions=VERSIONS,

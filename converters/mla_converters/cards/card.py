@@ -112,7 +112,7 @@ def _render(
         method=_method(report),
         versions=", ".join(f"{name} {version}" for name, version in sorted(report.versions.items())),
         source=_source(report),
-        saved="the same KV cache size" if report.bytes_ratio == 1 else f"{report.bytes_ratio:.1%} of its KV cache",
+        saved="the same KV cache size" if report.cache_ratio == 1 else f"{report.cache_ratio:.1%} of its KV cache",
         packed=_packed(report),
         repo=repo,
         served=repo or ".",

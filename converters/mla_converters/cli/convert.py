@@ -23,7 +23,7 @@ from mla_converters.reports.conversion import ConversionReport, SelfCheck
 EPILOG = """
 **Examples**
 
-Half the cache, calibrated on text the model writes itself:
+A quarter of the cache's bytes, calibrated on text the model writes itself:
 
 `vllm-mla convert HuggingFaceTB/SmolLM2-135M-Instruct ./smol-mla`
 
@@ -75,12 +75,10 @@ def convert(
 
 def _print_report(report: ConversionReport) -> None:
     table = Table(title=f"{report.source} as MLA ({report.method})", show_header=False)
-    cached = report.cached_per_token_and_layer
-    bytes_each = 4 if report.dtype == "float32" else 2
-    source, mla = (round(numbers * report.layers) * bytes_each for numbers in (cached.source, cached.mla))
     rows = {
         "kv_lora_rank + qk_rope_head_dim": f"{report.kv_lora_rank} + {report.qk_rope_head_dim}",
-        "KV cache per token": f"{source:,} -> {mla:,} bytes ({report.dtype})",
+        **({"Cache format": str(report.latent_cache)} if report.latent_cache else {}),
+        "KV cache per token": _bytes_per_token(report),
         "Share of the source's cache": f"{report.cache_ratio:.1%}",
         **{name: str(value) for name, value in report.settings.items() if value != []},
         **({"Self-check": _self_check(report.self_check)} if report.self_check else {}),
@@ -94,6 +92,17 @@ def _print_report(report: ConversionReport) -> None:
     out.print(table)
     print_warnings(out, report.warnings)
     out.print(f"Serve it: vllm serve {report.out}", highlight=False, soft_wrap=True)
+
+
+def _bytes_per_token(report: ConversionReport) -> str:
+    """Bytes of both caches over all layers."""
+    if report.latent_cache and report.bytes_per_token_and_layer:
+        size = report.bytes_per_token_and_layer
+        source, mla = (round(each * report.layers) for each in (size.source, size.mla))
+        return f"{source:,} (16 bits) -> {mla:,} bytes"
+    cached, bytes_each = report.cached_per_token_and_layer, 4 if report.dtype == "float32" else 2
+    source, mla = (round(numbers * report.layers) * bytes_each for numbers in (cached.source, cached.mla))
+    return f"{source:,} -> {mla:,} bytes ({report.dtype})"
 
 
 def _self_check(check: SelfCheck) -> str:

@@ -132,7 +132,8 @@ class ConversionReport(Report):
         source, revision: the name that the user gave, and the hub revision.
         kv_lora_rank, qk_rope_head_dim: sizes of the cache; the largest if layers differ.
         kv_lora_ranks, qk_rope_head_dims: sizes of each layer; None if layers do not differ.
-        cached_per_token_and_layer, cache_ratio: the cached numbers, and their share of the source's.
+        cached_per_token_and_layer: the cached numbers of both models.
+        cache_ratio: the cache's bytes as a share of the source's in 16 bits.
         latent_cache: how the cache is packed, as :meth:`vllm_mla_plugin.checkpoint.cache_formats.CacheFormat.parse`
             reads it; a text for each layer if layers differ; None for a cache of 16-bit numbers.
         bytes_per_token_and_layer: the bytes of both caches; None in reports without them.
@@ -184,12 +185,6 @@ class ConversionReport(Report):
     out: str | None = None
     seconds: float | None = None
     peak_rss_bytes: int | None = None
-
-    @property
-    def bytes_ratio(self) -> float:
-        """The cache's bytes as a share of the source's in 16 bits."""
-        size = self.bytes_per_token_and_layer
-        return self.cache_ratio if size is None else size.mla / size.source
 
     @model_validator(mode="before")
     @classmethod
