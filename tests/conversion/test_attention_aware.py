@@ -63,7 +63,7 @@ def statistics() -> AttentionStatistics:
 
 @pytest.fixture
 def model(statistics: AttentionStatistics) -> ScoreModel:
-    return score_model(statistics, moments(2 * WIDTH, seed=5), KV_HEADS)
+    return score_model(statistics, moments(2 * WIDTH, seed=5), moments(2 * WIDTH, seed=6), KV_HEADS)
 
 
 @pytest.fixture(params=["llama", "qwen3"])
@@ -156,17 +156,17 @@ def test_what_costs_most_keeps_rope(statistics: AttentionStatistics) -> None:
     """A component whose lost rotation costs nothing does not keep RoPE, as long as its energy has no weight."""
     phase = statistics.phase.clone()
     phase[:, 2:] /= phase[:, 2:].abs()
-    model = score_model(
-        AttentionStatistics(**(vars(statistics) | {"phase": phase})), moments(2 * WIDTH, seed=5), KV_HEADS
-    )
+    changed = AttentionStatistics(**(vars(statistics) | {"phase": phase}))
+    model = score_model(changed, moments(2 * WIDTH, seed=5), moments(2 * WIDTH, seed=6), KV_HEADS)
     assert set(choose_rotary(model, 4 * KV_HEADS, Weighing(energy=0.0)).frequency.tolist()) == {0, 1}
     assert set(choose_rotary(model, 4 * KV_HEADS, Weighing(energy=1e6)).frequency.tolist()) != {0, 1}
 
 
 def converted(layer: SourceLayer, hidden: torch.Tensor) -> LatentAttention:
     """The layer's attention, converted to half of the cache."""
-    plain = layer.moments(hidden).kv
-    model = score_model(attention_statistics(layer, hidden), plain, KV_HEADS)
+    found = layer.moments(hidden)
+    plain = found.kv
+    model = score_model(attention_statistics(layer, hidden), plain, found.covariance, KV_HEADS)
     maps = attention_aware_map(model, layer.freqs, rope_dim=24, kv_lora_rank=24, weighing=Weighing())
     return layer.converted(mla_weights(layer.attention_weights, balanced(maps, plain)))
 
@@ -353,7 +353,7 @@ def test_too_few_tokens_for_least_squares(tmp_path: Path) -> None:
     report("enough, map alone", 1024, without=frozenset({Ingredient.LEAST_SQUARES}))
     assert weights(tmp_path / "enough") != weights(tmp_path / "enough, map alone")
     assert not about_tokens(report("refit", 512, refit_steps=1))
-    assert not about_tokens(report("whole", 512, cache_ratio=1.0))
+    assert not about_tokens(report("whole", 512, cache_ratio=1.0, latent_bits=16))
 
 
 def about_tokens(report: ConversionReport) -> list[str]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from mla_converters.latent.maps import LatentMap, mla_weights
+from mla_converters.latent.module import LatentAttention
 from mla_converters.resume.layer_pass import Streams
 from mla_converters.streaming.layers import Attention, SourceLayer
 from vllm_mla_plugin.checkpoint.cache_formats import CacheFormat
@@ -91,7 +92,7 @@ MEAN_WINDOWS = 8  # windows on which the mean is measured that packing takes out
 
 def with_mean(
     layer: SourceLayer, weights: dict[str, torch.Tensor], format: CacheFormat | None, hidden: torch.Tensor
-) -> tuple[dict[str, torch.Tensor], Attention]:
+) -> tuple[dict[str, torch.Tensor], LatentAttention]:
     """A layer's projections with the mean that its cache format takes out, and the attention that they make.
 
     Args:
