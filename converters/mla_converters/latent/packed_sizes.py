@@ -14,10 +14,10 @@ from vllm_mla_plugin.checkpoint.cache_formats import ALIGNMENTS, CacheFormat, Se
 
 # Squared errors relative to the numbers' squares, in groups of 32. Measured on SmolLM2's latents.
 NOISE = {2: 0.11, 3: 0.031, 4: 0.0057, 5: 0.0014, 6: 0.00035, 8: 0.00002}
-# As much dearer is noise in rotary keys: 1.4 times the noise, because their tokens differ more in size, and scores, which
-# are exponents, mind large errors more than their squares say. With 2.8 to 5.6 the errors of the attention outputs are
-# least at 8% to 25% of the bytes; with 1.4 they are 4% to 60% larger.
 ROTARY_NOISE = 4.0
+"""As much dearer is noise in rotary keys: there is 1.4 times as much, because their tokens differ more in size, and a
+large error of a score costs more than its square says, because attention is its exponential. At 8% to 25% of the bytes,
+errors of the attention outputs are least with 2.8 to 5.6, and 4% to 60% larger with 1.4."""
 GROUP = 32
 GROUPS = (16, 32)
 """Components that share a scale, as searched: fewer fit the scale better, and their bits are chosen more finely."""
