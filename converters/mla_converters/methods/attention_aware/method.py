@@ -88,9 +88,10 @@ class AttentionAware:
             ConversionError: nothing fits into the bytes that were asked for.
         """
         sizes, shape = job.sizes, job.source.shape
-        by_hand = sizes.format is not None or sizes.kv_lora_rank is not None
-        if by_hand or sizes.latent_bits == 16 or (Ingredient.SEARCH in settings.without and sizes.latent_bits):
+        if sizes.format is not None or sizes.kv_lora_rank is not None or sizes.latent_bits == 16:
             return asked_format(shape, sizes), []
+        if Ingredient.SEARCH in settings.without:
+            return uniform_row(shape, sizes, sizes.latent_bits or TYPICAL_BITS), []
         row = row_bytes(shape, sizes)
         ropes = [sizes.qk_rope_head_dim] if sizes.qk_rope_head_dim else candidate_ropes(shape.kv_heads, shape.head_dim)
         assert job.calibration is not None, "the method has a window"
