@@ -44,8 +44,13 @@ def pieces_of(format: CacheFormat) -> tuple[tuple, ...]:
                 _tile(each),
                 piece.scales,
                 piece.zeros,
-                tuple((plane.bits, plane.shift, plane.offset, plane.stride, _tile(plane.stride)) for plane in piece.planes),
                 *_tries(piece),
+                len(piece.planes),
+                *(
+                    number
+                    for plane in piece.planes
+                    for number in (plane.bits, plane.shift, plane.offset, plane.stride, _tile(plane.stride))
+                ),
             )
         )
     return tuple(pieces)
@@ -67,13 +72,10 @@ def _round(x, MOST: tl.constexpr):
 
 
 @triton.jit
-def _pack_piece(Numbers, row, PIECES: tl.constexpr, n: tl.constexpr):
-    """Pack one piece of a token.
-
-    Args:
-        Numbers: pointer to the token's latent or to its rotary key, whichever the piece belongs to.
-        row: pointer to the row's first byte.
-    """
+def _pack_piece(latent, rope, row, PIECES: tl.constexpr, n: tl.constexpr):
+    """Pack one piece of a token, given pointers to its latent, its rotary key and its row."""
+    ROTARY: tl.constexpr = PIECES[n][0]
+    Numbers = rope if ROTARY else latent
     FIRST: tl.constexpr = PIECES[n][1]
     SIZE: tl.constexpr = PIECES[n][2]
     BITS: tl.constexpr = PIECES[n][3]
@@ -82,7 +84,7 @@ def _pack_piece(Numbers, row, PIECES: tl.constexpr, n: tl.constexpr):
     TILE_GROUPS: tl.constexpr = PIECES[n][7]
     TILE_GROUP: tl.constexpr = PIECES[n][8]
     if BITS == 16:
-        OFFSET: tl.constexpr = PIECES[n][11][0][2]
+        OFFSET: tl.constexpr = PIECES[n][16]
         columns = tl.arange(0, TILE_GROUP)
         numbers = tl.load(Numbers + FIRST + columns, mask=columns < SIZE, other=0.0).to(tl.float32)
         numbers = tl.minimum(tl.maximum(numbers, -MOST), MOST)
@@ -101,7 +103,7 @@ def _pack_piece(Numbers, row, PIECES: tl.constexpr, n: tl.constexpr):
         tl.store(row + SCALES + groups, scales.to(tl.uint8), mask=groups < GROUPS)
         if SCALING == 1:
             tl.store(row + ZEROS + groups, zeros.to(tl.uint8), mask=groups < GROUPS)
-        PLANES: tl.constexpr = len(PIECES[n][11])
+        PLANES: tl.constexpr = PIECES[n][13]
         for p in tl.static_range(PLANES):
             _pack_plane(Numbers, row, scales | (zeros << 8), PIECES, n, p)
 
@@ -114,8 +116,8 @@ def _best_scales(numbers, there, PIECES: tl.constexpr, n: tl.constexpr):
     """
     BITS: tl.constexpr = PIECES[n][3]
     SCALING: tl.constexpr = PIECES[n][4]
-    TRIES: tl.constexpr = PIECES[n][12]
-    STEP: tl.constexpr = PIECES[n][13]
+    TRIES: tl.constexpr = PIECES[n][11]
+    STEP: tl.constexpr = PIECES[n][12]
     TOP: tl.constexpr = 2**BITS - 1
     FRACTION: tl.constexpr = 1.0 / TOP
     DROPPED: tl.constexpr = 22 if SCALING == 2 else 20  # bits of float32's mantissa
@@ -169,11 +171,11 @@ def _pack_plane(Numbers, row, codes, PIECES: tl.constexpr, n: tl.constexpr, p: t
     SCALING: tl.constexpr = PIECES[n][4]
     GROUP: tl.constexpr = PIECES[n][5]
     GROUPS: tl.constexpr = PIECES[n][6]
-    PLANE_BITS: tl.constexpr = PIECES[n][11][p][0]
-    SHIFT: tl.constexpr = PIECES[n][11][p][1]
-    OFFSET: tl.constexpr = PIECES[n][11][p][2]
-    STRIDE: tl.constexpr = PIECES[n][11][p][3]
-    TILE_BYTES: tl.constexpr = PIECES[n][11][p][4]
+    PLANE_BITS: tl.constexpr = PIECES[n][14 + 5 * p]
+    SHIFT: tl.constexpr = PIECES[n][15 + 5 * p]
+    OFFSET: tl.constexpr = PIECES[n][16 + 5 * p]
+    STRIDE: tl.constexpr = PIECES[n][17 + 5 * p]
+    TILE_BYTES: tl.constexpr = PIECES[n][18 + 5 * p]
     byte = tl.arange(0, TILE_BYTES)
     packed = tl.zeros([TILE_BYTES], tl.int32)
     for k in tl.static_range(8 // PLANE_BITS):
@@ -212,10 +214,7 @@ def _pack(
     COUNT: tl.constexpr = len(PIECES)
     for n in tl.static_range(COUNT):
         if tl.program_id(1) == n:
-            if PIECES[n][0]:
-                _pack_piece(rope, row, PIECES, n)
-            else:
-                _pack_piece(latent, row, PIECES, n)
+            _pack_piece(latent, rope, row, PIECES, n)
 
 
 def pack(

@@ -21,7 +21,7 @@ MIN_CHUNK = 16
 WIDENED_TOKENS = 16
 """Tokens of one program of :func:`widen`."""
 
-Chunk = tuple[int, int, int, int, int, int, int, int, int, int, tuple[tuple[int, int, int, int], ...]]
+Chunk = tuple[int, ...]
 
 
 def chunks_of(format: CacheFormat) -> tuple[tuple[Chunk, ...], tuple[Chunk, ...]]:
@@ -52,9 +52,9 @@ def _chunk(piece: Piece, start: int, width: int, first: int) -> Chunk:
     # Runs of this many numbers, a power of 2, lie in one group each.
     run = width if start // segment.group == (start + size - 1) // segment.group else segment.group & -segment.group
     run = width if segment.bits == 16 else min(run, width)
-    planes = tuple((plane.bits, plane.shift, plane.offset, plane.stride) for plane in piece.planes)
+    planes = [number for plane in piece.planes for number in (plane.bits, plane.shift, plane.offset, plane.stride)]
     scaling = SCALINGS.index(segment.scaling)
-    return first + start, width, size, start, run, segment.bits, scaling, segment.group, piece.scales, piece.zeros, planes
+    return first + start, width, size, start, run, segment.bits, scaling, segment.group, piece.scales, piece.zeros, len(piece.planes), *planes
 
 
 @triton.jit
@@ -62,10 +62,10 @@ def plane_bits(rows, index, mask, CHUNKS: tl.constexpr, n: tl.constexpr, p: tl.c
     """What a plane knows of the codes of a chunk, as int32."""
     SIZE: tl.constexpr = CHUNKS[n][2]
     START: tl.constexpr = CHUNKS[n][3]
-    BITS: tl.constexpr = CHUNKS[n][10][p][0]
-    SHIFT: tl.constexpr = CHUNKS[n][10][p][1]
-    OFFSET: tl.constexpr = CHUNKS[n][10][p][2]
-    STRIDE: tl.constexpr = CHUNKS[n][10][p][3]
+    BITS: tl.constexpr = CHUNKS[n][11 + 4 * p]
+    SHIFT: tl.constexpr = CHUNKS[n][12 + 4 * p]
+    OFFSET: tl.constexpr = CHUNKS[n][13 + 4 * p]
+    STRIDE: tl.constexpr = CHUNKS[n][14 + 4 * p]
     SLICE: tl.constexpr = START // STRIDE
     if SLICE == (START + SIZE - 1) // STRIDE:  # all lie in one slice, so all are shifted by the same number of bits
         held = tl.load(rows + (OFFSET - SLICE * STRIDE + index), mask=mask, other=0).to(tl.int32) >> (SLICE * BITS)
@@ -118,12 +118,12 @@ def widen_chunk(rows, there, CHUNKS: tl.constexpr, n: tl.constexpr):
     if SIZE < WIDTH:
         mask = mask & (index < START + SIZE)
     if BITS == 16:
-        OFFSET: tl.constexpr = CHUNKS[n][10][0][2]
+        OFFSET: tl.constexpr = CHUNKS[n][13]
         halves = (rows + OFFSET).to(tl.pointer_type(tl.float16), bitcast=True)
         numbers = tl.load(halves + index, mask=mask, other=0.0).to(tl.float32)
     else:
         codes = plane_bits(rows, index, mask, CHUNKS, n, 0)
-        PLANES: tl.constexpr = len(CHUNKS[n][10])
+        PLANES: tl.constexpr = CHUNKS[n][10]
         if PLANES == 2:
             codes |= plane_bits(rows, index, mask, CHUNKS, n, 1)
         group = ((START + run) // GROUP)[None, :, :]
