@@ -158,3 +158,12 @@ def gpu_backends(layout: tuple[int, int], head_dim: int, dtype: str, gpu: str) -
     except ValueError:
         return []
     return [PLUGIN_BACKEND]
+
+
+@dataclass(frozen=True)
+class PackedTiles:
+    latent: int
+    tokens: int
+    heads: int
+    warps: int = 4
+    programs_per_unit: int = 2
