@@ -26,7 +26,7 @@ from vllm_mla_plugin.backends.gpu_decode import (
     row_length,
 )
 from vllm_mla_plugin.backends.gpu_means import Means
-from vllm_mla_plugin.backends.gpu_rows import MIN_CHUNK, chunks_of, widen_chunk
+from vllm_mla_plugin.backends.gpu_rows import chunks_of, fine_means, turned_mean, widen_chunk
 from vllm_mla_plugin.checkpoint.cache_formats import CacheFormat
 from vllm_mla_plugin.checkpoint.layouts import PackedTiles
 
@@ -36,19 +36,19 @@ EXTRA = 2
 
 @triton.jit
 def _load_query(queries, head_stride, heads, known, CHUNKS: tl.constexpr, n: tl.constexpr):
-    """``[width, heads]``, zeros beyond the chunk."""
+    """``[heads, width]``, zeros beyond the chunk."""
     FIRST: tl.constexpr = CHUNKS[n][0]
     WIDTH: tl.constexpr = CHUNKS[n][1]
     SIZE: tl.constexpr = CHUNKS[n][2]
     columns = tl.arange(0, WIDTH)
     q = queries + heads[:, None] * head_stride + (FIRST + columns)[None, :]
-    return tl.trans(tl.load(q, mask=known[:, None] & (columns < SIZE)[None, :], other=0.0))
+    return tl.load(q, mask=known[:, None] & (columns < SIZE)[None, :], other=0.0)
 
 
 @triton.jit
 def _zeros(TILE_HEADS: tl.constexpr, CHUNKS: tl.constexpr, n: tl.constexpr):
     WIDTH: tl.constexpr = CHUNKS[n][1]
-    return tl.zeros([WIDTH, TILE_HEADS], tl.float32)
+    return tl.zeros([TILE_HEADS, WIDTH], tl.float32)
 
 
 @triton.jit
@@ -59,7 +59,7 @@ def _mean_share(q, shares, CHUNKS: tl.constexpr, n: tl.constexpr):
     SIZE: tl.constexpr = CHUNKS[n][2]
     columns = tl.arange(0, WIDTH)
     mean = tl.load(shares + FIRST + columns, mask=columns < SIZE, other=0.0)
-    return tl.sum(q.to(tl.float32) * mean[:, None], 0)
+    return tl.sum(q.to(tl.float32) * mean[None, :], 1)
 
 
 @triton.jit
@@ -68,8 +68,8 @@ def _store_values(results, values, known, CHUNKS: tl.constexpr, n: tl.constexpr)
     WIDTH: tl.constexpr = CHUNKS[n][1]
     SIZE: tl.constexpr = CHUNKS[n][2]
     columns = tl.arange(0, WIDTH)
-    mask = (columns < SIZE)[:, None] & known[None, :]
-    tl.store(results[None, :] + FIRST + columns[:, None], values, mask=mask)
+    mask = known[:, None] & (columns < SIZE)[None, :]
+    tl.store(results[:, None] + FIRST + columns[None, :], values, mask=mask)
 
 
 @triton.jit(do_not_specialize=["parts", "queries", "lag"])
@@ -100,7 +100,6 @@ def _attend_part(
     PAGE: tl.constexpr,
     LATENT_CHUNKS: tl.constexpr,
     ROPE_CHUNKS: tl.constexpr,
-    TILE_HALF: tl.constexpr,
     TILE_TOKENS: tl.constexpr,
     TILE_HEADS: tl.constexpr,
     EXTRA: tl.constexpr,
@@ -138,15 +137,10 @@ def _attend_part(
             more += _mean_share(q[n], Shares + LATENT + ROPE, LATENT_CHUNKS, n)
         for n in tl.static_range(ROPES):
             more += _mean_share(q_rope[n], Shares + LATENT + ROPE + LATENT, ROPE_CHUNKS, n)
-        HALF: tl.constexpr = ROPE // 2
-        half = tl.arange(0, TILE_HALF)
-        halves = ropes + heads[None, :] * rope_head_stride + half[:, None]
-        mask = (half < HALF)[:, None] & known[None, :]
-        q_first = tl.load(halves, mask=mask, other=0.0).to(tl.float32)
-        q_second = tl.load(halves + HALF, mask=mask, other=0.0).to(tl.float32)
-        fine = Fine + tl.arange(0, TILE_TOKENS)[:, None] * ROPE + half[None, :]
-        fine_first = tl.load(fine, mask=(half < HALF)[None, :], other=0.0)
-        fine_second = tl.load(fine + HALF, mask=(half < HALF)[None, :], other=0.0)
+        fine = ()
+        for n in tl.static_range(ROPES):
+            fine = fine + fine_means(Fine, tl.arange(0, TILE_TOKENS), ROPE, ROPE_CHUNKS, n)
+        first_scores = tl.zeros([TILE_HEADS, TILE_TOKENS], tl.float32)
 
     top = tl.full([TILE_HEADS], float("-inf"), tl.float32)
     total = tl.zeros([TILE_HEADS], tl.float32)
@@ -155,38 +149,39 @@ def _attend_part(
         there = tokens < last
         pages = tl.load(Table + (row // queries) * table_stride + tokens // PAGE, mask=there, other=0).to(tl.int64)
         rows = Rows + pages * page_stride + tokens % PAGE * token_stride
-        scores = tl.zeros([TILE_TOKENS, TILE_HEADS], tl.float32)
+        scores = tl.zeros([TILE_HEADS, TILE_TOKENS], tl.float32)
         latent = ()
         for n in tl.static_range(LATENTS):
             latent = latent + (widen_chunk(rows, there, LATENT_CHUNKS, n).to(Latents.dtype.element_ty),)
-            scores = tl.dot(latent[n], q[n], scores)
+            scores = tl.dot(q[n], tl.trans(latent[n]), scores)
         for n in tl.static_range(ROPES):
-            rope = widen_chunk(rows, there, ROPE_CHUNKS, n).to(Latents.dtype.element_ty)
-            scores = tl.dot(rope, q_rope[n], scores)
+            rope = widen_chunk(rows, there, ROPE_CHUNKS, n)
+            if Shares is not None:
+                steps = start // TILE_TOKENS + tl.arange(0, 1)
+                rope += turned_mean(fine[2 * n], fine[2 * n + 1], Coarse, steps, ROPE, ROPE_CHUNKS, n)
+            rope = rope.to(Latents.dtype.element_ty)
+            scores = tl.dot(q_rope[n], tl.trans(rope), scores)
         if Shares is not None:
-            turn = Coarse + start // TILE_TOKENS * ROPE + half
-            cos = tl.load(turn, mask=half < HALF, other=0.0)[:, None]
-            sin = tl.load(turn + HALF, mask=half < HALF, other=0.0)[:, None]
-            scores = tl.dot(fine_first, q_first * cos + q_second * sin, scores)
-            scores = tl.dot(fine_second, q_second * cos - q_first * sin, scores)
-            scores += tl.where((tokens == 0)[:, None], (share + more)[None, :], share[None, :])
-        scores = tl.where(there[:, None], scores * scale, float("-inf"))
+            scores += tl.where((tokens == 0)[None, :], (share + more)[:, None], share[:, None])
+        scores = tl.where(there[None, :], scores * scale, float("-inf"))
         if Shares is not None:
-            own = (tokens == 0)[:, None] & known[None, :]
-            tl.store(tl.broadcast_to(results[None, :] + (LATENT + 1), scores.shape), scores, mask=own)
-        new_top = tl.maximum(top, tl.max(scores, 0))
+            first_scores = tl.where(start == 0, scores, first_scores)
+        new_top = tl.maximum(top, tl.max(scores, 1))
         shrink = tl.exp2(top - new_top)
-        weights = tl.exp2(scores - new_top[None, :])
-        total = total * shrink + tl.sum(weights, 0)
+        weights = tl.exp2(scores - new_top[:, None])
+        total = total * shrink + tl.sum(weights, 1)
         weights = weights.to(Latents.dtype.element_ty)
         new_values = ()
         for n in tl.static_range(LATENTS):
-            new_values = new_values + (tl.dot(tl.trans(latent[n]), weights, values[n] * shrink[None, :]),)
+            new_values = new_values + (tl.dot(weights, latent[n], values[n] * shrink[:, None]),)
         values = new_values
         top = new_top
 
     for n in tl.static_range(LATENTS):
-        _store_values(results, values[n] / total[None, :], known, LATENT_CHUNKS, n)
+        _store_values(results, values[n] / total[:, None], known, LATENT_CHUNKS, n)
+    if Shares is not None:
+        own = tl.where((tl.arange(0, TILE_TOKENS) == 0)[None, :], first_scores, 0.0)
+        tl.store(results + (LATENT + 1), tl.sum(own, 1), mask=known)
     tl.store(results + LATENT, top + tl.log2(total), mask=known)
 
 
@@ -253,7 +248,6 @@ def decode_packed(
         PAGE=cache.shape[1],
         LATENT_CHUNKS=latent_chunks,
         ROPE_CHUNKS=rope_chunks,
-        TILE_HALF=max(MIN_CHUNK, triton.next_power_of_2(rope // 2)),
         TILE_HEADS=tiles.heads,
         # With one stage, Triton 3.6 overwrites tiles that Hopper's matrix instructions still read.
         num_stages=2,

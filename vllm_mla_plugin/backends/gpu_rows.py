@@ -6,6 +6,8 @@ Triton compiles a kernel for each value of such constants. So one source serves 
 :class:`~vllm_mla_plugin.checkpoint.cache_formats.CacheFormat`, and nothing of the format is left to do on the GPU.
 """
 
+from collections.abc import Iterator
+
 import torch
 from vllm.triton_utils import tl, triton
 from vllm.utils.math_utils import cdiv
@@ -14,10 +16,13 @@ from vllm_mla_plugin.backends.gpu_means import Means
 from vllm_mla_plugin.checkpoint.cache_formats import CacheFormat, Piece
 
 SCALINGS = ("symmetric", "asymmetric", "compact")
-CHUNK = 64
-"""Numbers of a chunk at most. A Hopper GPU multiplies 64 rows at a time."""
+CHUNK = 256
+"""Numbers of a chunk at most: the widest slice of 512 numbers of 4 bits. Fewer and larger tiles are moved less often
+between registers and shared memory."""
 MIN_CHUNK = 16
 """Triton multiplies no smaller tiles."""
+MIN_SLICE = 32
+"""Slices of a plane with fewer numbers are not chunks of their own, because tiles would be small or half empty."""
 WIDENED_TOKENS = 16
 """Tokens of one program of :func:`widen`."""
 
@@ -25,36 +30,44 @@ Chunk = tuple[int, ...]
 
 
 def chunks_of(format: CacheFormat) -> tuple[tuple[Chunk, ...], tuple[Chunk, ...]]:
-    """The chunks of the latent and of the rotary key. A kernel reads the fields of a chunk by :func:`widen_chunk`."""
-    latent = sum(segment.size for segment in format.latent)
+    """The chunks of the latent and of the rotary key. A kernel reads the fields of a chunk as :func:`widen_chunk`."""
+    latent = format.sizes[0]
     chunks: tuple[list[Chunk], list[Chunk]] = ([], [])
     for piece in format.pieces:
-        start = 0
-        while start < piece.segment.size:
-            left = piece.segment.size - start
-            width = CHUNK if left >= CHUNK else max(MIN_CHUNK, 1 << (left - 1).bit_length())
-            rotary = piece.first >= latent
-            chunks[rotary].append(_chunk(piece, start, width, piece.first - latent * rotary))
-            start += width
+        rotary = piece.first >= latent
+        for start, width, size in _cuts(piece):
+            chunks[rotary].append(_chunk(piece, start, width, size, piece.first - latent * rotary))
     return tuple(chunks[0]), tuple(chunks[1])
 
 
-def _chunk(piece: Piece, start: int, width: int, first: int) -> Chunk:
-    """One chunk of a piece.
+def _cuts(piece: Piece) -> Iterator[tuple[int, int, int]]:
+    """Where chunks of a piece begin, counted in the piece; their widths, powers of 2; and how much of it they use.
 
-    Args:
-        start: its first number, counted in the piece.
-        width: of the tile; a power of 2.
-        first: index of the piece's first number in the latent, or in the rotary key.
+    They end where a slice of a plane does, because the numbers of a slice are shifted by the same number of bits.
     """
+    whole, start = piece.segment.size, 0
+    strides = sorted(plane.stride for plane in piece.planes)
+    slices = strides[0] if strides[0] >= MIN_SLICE and not strides[-1] % strides[0] else whole
+    while start < whole:
+        left = min(whole, (start // slices + 1) * slices) - start
+        width = min(CHUNK, max(MIN_CHUNK, 1 << (left - 1).bit_length()))
+        if MIN_CHUNK < width and left < width * 7 // 8:  # less than an eighth of a tile is left empty
+            width //= 2
+        size = min(width, left)
+        yield start, width, size
+        start += size
+
+
+def _chunk(piece: Piece, start: int, width: int, size: int, first: int) -> Chunk:
+    """One chunk of a piece; ``first`` is the index of the piece's first number in the latent, or in the rotary key."""
     segment = piece.segment
-    size = min(width, segment.size - start)
-    # Runs of this many numbers, a power of 2, lie in one group each.
-    run = width if start // segment.group == (start + size - 1) // segment.group else segment.group & -segment.group
-    run = width if segment.bits == 16 else min(run, width)
+    run = width
+    if segment.bits != 16 and start // segment.group != (start + size - 1) // segment.group:
+        # Of this many numbers from the start on, a power of 2, each lot lies in one group.
+        run = min(width, *(number & -number for number in (segment.group, start) if number))
     planes = [number for plane in piece.planes for number in (plane.bits, plane.shift, plane.offset, plane.stride)]
-    scaling = SCALINGS.index(segment.scaling)
-    return first + start, width, size, start, run, segment.bits, scaling, segment.group, piece.scales, piece.zeros, len(piece.planes), *planes
+    fields = (first + start, width, size, start, run, segment.bits, SCALINGS.index(segment.scaling), segment.group)
+    return *fields, piece.scales, piece.zeros, len(piece.planes), *planes
 
 
 @triton.jit
@@ -140,6 +153,42 @@ def widen_chunk(rows, there, CHUNKS: tl.constexpr, n: tl.constexpr):
 
 
 @triton.jit
+def fine_means(Fine, tokens, ROPE: tl.constexpr, CHUNKS: tl.constexpr, n: tl.constexpr):
+    """A chunk of the rotary key's mean at some positions below the step, and what turns with it.
+
+    Args:
+        tokens: ``[tokens]``, the positions.
+
+    Returns:
+        Two tensors ``[tokens, width]`` float32, which :func:`turned_mean` takes.
+    """
+    FIRST: tl.constexpr = CHUNKS[n][0]
+    WIDTH: tl.constexpr = CHUNKS[n][1]
+    SIZE: tl.constexpr = CHUNKS[n][2]
+    HALF: tl.constexpr = ROPE // 2
+    columns = FIRST + tl.arange(0, WIDTH)[None, :]
+    known = columns < FIRST + SIZE
+    fine = Fine + tokens[:, None] * ROPE
+    own = tl.load(fine + columns, mask=known, other=0.0)
+    other = tl.load(fine + (columns + HALF) % ROPE, mask=known, other=0.0)
+    return own, tl.where(columns < HALF, -other, other)
+
+
+@triton.jit
+def turned_mean(own, other, Coarse, steps, ROPE: tl.constexpr, CHUNKS: tl.constexpr, n: tl.constexpr):
+    """The mean of :func:`fine_means`, turned by ``[tokens]`` or ``[1]`` coarse steps."""
+    FIRST: tl.constexpr = CHUNKS[n][0]
+    WIDTH: tl.constexpr = CHUNKS[n][1]
+    SIZE: tl.constexpr = CHUNKS[n][2]
+    HALF: tl.constexpr = ROPE // 2
+    columns = FIRST + tl.arange(0, WIDTH)[None, :]
+    coarse = Coarse + steps[:, None] * ROPE + columns % HALF
+    cos = tl.load(coarse, mask=columns < FIRST + SIZE, other=0.0)
+    sin = tl.load(coarse + HALF, mask=columns < FIRST + SIZE, other=0.0)
+    return own * cos + other * sin
+
+
+@triton.jit
 def _widen_part(
     rows,
     there,
@@ -168,15 +217,8 @@ def _widen_part(
         if BEFORE == 0:
             numbers += tl.load(Shares + columns, mask=known, other=0.0)[None, :]
         else:
-            HALF: tl.constexpr = ROPE // 2
-            mask = there[:, None] & known[None, :]
-            fine = Fine + (positions % STEP * ROPE)[:, None]
-            coarse = Coarse + (positions // STEP * ROPE)[:, None]
-            own = tl.load(fine + columns[None, :], mask=mask, other=0.0)
-            other = tl.load(fine + ((columns + HALF) % ROPE)[None, :], mask=mask, other=0.0)
-            cos = tl.load(coarse + (columns % HALF)[None, :], mask=mask, other=0.0)
-            sin = tl.load(coarse + (HALF + columns % HALF)[None, :], mask=mask, other=0.0)
-            numbers += own * cos + other * tl.where((columns < HALF)[None, :], -sin, sin)
+            own, other = fine_means(Fine, positions % STEP, ROPE, CHUNKS, n)
+            numbers += turned_mean(own, other, Coarse, positions // STEP, ROPE, CHUNKS, n)
     out = Out + BEFORE + columns[None, :]
     tl.store(out, numbers.to(Out.dtype.element_ty), mask=there[:, None] & known[None, :])
 
