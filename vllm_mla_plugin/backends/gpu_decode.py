@@ -17,12 +17,12 @@ import torch
 from vllm.triton_utils import tl, triton
 from vllm.utils.math_utils import cdiv
 
-from vllm_mla_plugin.checkpoint.layouts import Tiles
+from vllm_mla_plugin.checkpoint.layouts import PackedTiles, Tiles
 
 PARTS_TILE, VALUES_TILE = 16, 128  # parts and values that one step of merging takes
 
 
-def suited_parts(rows: int, heads: int, tiles: Tiles, units: int) -> int:
+def suited_parts(rows: int, heads: int, tiles: Tiles | PackedTiles, units: int) -> int:
     """The number of parts into which contexts are cut, so that every one of the GPU's units is busy.
 
     It is at most the number of units, because all parts of a long context are written and read again.
@@ -184,7 +184,7 @@ def merge_parts(
         top = new_top
     # Some rows only fill up a CUDA graph: they have no tokens, so their values are zero.
     values = values / tl.maximum(total, 1.0)
-    if Shares is not None:
+    if Shares is not None:  # noqa: SIM102 - known when the kernel is compiled; the next is not
         if used > 0:
             first_score = tl.load(Parts + result * parts * (LATENT + EXTRA) + (LATENT + 1))
             first_weight = tl.exp2(first_score - top - tl.log2(total))

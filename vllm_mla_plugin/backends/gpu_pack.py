@@ -8,8 +8,9 @@ bits of these sums, another may be chosen.
 import torch
 from vllm.triton_utils import tl, triton
 
-from vllm_mla_plugin.backends.gpu_rows import SCALINGS, read_scale
+from vllm_mla_plugin.backends.gpu_rows import read_scale
 from vllm_mla_plugin.checkpoint.cache_formats import CacheFormat, Piece
+from vllm_mla_plugin.checkpoint.row_chunks import SCALINGS
 from vllm_mla_plugin.latent_packing import LARGEST, PLACES, tried_scales
 
 PLACED = tl.constexpr(PLACES)

@@ -1,4 +1,6 @@
 # ruff: noqa: N803, N806 - the constants of a Triton kernel are written in capitals
+# ruff: noqa: RUF005 - Triton joins tuples, but does not unpack them
+# mypy: disable-error-code="assignment"
 """MLA decode in Triton from packed rows: each row is read once for all heads, and widened in registers.
 
 As :mod:`vllm_mla_plugin.backends.gpu_decode`, but the latent is a tuple of chunks
@@ -26,9 +28,10 @@ from vllm_mla_plugin.backends.gpu_decode import (
     row_length,
 )
 from vllm_mla_plugin.backends.gpu_means import Means
-from vllm_mla_plugin.backends.gpu_rows import chunks_of, fine_means, turned_mean, widen_chunk
+from vllm_mla_plugin.backends.gpu_rows import fine_means, turned_mean, widen_chunk
 from vllm_mla_plugin.checkpoint.cache_formats import CacheFormat
 from vllm_mla_plugin.checkpoint.layouts import PackedTiles
+from vllm_mla_plugin.checkpoint.row_chunks import chunks_of
 
 EXTRA = 2
 """Numbers of a part's result after its values: log-sum-exp, and in the first part the score of the first token."""

@@ -1,73 +1,19 @@
 # ruff: noqa: N803, N806 - the constants of a Triton kernel are written in capitals
 """Packed rows of the cache in Triton: what every kernel that reads them shares, and a kernel that widens tokens.
 
-A row is read in chunks: tiles of neighbouring numbers of one segment. A chunk is a tuple of whole numbers, because
-Triton compiles a kernel for each value of such constants. So one source serves every
-:class:`~vllm_mla_plugin.checkpoint.cache_formats.CacheFormat`, and nothing of the format is left to do on the GPU.
+Rows are read chunk by chunk (:mod:`vllm_mla_plugin.checkpoint.row_chunks`, which lists the fields of a chunk).
 """
-
-from collections.abc import Iterator
 
 import torch
 from vllm.triton_utils import tl, triton
 from vllm.utils.math_utils import cdiv
 
 from vllm_mla_plugin.backends.gpu_means import Means
-from vllm_mla_plugin.checkpoint.cache_formats import CacheFormat, Piece
+from vllm_mla_plugin.checkpoint.cache_formats import CacheFormat
+from vllm_mla_plugin.checkpoint.row_chunks import chunks_of
 
-SCALINGS = ("symmetric", "asymmetric", "compact")
-CHUNK = 256
-"""Numbers of a chunk at most: the widest slice of 512 numbers of 4 bits. Fewer and larger tiles are moved less often
-between registers and shared memory."""
-MIN_CHUNK = 16
-"""Triton multiplies no smaller tiles."""
-MIN_SLICE = 32
-"""Slices of a plane with fewer numbers are not chunks of their own, because tiles would be small or half empty."""
 WIDENED_TOKENS = 16
 """Tokens of one program of :func:`widen`."""
-
-Chunk = tuple[int, ...]
-
-
-def chunks_of(format: CacheFormat) -> tuple[tuple[Chunk, ...], tuple[Chunk, ...]]:
-    """The chunks of the latent and of the rotary key. A kernel reads the fields of a chunk as :func:`widen_chunk`."""
-    latent = format.sizes[0]
-    chunks: tuple[list[Chunk], list[Chunk]] = ([], [])
-    for piece in format.pieces:
-        rotary = piece.first >= latent
-        for start, width, size in _cuts(piece):
-            chunks[rotary].append(_chunk(piece, start, width, size, piece.first - latent * rotary))
-    return tuple(chunks[0]), tuple(chunks[1])
-
-
-def _cuts(piece: Piece) -> Iterator[tuple[int, int, int]]:
-    """Where chunks of a piece begin, counted in the piece; their widths, powers of 2; and how much of it they use.
-
-    They end where a slice of a plane does, because the numbers of a slice are shifted by the same number of bits.
-    """
-    whole, start = piece.segment.size, 0
-    strides = sorted(plane.stride for plane in piece.planes)
-    slices = strides[0] if strides[0] >= MIN_SLICE and not strides[-1] % strides[0] else whole
-    while start < whole:
-        left = min(whole, (start // slices + 1) * slices) - start
-        width = min(CHUNK, max(MIN_CHUNK, 1 << (left - 1).bit_length()))
-        if MIN_CHUNK < width and left < width * 7 // 8:  # less than an eighth of a tile is left empty
-            width //= 2
-        size = min(width, left)
-        yield start, width, size
-        start += size
-
-
-def _chunk(piece: Piece, start: int, width: int, size: int, first: int) -> Chunk:
-    """One chunk of a piece; ``first`` is the index of the piece's first number in the latent, or in the rotary key."""
-    segment = piece.segment
-    run = width
-    if segment.bits != 16 and start // segment.group != (start + size - 1) // segment.group:
-        # Of this many numbers from the start on, a power of 2, each lot lies in one group.
-        run = min(width, *(number & -number for number in (segment.group, start) if number))
-    planes = [number for plane in piece.planes for number in (plane.bits, plane.shift, plane.offset, plane.stride)]
-    fields = (first + start, width, size, start, run, segment.bits, SCALINGS.index(segment.scaling), segment.group)
-    return *fields, piece.scales, piece.zeros, len(piece.planes), *planes
 
 
 @triton.jit
