@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention.mla_attention import MLACommonMetadata, MLACommonPrefillMetadata
 from vllm.v1.attention.backend import AttentionLayer
+from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_mla_plugin.backends.gpu import (
     AnySizeTritonMLABackend,
@@ -30,10 +32,12 @@ from vllm_mla_plugin.checkpoint.layouts import PackedTiles, packed_tiles
 class PackedTritonMLAMetadataBuilder(AnySizeTritonMLAMetadataBuilder):
     """Reserves the scratch of the decode kernel for packed rows."""
 
-    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, *args: Any) -> None:
-        layer = vllm_config.compilation_config.static_forward_context[layer_names[0]]
-        self.cache_format: CacheFormat = layer.cache_format  # the constructor already reserves scratch
-        super().__init__(kv_cache_spec, layer_names, vllm_config, *args)
+    def __init__(
+        self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+    ) -> None:
+        layer: Any = vllm_config.compilation_config.static_forward_context[layer_names[0]]
+        self.cache_format: CacheFormat = layer.cache_format  # vLLM's constructor already reserves scratch
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
 
     def decode_tiles(self, heads: int) -> tuple[PackedTiles, int]:
         """As for unpacked rows."""
