@@ -25,10 +25,10 @@ from vllm_mla_plugin.checkpoint.cache_formats import CacheFormat
 COMPILED = {
     ("512x4g64/64x8g64s", 32, "bfloat16", 90): 64,
     ("512x4g64/64x8g64s", 8, "float16", 80): 0,
-    ("512x8g64s/64x8g64s", 16, "bfloat16", 80): 0,
     ("512x16/64x16/nomean", 8, "bfloat16", 90): 0,
     ("192x4g32/192x5g32", 9, "bfloat16", 90): 256,
     ("960x4g64/64x8g64s", 32, "bfloat16", 90): 256,
+    ("960x4g64/64x8g64s", 16, "bfloat16", 89): 256,
     ("33x5g17+7x16+40x4g16+48x2g48c/10x3g7+54x6g27/a4", 9, "float16", 80): 512,
 }
 

@@ -32,7 +32,7 @@ from vllm_mla_plugin.checkpoint.layouts import packed_tiles
 from vllm_mla_plugin.latent_packing import dequantise, mean_at, quantise
 from vllm_mla_plugin.testing.layer import Projection, Sizes, impl_arguments, make_cache, reference
 
-TOKENS = 12
+TOKENS = 8
 PAGE = 16
 SHARED = 232448  # bytes; with less, tiles have fewer tokens
 ODD = "37x4g16+5x2g8c/6x6g6s"

@@ -64,7 +64,8 @@ VLLM_BACKENDS = (
 )
 PLUGIN_BACKEND = "this plugin's Triton backend"
 """Decodes the other layouts. The plugin gives it to the layers by itself; ``--attention-backend`` has no name for it.
-It was run on an H200, and compiled for compute capabilities 8.0 and 8.9."""
+It was run on an H200, and compiled for compute capabilities 8.0 and 8.9. Its kernels for packed rows were compiled only,
+for these and 9.0."""
 MAX_PREFILL_HEAD_SIZE = 256
 """Prefill on GPUs takes heads (nope + rope) of at most this size, because FlashAttention has no kernels for larger
 ones and vLLM's other prefill backends take DeepSeek's sizes alone."""
@@ -158,8 +159,8 @@ class PackedTiles:
     @property
     def shared_bytes(self) -> int:
         """Shared memory that the kernel takes at most: a tile of rows in 16 bits twice, because scores and values read
-        it in different orders, and the queries."""
-        return 4 * self.width * self.tokens + 2 * self.width * self.heads
+        it in different orders; and the queries, which compilers keep in registers if a program has 8 warps."""
+        return 4 * self.width * self.tokens + (2 * self.width * self.heads if self.warps == 4 else 0)
 
     @property
     def programs_per_unit(self) -> int:
