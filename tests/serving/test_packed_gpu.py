@@ -27,6 +27,7 @@ COMPILED = {
     ("512x4g64/64x8g64s", 8, "float16", 80): 0,
     ("512x16/64x16/nomean", 8, "bfloat16", 90): 0,
     ("192x4g32/192x5g32", 9, "bfloat16", 90): 256,
+    ("512x4g64/64x8g64s", 16, "bfloat16", 100): 64,
     ("960x4g64/64x8g64s", 32, "bfloat16", 90): 256,
     ("960x4g64/64x8g64s", 16, "bfloat16", 89): 256,
     ("33x5g17+7x16+40x4g16+48x2g48c/10x3g7+54x6g27/a4", 9, "float16", 80): 512,
@@ -52,6 +53,7 @@ def interpreted() -> dict[str, Any]:
     return run_support("interpreted_packed", TRITON_INTERPRET="1")
 
 
+@pytest.mark.slow
 def test_rows(interpreted: dict[str, Any]) -> None:
     """Every kind of format packs to the bytes that torch packs to."""
     shares = {name: share for name, share in interpreted.items() if name.startswith("rows ")}
@@ -60,23 +62,27 @@ def test_rows(interpreted: dict[str, Any]) -> None:
     assert all(share < 0.1 for share in shares.values()) and sum(shares.values()) < 0.2, shares
 
 
+@pytest.mark.slow
 def test_ties(interpreted: dict[str, Any]) -> None:
     """Where sums of squares are exact, every row is torch's: of equally good scales, the first is taken."""
     shares = {name: share for name, share in interpreted.items() if name.startswith("ties ")}
     assert len(shares) == 6 and not any(shares.values()), shares
 
 
+@pytest.mark.slow
 def test_widened_tokens(interpreted: dict[str, Any]) -> None:
     errors = {name: error for name, error in interpreted.items() if name.startswith("widen ")}
     assert len(errors) == 13 and all(error < 2e-6 for error in errors.values()), errors
 
 
+@pytest.mark.slow
 def test_attention(interpreted: dict[str, Any]) -> None:
     """Decode is attention in float64 for every kind of format, number of heads, and several new tokens at once."""
     errors = {name: error for name, error in interpreted.items() if name.startswith("attention ")}
     assert len(errors) == 19 and all(error < 1e-5 for error in errors.values()), errors
 
 
+@pytest.mark.slow
 def test_implementation(interpreted: dict[str, Any]) -> None:
     """It decodes and prefills from the rows that it packs; new tokens are attended as they are packed."""
     assert [passed for name, passed in interpreted.items() if name.startswith("impl ")] == [True] * 4
@@ -88,6 +94,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return run_support("compiled_packed", json.dumps(list(COMPILED)), TRITON_CACHE_DIR=str(cache))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", COMPILED, ids=str)
 def test_compiled(compiled: dict[str, Any], case: tuple[str, int, str, int]) -> None:
     """GPUs' compilers take all kernels, and they fit: the shared memory is what the tiles promise, or less."""

@@ -32,9 +32,9 @@ from vllm_mla_plugin.backends.gpu_means import Means
 from vllm_mla_plugin.backends.gpu_pack import pack
 from vllm_mla_plugin.backends.gpu_packed_decode import EXTRA, decode_packed
 from vllm_mla_plugin.backends.gpu_rows import widen
-from vllm_mla_plugin.checkpoint.layouts import A100, HOPPER, OTHER_GPU, SHARED_BYTES, packed_tiles
+from vllm_mla_plugin.checkpoint.layouts import A100, BLACKWELL, HOPPER, OTHER_GPU, SHARED_BYTES, packed_tiles
 
-GPUS = {80: A100, 89: OTHER_GPU, 90: HOPPER}
+GPUS = {80: A100, 89: OTHER_GPU, 90: HOPPER, 100: BLACKWELL}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 

@@ -68,7 +68,7 @@ class PackedTritonMLAImpl(AnySizeTritonMLAImpl):
         arguments: as for vLLM's implementation.
     """
 
-    means: Means | None
+    means: Means | None = None
     tiles: PackedTiles
 
     def __init__(
@@ -87,8 +87,14 @@ class PackedTritonMLAImpl(AnySizeTritonMLAImpl):
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         super().process_weights_after_loading(act_dtype)
         self.tiles = packed_tiles(self.cache_format, shared_memory())
-        mean, freqs, step = self.cache_mean, self.rope_freqs.data, self.tiles.tokens
-        self.means = None if mean is None else Means.of(mean.data, freqs, self.max_position, step)
+        if self.cache_mean is None:
+            return
+        means = Means.of(self.cache_mean.data, self.rope_freqs.data, self.max_position, self.tiles.tokens)
+        if self.means is None:
+            self.means = means
+        else:  # weights are loaded again; captured CUDA graphs read the tensors that are there
+            for tensor, new in zip(self.means, means, strict=True):
+                tensor.copy_(new)
 
     def do_kv_cache_update(
         self,

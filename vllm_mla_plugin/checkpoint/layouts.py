@@ -64,8 +64,8 @@ VLLM_BACKENDS = (
 )
 PLUGIN_BACKEND = "this plugin's Triton backend"
 """Decodes the other layouts. The plugin gives it to the layers by itself; ``--attention-backend`` has no name for it.
-It was run on an H200, and compiled for compute capabilities 8.0 and 8.9. Its kernels for packed rows were compiled only,
-for these and 9.0."""
+It was run on an H200, and compiled for compute capabilities 8.0 and 8.9. Its kernels for packed rows were only
+compiled, for 8.0, 8.9, 9.0 and 10.0."""
 MAX_PREFILL_HEAD_SIZE = 256
 """Prefill on GPUs takes heads (nope + rope) of at most this size, because FlashAttention has no kernels for larger
 ones and vLLM's other prefill backends take DeepSeek's sizes alone."""
