@@ -33,6 +33,12 @@ def costs(draw: st.DrawFn, least: int = 1, most: int = 200) -> list[float]:
     return [scale * 2.0 ** (-fall * (i // step * step) / size) for i in range(size)]
 
 
+def groups(count: int) -> list[int]:
+    """Sizes of the groups of ``count`` components: about 32, all the same but for the last."""
+    size = -(-count // max(1, round(count / 32)))
+    return [min(size, count - start) for start in range(0, count, size)]
+
+
 ROWS = st.integers(1, 400)
 
 
@@ -41,9 +47,10 @@ ROWS = st.integers(1, 400)
 def test_rows_hold_no_more_bytes_than_asked_for(latent: list[float], rope: list[float], row: int) -> None:
     """What is left out are the last components, and earlier ones never have fewer bits than later ones."""
     found = suited_format(latent, rope, row)
-    if found is None:
-        # Two bits for each pair and the dearest part of the latent, a scale for each group: that is too much.
-        assert row < 4 or row - row % alignment_for(row) < 2 * len(rope) * 2 / 8 + 8 + 60
+    if found is None:  # not even with two bits for each pair and for the first group of the latent
+        halves = [segment(size, 2, size) for size in groups(len(rope))] * 2
+        (first, *_) = groups(len(latent))
+        assert CacheFormat((segment(first, 2, first),), tuple(halves)).content_bytes > row - row % alignment_for(row)
         return
     format, cost = found
     kept, rotary = format.sizes
@@ -59,7 +66,6 @@ def test_rows_hold_no_more_bytes_than_asked_for(latent: list[float], rope: list[
 @SETTINGS
 @given(latent=costs(), rope=costs(most=70), row=st.integers(60, 400), more=st.integers(1, 100))
 def test_more_bytes_never_cost_more(latent: list[float], rope: list[float], row: int, more: int) -> None:
-    """Up to the bytes by which codes are filled up, of each segment."""
     fewer, richer = suited_format(latent, rope, row), suited_format(latent, rope, row + more)
     if fewer is not None:
         assert richer is not None
@@ -93,7 +99,7 @@ def all_choices(latent: list[float], rope: list[float], size: int) -> list[tuple
 @given(latent=costs(24, 24), rope=costs(8, 8), row=st.integers(4, 22).map(lambda quarter: 4 * quarter))
 def test_no_choice_is_better_by_more_than_a_step(latent: list[float], rope: list[float], row: int) -> None:
     """Of all choices, none with fewer bytes by the largest step (8 bits of a group and its scale) costs less; and none
-    with the same bytes costs less than half."""
+    with the same bytes costs less than two thirds."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(packed_sizes, "GROUP", 8)
         found = suited_format(latent, rope, row)
@@ -105,7 +111,7 @@ def test_no_choice_is_better_by_more_than_a_step(latent: list[float], rope: list
         return
     format, cost = found
     assert any(size == format.content_bytes and chosen == pytest.approx(cost) for size, chosen in choices)
-    assert cost <= 2 * best
+    assert cost <= 1.5 * best
     assert cost <= min((chosen for size, chosen in choices if size <= usable - 9), default=cost) * (1 + 1e-9)
 
 

@@ -113,16 +113,16 @@ def suited_format(latent: Sequence[float], rope: Sequence[float], row_bytes: int
         *(_group(part, 1, 0, 1.0) for part in others),
         *(_group(part, 2, least, ROTARY_NOISE) for part in _cut(rope)),
     ]
-    spent = row_bytes
-    while sum(group.bytes for group in begun) <= spent:
-        groups = _improved(begun, spent)
+    limit = float(row_bytes)
+    while sum(group.bytes for group in begun) <= limit:
+        groups = _improved(begun, limit)
         of_latent = [group for group in groups if group.copies == 1 and group.bits]
         of_rope = [group for group in groups if group.copies == 2]
         format = CacheFormat(_segments(of_latent), _segments([*of_rope, *of_rope]), alignment=alignment)
-        excess = format.content_bytes - row_bytes
-        if excess <= 0:
+        if format.content_bytes <= row_bytes:
             return format, sum(group.loss for group in groups)
-        spent -= excess  # because the codes of a segment fill whole bytes
+        # The codes of a segment fill whole bytes, those of a group need not: take the next choice that is smaller.
+        limit = sum(group.bytes for group in groups) - 1 / 8
     return None
 
 
