@@ -1,7 +1,6 @@
 """What rounding costs each cached number, and the scaling of the cache that suits it."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
