@@ -168,6 +168,10 @@ class PackedTiles:
         return 8 // self.warps
 
 
+WIDEST_PACKED_LATENT = 2048
+"""The widest latent that a search for a packed format considers: on A100 and later, tiles of wider rows do not fit."""
+
+
 def packed_tiles(format: CacheFormat, shared_bytes: int) -> PackedTiles:
     """The tiles of packed rows. A GPU with less shared memory gets fewer tokens.
 
