@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 from mla_converters.latent import packed_sizes
 from mla_converters.latent.packed_sizes import (
+    GROWTH,
     NOISE,
+    ROTARY_GROWTH,
     ROTARY_NOISE,
     WASTED,
     alignment_for,
@@ -75,11 +77,12 @@ def test_more_bytes_never_cost_more(latent: list[float], rope: list[float], row:
 def all_choices(latent: list[float], rope: list[float], size: int) -> list[tuple[int, float]]:
     """Bytes of a row and cost of every way to give bits to groups of ``size`` components, by the module's formulas."""
 
-    def lost(costs: list[float], bits: int, noise: float) -> float:
+    def lost(costs: list[float], bits: int, noise: float, growth: float | None = None) -> float:
         if not bits:
             return sum(costs)
         mean_root = sum(cost**0.5 for cost in costs) / len(costs)
-        return noise * len(costs) * mean_root**2 * NOISE[bits] * (len(costs) / size) ** 0.5
+        growth = growth or GROWTH[segment(len(costs), bits, size).scaling]
+        return noise * len(costs) * mean_root**2 * NOISE[bits] * (len(costs) / size) ** growth
 
     parts = [latent[start : start + size] for start in range(0, len(latent), size)]
     found = []
@@ -91,7 +94,7 @@ def all_choices(latent: list[float], rope: list[float], size: int) -> list[tuple
             both = segment(len(rope), rotary, len(rope))
             row = CacheFormat(tuple(kept), (both, both), alignment=4).content_bytes
             cost = sum(lost(part, b, 1.0) for part, b in zip(parts, bits, strict=True))
-            found.append((row, cost + lost(rope, rotary, 2 * ROTARY_NOISE)))
+            found.append((row, cost + lost(rope, rotary, 2 * ROTARY_NOISE, ROTARY_GROWTH)))
     return found
 
 
@@ -102,6 +105,7 @@ def test_no_choice_is_better_by_more_than_a_step(latent: list[float], rope: list
     with the same bytes costs less than two thirds."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(packed_sizes, "GROUP", 8)
+        patch.setattr(packed_sizes, "GROUPS", (8,))
         found = suited_format(latent, rope, row)
     choices = all_choices(latent, rope, 8)
     usable = row - row % alignment_for(row)
