@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import PercentFormatter, ScalarFormatter
+from matplotlib.ticker import ScalarFormatter
 
 from mla_converters.support.plots import png
 
@@ -53,8 +53,7 @@ def _point(row: dict[str, Any]) -> tuple[float, float]:
 
 def _scale(axes: Axes) -> None:
     axes.set_xscale("log")
-    axes.set_xticks(BYTES)
-    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.set_xticks(BYTES, labels=[f"{100 * share:g}%" for share in BYTES])
     axes.set_yscale("log")
     axes.set_yticks(PERPLEXITIES)
     axes.yaxis.set_major_formatter(ScalarFormatter())
