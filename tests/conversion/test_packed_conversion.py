@@ -71,6 +71,7 @@ def test_default(packed: Path) -> None:
     assert report["latent_cache"] == min(search["errors"], key=search["errors"].get)
     for spec in search["errors"]:
         assert CacheFormat.parse(spec).bytes_per_token <= SOURCE_BYTES / 4
+    assert f"- Cache format: `{report['latent_cache']}`, 25.0% of the bytes" in (packed / "README.md").read_text()
     assert "--cache-ratio" not in report["command"] and config["mla_conversion"] == report
 
 
