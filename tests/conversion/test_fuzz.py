@@ -43,6 +43,7 @@ METHODS = (
     ("--method", "mha2mla", "--cache-ratio", 0.75, *CALIBRATED),
     ("--method", "attention-aware", "--refit-steps", 1, *UNPACKED, *CALIBRATED),
 )
+PACKED = ("--method", "attention-aware", "--refit-steps", 0, *CALIBRATED)
 MODELS = {
     "llama": RandomModel(),
     "llama-tied-bfloat16": RandomModel(tied=True, bias=True, dtype=torch.bfloat16),
@@ -347,7 +348,7 @@ def logits(folder: Path) -> torch.Tensor | None:
     return model(ids % model.config.vocab_size).logits
 
 
-@pytest.mark.parametrize("options", METHODS, ids=lambda options: options[1])
+@pytest.mark.parametrize("options", (*METHODS, PACKED), ids=lambda options: "-".join(map(str, options[1:4:2])))
 @pytest.mark.parametrize("dead", ["input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"])
 def test_dead_layer(pristine: Path, tmp_path: Path, dead: str, options: tuple[object, ...]) -> None:
     """A layer whose keys, values or queries are all zero converts without a division by zero."""

@@ -20,7 +20,7 @@ from mla_converters.streaming import layers
 from mla_converters.support import devices
 from mla_converters.training import distillation, trainer
 
-TEXT = ("--calibration", CALIBRATION, "--calibration-tokens", 1024, "--refit-steps", 0)
+TEXT = ("--calibration", CALIBRATION, "--calibration-tokens", 1024, "--refit-steps", 0, "--cache-ratio", 0.2)
 FEW_STEPS = ("--text", CALIBRATION, "--tokens", 8192, "--length", 256, "--batch-size", 4, "--steps", 24)
 PROMPTS = [list(range(5, 35)) * 5, [7], list(range(100, 117)), list(range(20, 60))]
 
@@ -78,7 +78,7 @@ def test_losses_are_those_of_the_packed_model(source: Path, mla: Path, healed: P
     reference = load(source)
     assert before == pytest.approx(divergence(load(mla), reference, windows), rel=1e-3)
     assert after == pytest.approx(divergence(load(healed), reference, windows), rel=1e-3)
-    assert after < 0.9 * before
+    assert after < 0.95 * before
     assert divergence(load(mla, latent_cache=None), reference, windows) < 0.9 * before
     reported = read(healed)["mla_conversion"]["healing"]["kl_held_out"]
     assert (reported["before"], reported["after"]) == (round(before, 6), round(after, 6))

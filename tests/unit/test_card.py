@@ -76,13 +76,13 @@ def test_packed_cache(mla: Path) -> None:
     write_card(mla)
     assert "packed" not in (mla / "README.md").read_text()
     size = {"source": 128, "mla": 24}
-    change_report(mla, latent_cache="20x4g20/12x6g12/a4", bytes_per_token_and_layer=size)
+    change_report(mla, latent_cache="20x4g20/12x6g12/a4", bytes_per_token_and_layer=size, cache_ratio=24 / 128)
     write_card(mla)
     text = (mla / "README.md").read_text()
     for expected in (
         "18.8% of its KV cache",
         "--hf-overrides '{\"latent_cache\": null}'",
-        "\n- Cached per token and layer: `kv_lora_rank` 20 + `qk_rope_head_dim` 12, 50.0% of the source's numbers\n",
+        "\n- Cached per token and layer: `kv_lora_rank` 20 + `qk_rope_head_dim` 12\n",
         "\n- Cache format: `20x4g20/12x6g12/a4`, 18.8% of the bytes of the source's 16-bit cache",
         "| numbers cached per token and layer | 64 | 32 |",
         "| KV cache per token, packed; the source's at 16 bits | 256 bytes | 48 bytes |",
