@@ -9,6 +9,8 @@ neither torch nor vLLM.
 
 from dataclasses import dataclass
 
+from vllm_mla_plugin.checkpoint.cache_formats import CacheFormat
+
 HOPPER = "NVIDIA Hopper"  # compute capability 9.0
 BLACKWELL = "NVIDIA Blackwell (data center)"  # 10.x
 A100 = "NVIDIA A100"  # 8.0
@@ -133,19 +135,22 @@ def suited_tiles(latent: int, rope: int, heads: int, fp8: bool, shared_bytes: in
     )
 
 
-def gpu_backends(layout: tuple[int, int], head_dim: int, dtype: str, gpu: str) -> list[str]:
-    """The backends that serve a layout on a GPU with a cache in the model's dtype; vLLM's first choice comes first.
+def gpu_backends(
+    layout: tuple[int, int], head_dim: int, dtype: str, gpu: str, format: CacheFormat | None = None
+) -> list[str]:
+    """The backends that serve a layout on a GPU; vLLM's first choice comes first.
 
     Args:
         layout: latent and rope, the same in every layer.
         head_dim: head size of the source; heads of the converted model have ``head_dim + rope`` numbers in prefill.
         dtype: of the model when it is served. No GPU backend for MLA takes float32.
         gpu: one of :data:`GPUS`.
+        format: how the cache is packed, which no GPU backend serves yet; None if it is kept in the model's dtype.
 
     Returns:
         Names as ``--attention-backend`` takes them, or :data:`PLUGIN_BACKEND` alone; empty if nothing serves it.
     """
-    if dtype == "float32" or head_dim + layout[1] > MAX_PREFILL_HEAD_SIZE:
+    if format is not None or dtype == "float32" or head_dim + layout[1] > MAX_PREFILL_HEAD_SIZE:
         return []
     if layout in VLLM_LAYOUTS:
         return [

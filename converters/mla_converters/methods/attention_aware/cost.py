@@ -1,7 +1,7 @@
 """The cost of method ``attention-aware``. Constants were measured as in :mod:`mla_converters.methods.cost`."""
 
 from mla_converters.checkpoints.shape import Shape
-from mla_converters.latent.cache_size import CacheBudget
+from mla_converters.methods.asked_cache import AskedCache
 from mla_converters.methods.attention_aware.amounts import WINDOW, enough_text, random_count, too_little_text
 from mla_converters.methods.attention_aware.refit import BATCH, QUERIES
 from mla_converters.methods.base import Cost
@@ -17,7 +17,7 @@ OUTPUT_FIT_SOLVED = 1.5e-10  # core-seconds per cubed width of the heads' output
 OUTPUT_FIT_BYTES = 52  # bytes per product of two heads' outputs: at most five float32 and four float64 matrices
 
 
-def attention_aware_cost(options: AttentionAwareOptions, shape: Shape, budget: CacheBudget, tokens: int) -> Cost:
+def attention_aware_cost(options: AttentionAwareOptions, shape: Shape, cache: AskedCache, tokens: int) -> Cost:
     """The cost with ``tokens`` of calibration text.
 
     The hidden states of the source pass through the layers. With a refit or least squares, those of the converted
@@ -27,6 +27,7 @@ def attention_aware_cost(options: AttentionAwareOptions, shape: Shape, budget: C
       input, takes ``2 * CALIBRATION * steps * STEP_TOKENS * 3 * D * width``.
     - Least squares of the output take ``OUTPUT_FIT * tokens * H * d * (H * d + D) + OUTPUT_FIT_SOLVED * (H * d) ** 3``.
     """
+    budget = cache.budget
     read, random, steps = shape.query_heads * shape.head_dim, random_count(tokens), options.refit_steps
     wants_fit = not steps and Ingredient.LEAST_SQUARES not in options.without
     fits = wants_fit and enough_text(tokens, read)

@@ -7,7 +7,14 @@ from mla_converters.checkpoints.shape import Shape
 from mla_converters.errors import ConversionError
 from mla_converters.latent.cache_size import CacheBudget, candidate_budgets, candidate_ropes, exact_budget
 from mla_converters.latent.packed_sizes import rounding_cost, suited_format, widest_uniform
-from mla_converters.methods.asked_cache import asked_budget, asked_format, row_bytes, too_few_bytes, uniform_row
+from mla_converters.methods.asked_cache import (
+    AskedCache,
+    asked_cache,
+    asked_format,
+    row_bytes,
+    searched_cache,
+    too_few_bytes,
+)
 from mla_converters.methods.attention_aware.amounts import WINDOW, enough_text, too_little_text
 from mla_converters.methods.attention_aware.cost import attention_aware_cost
 from mla_converters.methods.attention_aware.format_search import FormatFor, search_format
@@ -21,8 +28,6 @@ from mla_converters.options import AttentionAwareOptions, CacheSizes, Ingredient
 from mla_converters.reports.conversion import Search
 from vllm_mla_plugin.checkpoint.cache_formats import CacheFormat
 
-TYPICAL_BITS = 4  # in a cache whose bits are still to be searched
-
 
 class AttentionAware:
     """The method, see :class:`mla_converters.methods.base.Method`."""
@@ -33,19 +38,17 @@ class AttentionAware:
     def __init__(self, options: AttentionAwareOptions) -> None:
         self.options = options
 
-    def budget(self, shape: Shape, sizes: CacheSizes) -> CacheBudget:
-        packed = sizes.searches_bits or asked_format(shape, sizes) is not None
-        if packed and self.options.layer_sizes == LayerSizes.MEASURED:
+    def cache(self, shape: Shape, sizes: CacheSizes) -> AskedCache:
+        cache = searched_cache(shape, sizes) if self._searches_format(sizes) else asked_cache(shape, sizes)
+        if cache.format is not None and self.options.layer_sizes == LayerSizes.MEASURED:
             raise ConversionError("--layer-sizes measured is for numbers of 16 bits: give --latent-bits 16 too.")
-        if sizes.searches_bits:
-            return CacheBudget(*uniform_row(shape, sizes, TYPICAL_BITS).sizes)
-        return asked_budget(shape, sizes)
+        return cache
 
     def nope_dim(self, shape: Shape) -> int:
         return shape.head_dim
 
-    def cost(self, shape: Shape, budget: CacheBudget, tokens: int) -> Cost:
-        return attention_aware_cost(self.options, shape, budget, tokens)
+    def cost(self, shape: Shape, cache: AskedCache, tokens: int) -> Cost:
+        return attention_aware_cost(self.options, shape, cache, tokens)
 
     def prepare(self, job: Job) -> Prepared:
         options, source, calibration = self.options, job.source, job.calibration
@@ -81,6 +84,11 @@ class AttentionAware:
             warnings=warnings,
         )
 
+    def _searches_format(self, sizes: CacheSizes) -> bool:
+        """Whether a packed format is searched: it was not given, nor was everything that it depends on."""
+        given = sizes.format is not None or sizes.kv_lora_rank is not None or sizes.latent_bits == 16
+        return not given and not (Ingredient.SEARCH in self.options.without and sizes.latent_bits)
+
     def _format(self, job: Job, settings: Settings) -> tuple[CacheFormat | None, list[Search]]:
         """The cache's packed format, if it has one, and the search that found it.
 
@@ -88,8 +96,7 @@ class AttentionAware:
             ConversionError: nothing fits into the bytes that were asked for.
         """
         sizes, shape = job.sizes, job.source.shape
-        by_hand = sizes.format is not None or sizes.kv_lora_rank is not None
-        if by_hand or sizes.latent_bits == 16 or (Ingredient.SEARCH in settings.without and sizes.latent_bits):
+        if not self._searches_format(sizes):
             return asked_format(shape, sizes), []
         row = row_bytes(shape, sizes)
         ropes = [sizes.qk_rope_head_dim] if sizes.qk_rope_head_dim else candidate_ropes(shape.kv_heads, shape.head_dim)
