@@ -4,6 +4,7 @@ from collections.abc import Collection
 from typing import Annotated
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -12,6 +13,8 @@ from mla_converters.cli.flags import with_flags
 from mla_converters.options import PlanOptions
 from mla_converters.reports.plan import Layout, Plan, PlannedConversion, PlannedModel, Recommendation, VllmCacheSize
 from vllm_mla_plugin.checkpoint.layouts import GPUS
+
+OPTIONS_WIDTH = len("--method exact --latent-bits 4")
 
 EPILOG = """
 **Examples**
@@ -85,9 +88,9 @@ def _source_table(source: PlannedModel, memory: str) -> Table:
 
 def _vllm_table(caches: list[VllmCacheSize], memory: str) -> Table:
     """vLLM's own formats of the source's cache."""
-    table = Table(title="Without a conversion: vllm serve --kv-cache-dtype, read from vLLM 0.32.0")
-    table.add_column("Format")
-    for column in ("Share of the bytes", "KV bytes/token", f"Tokens in {memory}"):
+    table = Table(title="Without a conversion: --kv-cache-dtype of vLLM 0.32.0")
+    table.add_column("Format", no_wrap=True)
+    for column in ("Share", "KV bytes/token", f"Tokens in {memory}"):
         table.add_column(column, justify="right")
     table.add_column("Served on")
     for cache in caches:
@@ -98,18 +101,20 @@ def _vllm_table(caches: list[VllmCacheSize], memory: str) -> Table:
 
 def _layout_table(result: Plan, memory: str) -> Table:
     """Candidates; the recommended one is marked."""
-    table = Table(title="Conversions (~: typical, because convert searches widths and bits for these bytes)")
-    table.add_column("Options of convert")
-    for column in ("Numbers", "Bits", "Share of the bytes", "KV bytes/token", f"Tokens in {memory}"):
+    title = "Conversions (~: typical, because convert searches for these bytes)"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=0, pad_edge=False)  # fits 80 columns
+    table.add_column("Share", justify="right")
+    table.add_column("Options of convert", min_width=OPTIONS_WIDTH)
+    for column in ("Numbers", "Bits", "KV bytes\nper token", f"Tokens in\n{memory}"):
         table.add_column(column, justify="right")
     table.add_column("Served on")
     for layout in result.layouts:
         about = "~" if layout.typical else ""
         table.add_row(
+            f"{layout.cache_ratio:.1%}",
             " ".join(layout.options),
             f"{about}{layout.kv_lora_rank + layout.qk_rope_head_dim:,}",
             f"{about}{layout.bits_per_number}",
-            f"{layout.cache_ratio:.1%}",
             f"{layout.kv_bytes_per_token:,}",
             f"{layout.tokens_in_memory:,}",
             _hardware(layout.backends),
