@@ -1,6 +1,6 @@
 """The cache that the options ask for, before anything is searched."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mla_converters.checkpoints.shape import Shape
 from mla_converters.errors import ConversionError
@@ -85,12 +85,18 @@ def searched_cache(shape: Shape, sizes: CacheSizes) -> AskedCache:
     """
     row = row_bytes(shape, sizes)
     for bits in MORE_BITS if sizes.latent_bits is None else ():
-        format = uniform_row(shape, sizes, bits)
-        if sum(format.sizes) == shape.cached:
+        cache = uniform_cache(shape, sizes, bits)
+        if cache.budget.width == shape.cached:
             break
     else:
-        format = uniform_row(shape, sizes, sizes.latent_bits or TYPICAL_BITS)
-    return AskedCache(CacheBudget(*format.sizes), format, row - row % alignment_for(row))
+        cache = uniform_cache(shape, sizes, sizes.latent_bits or TYPICAL_BITS)
+    return replace(cache, searched_bytes=row - row % alignment_for(row))
+
+
+def uniform_cache(shape: Shape, sizes: CacheSizes, bits: int) -> AskedCache:
+    """A cache with as many bits for every number, in a share of the source's bytes; raises as :func:`uniform_row`."""
+    format = uniform_row(shape, sizes, bits)
+    return AskedCache(CacheBudget(*format.sizes), format)
 
 
 def asked_cache(shape: Shape, sizes: CacheSizes) -> AskedCache:

@@ -8,12 +8,13 @@ from mla_converters.errors import ConversionError
 from mla_converters.latent.cache_size import CacheBudget, candidate_budgets, candidate_ropes, exact_budget
 from mla_converters.latent.packed_sizes import rounding_cost, suited_format, widest_uniform
 from mla_converters.methods.asked_cache import (
+    TYPICAL_BITS,
     AskedCache,
     asked_cache,
-    asked_format,
     row_bytes,
     searched_cache,
     too_few_bytes,
+    uniform_cache,
 )
 from mla_converters.methods.attention_aware.amounts import WINDOW, enough_text, too_little_text
 from mla_converters.methods.attention_aware.cost import attention_aware_cost
@@ -39,7 +40,12 @@ class AttentionAware:
         self.options = options
 
     def cache(self, shape: Shape, sizes: CacheSizes) -> AskedCache:
-        cache = searched_cache(shape, sizes) if self._searches_format(sizes) else asked_cache(shape, sizes)
+        if sizes.format is not None or sizes.kv_lora_rank is not None or sizes.latent_bits == 16:
+            cache = asked_cache(shape, sizes)
+        elif Ingredient.SEARCH in self.options.without:
+            cache = uniform_cache(shape, sizes, sizes.latent_bits or TYPICAL_BITS)
+        else:
+            cache = searched_cache(shape, sizes)
         if cache.format is not None and self.options.layer_sizes == LayerSizes.MEASURED:
             raise ConversionError("--layer-sizes measured is for numbers of 16 bits: give --latent-bits 16 too.")
         return cache
@@ -84,11 +90,6 @@ class AttentionAware:
             warnings=warnings,
         )
 
-    def _searches_format(self, sizes: CacheSizes) -> bool:
-        """Whether a packed format is searched: it was not given, nor was everything that it depends on."""
-        given = sizes.format is not None or sizes.kv_lora_rank is not None or sizes.latent_bits == 16
-        return not given and not (Ingredient.SEARCH in self.options.without and sizes.latent_bits)
-
     def _format(self, job: Job, settings: Settings) -> tuple[CacheFormat | None, list[Search]]:
         """The cache's packed format, if it has one, and the search that found it.
 
@@ -96,8 +97,9 @@ class AttentionAware:
             ConversionError: nothing fits into the bytes that were asked for.
         """
         sizes, shape = job.sizes, job.source.shape
-        if not self._searches_format(sizes):
-            return asked_format(shape, sizes), []
+        cache = self.cache(shape, sizes)
+        if cache.searched_bytes is None:
+            return cache.format, []
         row = row_bytes(shape, sizes)
         ropes = [sizes.qk_rope_head_dim] if sizes.qk_rope_head_dim else candidate_ropes(shape.kv_heads, shape.head_dim)
         assert job.calibration is not None, "the method has a window"
