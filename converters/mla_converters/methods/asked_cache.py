@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from mla_converters.checkpoints.shape import Shape
 from mla_converters.errors import ConversionError
-from mla_converters.latent.cache_size import CacheBudget, resolve_budget
+from mla_converters.latent.cache_size import CacheBudget, candidate_ropes, resolve_budget
 from mla_converters.latent.packed_sizes import alignment_for, uniform_format, widest_uniform
 from mla_converters.options import CacheSizes
 from vllm_mla_plugin.checkpoint.cache_formats import CacheFormat
@@ -76,21 +76,21 @@ def uniform_row(shape: Shape, sizes: CacheSizes, bits: int) -> CacheFormat:
 
 
 def searched_cache(shape: Shape, sizes: CacheSizes) -> AskedCache:
-    """A cache whose format is searched, with a typical format: the same bits for every number, as many as were given.
+    """A cache whose format is searched, with a typical format: the same bits for every number.
 
-    If no bits were given, there are as many as all of the source's numbers fit with, but at least 4.
+    If no bits were given, there are as many as all of the source's numbers fit with, but at least 4. Where the bytes
+    hold about all numbers, the rotary key is the widest that is searched.
 
     Raises:
         ConversionError: the sizes do not fit the source, or the bytes are too few.
     """
-    row = row_bytes(shape, sizes)
-    for bits in MORE_BITS if sizes.latent_bits is None else ():
-        cache = uniform_cache(shape, sizes, bits)
-        if cache.budget.width == shape.cached:
-            break
-    else:
-        cache = uniform_cache(shape, sizes, sizes.latent_bits or TYPICAL_BITS)
-    return replace(cache, searched_bytes=row - row % alignment_for(row))
+    row, half = row_bytes(shape, sizes), shape.cached // 2
+    fitting = (bits for bits in MORE_BITS if uniform_format(half, half, bits).bytes_per_token <= row)
+    bits = sizes.latent_bits or next(fitting, TYPICAL_BITS)
+    if sizes.qk_rope_head_dim is None and 8 * row >= bits * shape.cached:
+        widest = max(candidate_ropes(shape.kv_heads, shape.head_dim))
+        sizes = sizes.model_copy(update={"qk_rope_head_dim": widest})
+    return replace(uniform_cache(shape, sizes, bits), searched_bytes=row - row % alignment_for(row))
 
 
 def uniform_cache(shape: Shape, sizes: CacheSizes, bits: int) -> AskedCache:
