@@ -2,9 +2,9 @@
 
     python -m benchmarks.gpu_kernels [--sequences 64] [--length 8192]
 
-Covers every kernel that this plugin chooses: 512 + 64 and 256 + 64, which vLLM's own kernels serve, and sizes that they
-do not serve. The dtype is bfloat16, pages are in random order, and calls run in CUDA graphs, as in a server. The bytes
-of every cached token count once; of a copy, the bytes read and the bytes written count.
+Covers every kernel that this plugin chooses: 512 + 64 and 256 + 64, which vLLM's own kernels serve; sizes that they do
+not serve; and packed rows of 512 + 64. The dtype is bfloat16, pages are in random order, and calls run in CUDA graphs,
+as in a server. The bytes of every cached token count once; of a copy, the bytes read and the bytes written count.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,9 @@ import triton.testing
 import vllm
 
 from benchmarks.common import RESULTS, plain_parser, write_result
-from vllm_mla_plugin.testing.gpu import BLOCK, Case, impl_for
+from vllm_mla_plugin.checkpoint.cache_formats import CacheFormat
+from vllm_mla_plugin.latent_packing import quantise
+from vllm_mla_plugin.testing.gpu import BLOCK, Case, Packing, impl_for
 
 CASES = {
     "llama-3-8b, 512 + 64": Case(512, 64, nope=128, v=128, heads=32),
@@ -25,6 +27,19 @@ CASES = {
     "qwen2.5-0.5b, 192 + 64": Case(192, 64, nope=64, v=64, heads=14),
     "smollm2, 128 + 64": Case(128, 64, nope=64, v=64, heads=9),
     "smollm2, 128 + 32": Case(128, 32, nope=64, v=64, heads=9),
+}
+FORMATS = {
+    "4 bits, int8 rotary key": "512x4g64/64x8g64s",
+    "8 bits": "512x8g64s/64x8g64s",
+    "16 bits": "512x16/64x16",
+}
+PACKED = {
+    f"llama-3-8b, 512 + 64 packed, {bits}, {heads} heads": (
+        Case(512, 64, nope=128, v=128, heads=heads),
+        CacheFormat.parse(spec),
+    )
+    for bits, spec in FORMATS.items()
+    for heads in (8, 16, 32)
 }
 DTYPE = torch.bfloat16
 COPIED = 2**32  # bytes
@@ -45,15 +60,23 @@ def copy_bandwidth() -> float:
 
 
 @torch.inference_mode()
-def decode(case: Case, sequences: int, length: int) -> tuple[str, float]:
-    """The backend's name and the milliseconds of one call."""
-    backend = impl_for(case, DTYPE, "auto")
+def decode(case: Case, format: CacheFormat | None, sequences: int, length: int) -> tuple[str, float, int]:
+    """The backend's name, the milliseconds of one call, and the bytes of a cached token."""
+    row = case.latent + case.rope
+    packing = None
+    if format is not None:
+        mean, freqs = torch.randn(2, row), 10000.0 ** -torch.linspace(0, 1, case.rope // 2)
+        packing = Packing(format, mean if format.mean else None, freqs, max_position=length)
+    backend = impl_for(case, DTYPE, "auto", packing)
     each = -(-length // BLOCK)
-    cache = torch.randn(sequences * each + 1, BLOCK, case.latent + case.rope, dtype=DTYPE, device="cuda")
+    cache = torch.empty(sequences * each + 1, BLOCK, row, dtype=DTYPE, device="cuda").normal_()
+    if format is not None:  # one page of tokens, again and again: what is read does not change the time
+        cache = quantise(cache[:1], format).repeat(len(cache), 1, 1)
     table = (torch.randperm(sequences * each, device="cuda") + 1).int().view(sequences, each)
-    q = torch.randn(sequences, case.heads, case.latent + case.rope, dtype=DTYPE, device="cuda")
+    q = torch.randn(sequences, case.heads, row, dtype=DTYPE, device="cuda")
     metadata = backend.metadata(cache, table, [length] * sequences)
-    return backend.name, milliseconds(lambda: backend.impl.forward_mqa(q, cache, metadata, backend.layer))
+    taken = milliseconds(lambda: backend.impl.forward_mqa(q, cache, metadata, backend.layer))
+    return backend.name, taken, cache.shape[-1] * cache.itemsize
 
 
 def main() -> None:
@@ -66,9 +89,10 @@ def main() -> None:
         parser.error("this needs a GPU")
     copied = copy_bandwidth()
     rows = []
-    for name, case in CASES.items():
-        backend, taken = decode(case, arguments.sequences, arguments.length)
-        read = arguments.sequences * arguments.length * (case.latent + case.rope) * DTYPE.itemsize
+    cases = {name: (case, None) for name, case in CASES.items()} | PACKED
+    for name, (case, format) in cases.items():
+        backend, taken, token = decode(case, format, arguments.sequences, arguments.length)
+        read = arguments.sequences * arguments.length * token
         bandwidth = read / taken * 1e3
         row = {"case": name, "backend": backend, "milliseconds": round(taken, 4)}
         rows.append(row | {"bytes_per_second": round(bandwidth), "share_of_copy": round(bandwidth / copied, 3)})

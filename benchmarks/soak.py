@@ -37,7 +37,7 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks.common import plain_parser, write_result
-from mla_converters.checkpoints.models import converted_config
+from mla_converters.checkpoints.models import Model, read_config
 from mla_converters.engines.server import serve
 from vllm_mla_plugin.checkpoint.cache_formats import CacheFormat
 from vllm_mla_plugin.checkpoint.latent_cache import latent_cache_json
@@ -51,7 +51,8 @@ POOL = 16
 CALIBRATION_SECONDS = 20
 MEMORY_SLACK = 0.05
 MEMORY_SECONDS = 30  # between measurements of the server's memory
-SERVING = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}  # GiB
+CACHE_TOKENS = 46_000  # that the server's cache holds, whatever their format: the warm-up fills it
+SERVING = {"HF_HUB_OFFLINE": "1"}
 GIVE_BACK = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": str(2**20)}
 CROWD = 300  # requests at once: more than the server takes into a batch
 TOGETHER = 4  # invalid requests of each kind that are sent at once in the warm-up
@@ -270,6 +271,19 @@ def format_name(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def as_served(folder: Path, asked: str | None) -> tuple[Model, list[str]]:
+    """The model with the cache format that is asked for, and the options of ``vllm serve`` for it."""
+    config, options = read_config(folder, trust_remote_code=False), list(OPTIONS)
+    if asked is not None:
+        config.latent_cache = None if asked == UNPACKED else latent_cache_json([CacheFormat.parse(asked)])
+        options += ["--hf-overrides", json.dumps({"latent_cache": config.latent_cache})]
+    model = Model(folder.name, str(folder), config)
+    # A number has 4 bytes, because the server computes in float32.
+    row = 4 * model.cached_numbers if model.cache_format is None else model.cached_bytes
+    size = round(CACHE_TOKENS * config.num_hidden_layers * row)
+    return model, [*options, "--kv-cache-memory-bytes", str(size)]
+
+
 def main() -> None:
     """Measure, print, and write the result file; end with exit code 1 if anything went wrong."""
     parser = plain_parser(__doc__)
@@ -283,18 +297,16 @@ def main() -> None:
         help=f"how to pack the cache, such as 144x4g48/48x8g48, or {UNPACKED} for numbers; default: as MODEL says",
     )
     arguments = parser.parse_args()
-    packed, options = converted_config(arguments.model).get("latent_cache"), list(OPTIONS)
-    if (asked := arguments.latent_cache) is not None:
-        packed = None if asked == UNPACKED else latent_cache_json([CacheFormat.parse(asked)])
-        options += ["--hf-overrides", json.dumps({"latent_cache": packed})]
+    asked = arguments.latent_cache
+    model, options = as_served(arguments.model, asked)
     log = Path(tempfile.gettempdir(), "soak.log")
     with serve(arguments.model, log, *options, environment=SERVING | GIVE_BACK) as url:
         figures = asyncio.run(soak(arguments.model, url, arguments.minutes, arguments.overload))
     print(json.dumps(figures, indent=2))
-    figures |= {"model": arguments.model.name, "latent_cache": packed}
-    command = f"python -m benchmarks.soak {arguments.model.name} --minutes {arguments.minutes:g}"
+    figures |= {"model": model.name, "latent_cache": model.cache_format}
+    command = f"python -m benchmarks.soak {model.name} --minutes {arguments.minutes:g}"
     command += f" --overload {arguments.overload:g}" + (f" --latent-cache {asked}" if asked else "")
-    write_result("soak" if packed is None else "soak_packed", command, figures)
+    write_result("soak" if model.cache_format is None else "soak_packed", command, figures)
     sys.exit(1 if figures["wrong"] or figures["problems"] else 0)
 
 

@@ -353,7 +353,7 @@ def test_too_few_tokens_for_least_squares(tmp_path: Path) -> None:
     report("enough, map alone", 1024, without=frozenset({Ingredient.LEAST_SQUARES}))
     assert weights(tmp_path / "enough") != weights(tmp_path / "enough, map alone")
     assert not about_tokens(report("refit", 512, refit_steps=1))
-    assert not about_tokens(report("whole", 512, cache_ratio=1.0, latent_bits=16))
+    assert not about_tokens(report("whole", 512, cache_ratio=1.0))
 
 
 def about_tokens(report: ConversionReport) -> list[str]:
@@ -362,9 +362,13 @@ def about_tokens(report: ConversionReport) -> list[str]:
 
 
 def asked(tokens: int, **method: Any) -> ConvertOptions:
-    """Options of a conversion with ``tokens`` of calibration text."""
+    """Options of a conversion to half of the source's numbers, with ``tokens`` of calibration text."""
     return ConvertOptions(
-        method=AttentionAwareOptions(**method), calibration=(str(CALIBRATION),), calibration_tokens=tokens
+        method=AttentionAwareOptions(**method),
+        calibration=(str(CALIBRATION),),
+        calibration_tokens=tokens,
+        cache_ratio=0.5,
+        latent_bits=16,
     )
 
 

@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from support.commands import without_progress
+from support.commands import UNPACKED, without_progress
 from support.files import CALIBRATION
 from support.models import MIXTRAL_EXPERTS, QWEN3_EXPERTS, RandomModel, load
 from transformers import AutoModelForCausalLM
@@ -39,9 +39,9 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 CALIBRATED = ("--calibration", CALIBRATION, "--calibration-tokens", 512)
 METHODS = (
     ("--method", "exact"),
-    ("--method", "transmla", *CALIBRATED),
+    ("--method", "transmla", "--cache-ratio", 0.5, *CALIBRATED),
     ("--method", "mha2mla", "--cache-ratio", 0.75, *CALIBRATED),
-    ("--method", "attention-aware", "--refit-steps", 1, *CALIBRATED),
+    ("--method", "attention-aware", "--refit-steps", 1, *UNPACKED, *CALIBRATED),
 )
 MODELS = {
     "llama": RandomModel(),

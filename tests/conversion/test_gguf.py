@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.commands import contents, convert, heal
+from support.commands import UNPACKED, contents, convert, heal
 from support.files import CALIBRATION
 from support.gguf_files import Case, GgufFile
 from support.models import LLAMA3, MIXTRAL_EXPERTS, QWEN3_EXPERTS, YARN, RandomModel, load
@@ -179,7 +179,7 @@ def test_as_source_of_everything(tmp_path: Path) -> None:
     """Calibration on the model's own text, verification against the file, and evaluation of it."""
     _, (path,) = Case(RandomModel(std=0.05), GgufFile(kind="Q8_0")).write(tmp_path)
     options = ("--calibration", "self", "--calibration-tokens", 1024, "--refit-steps", 1)
-    out = convert(path, tmp_path / "out", "--cache-ratio", 0.5, *options)
+    out = convert(path, tmp_path / "out", *UNPACKED, *options)
     report = verify(out, VerifyOptions(source=str(path)))
     assert report.ok, report
     few_steps = ("--text", CALIBRATION, "--tokens", 2048, "--batch-size", 1, "--steps", 3, "--learning-rate", 1e-4)

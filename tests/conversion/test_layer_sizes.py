@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.agreement import assert_agrees
-from support.commands import convert
+from support.commands import UNPACKED, convert
 from support.engine import run_engine
 from support.files import CALIBRATION
 from support.models import RandomModel, load
@@ -111,7 +111,7 @@ def test_measured_sizes(tmp_path: Path) -> None:
     tensors = load_file(source / "model.safetensors")
     tensors["model.layers.1.self_attn.o_proj.weight"] *= 1e-3
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    options = ("--calibration", CALIBRATION, "--calibration-tokens", 2048, "--refit-steps", 2)
+    options = ("--calibration", CALIBRATION, "--calibration-tokens", 2048, "--refit-steps", 2, *UNPACKED)
     out = convert(source, tmp_path / "mla", *options, "--layer-sizes", "measured")
     config = json.loads((out / "config.json").read_text())
     widths = [sum(sizes) for sizes in zip(config["kv_lora_ranks"], config["qk_rope_head_dims"], strict=True)]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.commands import BIN, Refused, contents, convert, running, vllm_mla, wait_for
+from support.commands import BIN, UNPACKED, Refused, contents, convert, running, vllm_mla, wait_for
 from support.files import CALIBRATION
 from support.models import RandomModel
 
@@ -15,7 +15,7 @@ from mla_converters.resume.out_folder import is_mount_point, put_in_place, work_
 from mla_converters.resume.work_folder import work_folder
 
 EXACT = ("--method", "exact")
-CALIBRATED = ("--calibration", CALIBRATION, "--calibration-tokens", 1024, "--refit-steps", 8)
+CALIBRATED = ("--calibration", CALIBRATION, "--calibration-tokens", 1024, "--refit-steps", 8, *UNPACKED)
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ MODELS = {
 }
 METHODS = {
     "exact": ("--method", "exact"),
-    "closed-form": ("--refit-steps", 0, "--cache-ratio", 0.75),
+    "closed-form": ("--refit-steps", 0, "--cache-ratio", 0.75, "--latent-bits", 16),
 }
 
 

@@ -11,7 +11,17 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
-from support.commands import Refused, contents, convert, hear_interrupts, running, vllm_mla, wait_for, without_progress
+from support.commands import (
+    UNPACKED,
+    Refused,
+    contents,
+    convert,
+    hear_interrupts,
+    running,
+    vllm_mla,
+    wait_for,
+    without_progress,
+)
 from support.disk import fill
 from support.files import CALIBRATION, ROOT
 from support.models import RandomModel
@@ -21,7 +31,7 @@ from mla_converters.resume.work_folder import work_folder
 
 KILLS = int(os.environ.get("KILLS", "3"))
 TEXTS = ("--calibration", CALIBRATION, "--calibration", ROOT / "scripts" / "demo_text.txt")
-OPTIONS = (*TEXTS, "--calibration-tokens", 1024, "--refit-steps", 8)
+OPTIONS = (*TEXTS, "--calibration-tokens", 1024, "--refit-steps", 8, *UNPACKED)
 LAYERS = 6
 
 

@@ -61,8 +61,9 @@ def test_calibrated_and_healed(tmp_path: Path) -> None:
     """Calibration and healing have the scaling, so that healing begins near the source; the report says it."""
     source = RandomModel(std=0.3).save(tmp_path / "source")
     scaling = ("--rope-scaling", json.dumps(SCALINGS["yarn"]))
-    options = ("--calibration", "self", "--calibration-tokens", 1024, "--refit-steps", 1, "--cache-ratio", 0.9)
-    out = convert(source, tmp_path / "out", *options, *scaling, "--max-context", 512)
+    sizes = ("--cache-ratio", 0.9, "--latent-bits", 16)
+    options = ("--calibration", "self", "--calibration-tokens", 1024, "--refit-steps", 1)
+    out = convert(source, tmp_path / "out", *options, *sizes, *scaling, "--max-context", 512)
     report = json.loads((out / "conversion_report.json").read_text())
     assert report["rope_scaling"] == SCALINGS["yarn"]
     assert '--rope-scaling \'{"rope_type": "yarn"' in report["command"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.agreement import assert_agrees
-from support.commands import CommandLine, Refused, convert
+from support.commands import UNPACKED, CommandLine, Refused, convert
 from support.engine import run_engine
 from support.files import CALIBRATION
 from support.models import MIXTRAL_EXPERTS, QWEN3_EXPERTS, RandomModel, load
@@ -61,7 +61,7 @@ def test_head_of_its_own_while_calibrating(tied: Path, tmp_path: Path) -> None:
     untied = Path(shutil.copytree(tied, tmp_path / "untied"))
     config = json.loads((untied / "config.json").read_text())
     (untied / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
-    few = ("--calibration-tokens", 1024, "--refit-steps", 2)  # on text that the model writes, with its head
+    few = ("--calibration-tokens", 1024, "--refit-steps", 2, *UNPACKED)  # on text that the model writes, with its head
     one, other = (convert(source, tmp_path / f"{source.name}-mla", *few) for source in (tied, untied))
     assert (one / WEIGHTS).read_bytes() == (other / WEIGHTS).read_bytes()
 
@@ -141,7 +141,7 @@ def layouts(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path]
 
 @pytest.mark.parametrize(
     "options",
-    [EXACT, ("--method", "attention-aware", "--calibration", CALIBRATION, "--calibration-tokens", 512)],
+    [EXACT, ("--method", "attention-aware", "--calibration", CALIBRATION, "--calibration-tokens", 512, *UNPACKED)],
     ids=["exact", "calibrated"],
 )
 def test_stacked_experts(layouts: tuple[Path, Path], options: tuple, command_line: CommandLine, tmp_path: Path) -> None:

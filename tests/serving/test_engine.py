@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.agreement import assert_agrees, hf_logprobs, text_prompts
-from support.commands import convert
+from support.commands import UNPACKED, convert
 from support.engine import run_engine
 from support.files import CALIBRATION, TEXT
 from support.models import LLAMA3, MIXTRAL_EXPERTS, QWEN3_EXPERTS, YARN, RandomModel, load
@@ -149,7 +149,7 @@ def test_calibrated_on_its_own_text_and_on_more(tmp_path: Path) -> None:
     """The default text is sampled from the model, so it needs no data set; more text can be added."""
     source = RandomModel(heads=6, kv_heads=3, hidden=96).save(tmp_path / "source")
     for options in ((), ("--calibration", CALIBRATION, "--calibration", "self")):
-        out = convert(source, tmp_path / "mla", *options, "--calibration-tokens", 1024, "--force")
+        out = convert(source, tmp_path / "mla", *options, "--calibration-tokens", 1024, *UNPACKED, "--force")
         model = load(out)
         assert model.config.mla_conversion["calibration"]["tokens"] == 1024
         prompts = [list(range(60, 90))]

@@ -125,8 +125,10 @@ def test_cache_dtype(tiny: Path) -> None:
 
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     """What does not serve packed rows says so, and how to go on."""
-    monkeypatch.setattr(backends, "current_platform", SimpleNamespace(is_cpu=lambda: False))
-    with pytest.raises(ValueError, match=r"Only CPUs serve .*mla_96x4g32_48x5g16.* --hf-overrides"):
+    monkeypatch.setattr(
+        backends, "current_platform", SimpleNamespace(is_cpu=lambda: False, is_cuda_alike=lambda: False)
+    )
+    with pytest.raises(ValueError, match=r"Only CPUs, and GPUs .* serve .*mla_96x4g32_48x5g16.* --hf-overrides"):
         backends.select_backend(96, 96, FORMATS[2])
     config = SimpleNamespace(
         model_config=SimpleNamespace(hf_text_config=SimpleNamespace(cache_format=FORMATS.__getitem__), dtype=None),

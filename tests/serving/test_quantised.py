@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from support.agreement import hf_logprobs
-from support.commands import convert
+from support.commands import UNPACKED, convert
 from support.engine import run_engine
 from support.models import RandomModel, load
 from support.quantised import quantise
@@ -31,7 +31,7 @@ def test_quantised_afterwards(case: str, tmp_path: Path) -> None:
     """
     family, ignore, one_product = CASES[case]
     source = RandomModel(family, heads=6, kv_heads=3, head_dim=32, hidden=96, std=0.1).save(tmp_path / "source")
-    mla = convert(source, tmp_path / "mla", "--calibration-tokens", 1024)
+    mla = convert(source, tmp_path / "mla", "--calibration-tokens", 1024, *UNPACKED)
     quantised, plain = quantise(mla, tmp_path, ignore)
     job = {"max_tokens": 16, "prompt_logprobs": True, "no_tokenizer": True, "engine": {"max_model_len": 256}}
     result, model = run_engine(quantised, PROMPTS, modules=True, **job), load(plain)

@@ -19,6 +19,7 @@ BIN = Path(sys.executable).parent
 CommandLine = Callable[..., tuple[int, str, str]]
 Refused = Callable[..., str]
 SPLIT = ("--kv-lora-rank", 128, "--qk-rope-head-dim", 64)  # half of what SmolLM2 caches
+UNPACKED = ("--cache-ratio", 0.5, "--latent-bits", 16)  # half of the source's numbers, of 16 bits each
 HALF = ("--calibration", CALIBRATION, "--calibration-tokens", 1024, "--refit-steps", 2, *SPLIT)
 
 

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -92,7 +93,7 @@ def make_packed_impl(
 
 
 def fill_cache(
-    impl: PackedCPUMLAImpl, sizes: Sizes, lengths: list[int], dtype: torch.dtype
+    impl: Any, sizes: Sizes, lengths: list[int], dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     """A cache whose pages lie in random order, written by the implementation.
 
@@ -115,7 +116,7 @@ def fill_cache(
     return rows, table, sequences
 
 
-def as_read(impl: PackedCPUMLAImpl, new: torch.Tensor) -> torch.Tensor:
+def as_read(impl: Any, new: torch.Tensor) -> torch.Tensor:
     """Tokens of a sequence as attention is to see them, in float64."""
     numbers = dequantise(quantise(new, impl.cache_format), impl.cache_format)
     if impl.cache_mean is not None:

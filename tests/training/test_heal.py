@@ -10,7 +10,17 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from support.commands import CommandLine, Refused, contents, convert, heal, running, wait_for, without_progress
+from support.commands import (
+    UNPACKED,
+    CommandLine,
+    Refused,
+    contents,
+    convert,
+    heal,
+    running,
+    wait_for,
+    without_progress,
+)
 from support.disk import fill
 from support.files import CALIBRATION, ROOT
 from support.models import MIXTRAL_EXPERTS, QWEN3_EXPERTS, RandomModel, load
@@ -24,7 +34,7 @@ from mla_converters.text.healing import divided
 from mla_converters.training import distillation, schedule, trainer
 
 OTHER_TEXT = ROOT / "scripts" / "demo_text.txt"
-CALIBRATED = ("--calibration", CALIBRATION, "--calibration-tokens", 1024, "--refit-steps", 0)
+CALIBRATED = ("--calibration", CALIBRATION, "--calibration-tokens", 1024, "--refit-steps", 0, *UNPACKED)
 MAP_ALONE = (*CALIBRATED, "--without", "least-squares")  # loses more, so that there is more to heal
 OPTIONS = ("--text", CALIBRATION, "--text", OTHER_TEXT, "--steps", 60)
 LOST = {0.0: 1024, 0.39: 1024, 0.4: 512, 0.78: 512, 0.79: 256, 9.0: 256}  # window length by loss in nats per token
@@ -265,7 +275,7 @@ def test_refused_models(refusal: Refused, source: Path, mla: Path, tmp_path: Pat
     assert "is not a checkpoint that vllm-mla convert wrote" in refusal("heal", source, out)
     exact = convert(source, tmp_path / "exact", "--method", "exact")
     assert "is an exact conversion" in refusal("heal", exact, out)
-    whole = convert(source, tmp_path / "whole", "--cache-ratio", 1, *CALIBRATED)
+    whole = convert(source, tmp_path / "whole", *CALIBRATED, "--cache-ratio", 1)
     assert "nothing was lost that could be healed" in refusal("heal", whole, out, "--text", CALIBRATION)
     other = RandomModel(hidden=32, heads=2).save(tmp_path / "other")
     assert "differ in hidden_size, num_attention_heads" in refusal("heal", mla, out, "--source", other)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
-from support.commands import CommandLine, Refused, convert
+from support.commands import UNPACKED, CommandLine, Refused, convert
 from support.files import CALIBRATION
 from support.models import RandomModel
 
@@ -23,7 +23,7 @@ SOURCE_CARD = {"license": "other", "license_name": "lab-1.0", "license_link": "L
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pristine")
     source = RandomModel().save(folder / "source")
-    options = ("--calibration", CALIBRATION, "--calibration-tokens", 2048, "--refit-steps", 0)
+    options = ("--calibration", CALIBRATION, "--calibration-tokens", 2048, "--refit-steps", 0, *UNPACKED)
     return convert(source, folder / "mla", *options)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.commands import HALF, Refused, convert, convert_alone, vllm_mla
+from support.commands import HALF, UNPACKED, Refused, convert, convert_alone, vllm_mla
 from support.files import CALIBRATION, ROOT
 from support.models import RandomModel
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -175,7 +175,7 @@ OPTIONS = {
     "freqfold-word": ((*TRANSMLA, "--freqfold", "many"), "must be a whole number or auto"),
     "ratio": (("--cache-ratio", 1.5), "must be above 0 and at most 1"),
     "both": (("--cache-ratio", 0.5, "--kv-lora-rank", 8), "give one of them"),
-    "exact-rank": (("--method", "exact", "--kv-lora-rank", 8), "keeps the whole cache"),
+    "exact-rank": (("--method", "exact", "--kv-lora-rank", 8), "keeps all of the cache's numbers"),
     "method": (("--method", "magic"), "choose one of exact, "),
     "dtype": (("--dtype", "int4"), "choose one of float32, bfloat16, float16"),
     "device": (("--device", "cuda"), "sees no CUDA device"),
@@ -287,7 +287,7 @@ def test_same_seed_same_bytes(smollm2: Path, half: Path, tmp_path: Path) -> None
 
 def test_other_seed_other_bytes(tmp_path: Path) -> None:
     source = RandomModel().save(tmp_path / "source")
-    options = ("--calibration", CALIBRATION, "--calibration-tokens", 512, "--refit-steps", 1)
+    options = ("--calibration", CALIBRATION, "--calibration-tokens", 512, "--refit-steps", 1, *UNPACKED)
     one, other = (digests(convert(source, tmp_path / seed, *options, "--seed", seed)) for seed in ("1", "2"))
     assert one["model.safetensors"] != other["model.safetensors"]
 
@@ -318,7 +318,7 @@ def test_time_and_memory(smollm2: Path, tmp_path: Path) -> None:
     text.write_text((ROOT / "LICENSE").read_text() * 10)
     report = tmp_path / "report.json"
     before = core_seconds()
-    convert_alone(smollm2, tmp_path / "out", *TRANSMLA, "--calibration", text, "--json", report)
+    convert_alone(smollm2, tmp_path / "out", *TRANSMLA, "--cache-ratio", 0.5, "--calibration", text, "--json", report)
     assert core_seconds() - before < 2 * 60
     measured = json.loads(report.read_text())
     assert measured["calibration"]["tokens"] == 16384

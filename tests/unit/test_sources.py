@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.commands import CommandLine, Refused, contents, convert, vllm_mla
+from support.commands import UNPACKED, CommandLine, Refused, contents, convert, vllm_mla
 from support.download_hub import Hub, download_hub
 from support.files import CALIBRATION
 from support.models import RandomModel
@@ -59,7 +59,7 @@ def test_parts_without_an_index(
     out = convert(source, tmp_path / "mla", *EXACT)
     assert (out / WEIGHTS).read_bytes() == expected
     assert command_line("verify", out, "--source", source)[0] == 0
-    few = ("--calibration-tokens", 512, "--refit-steps", 0)
+    few = ("--calibration-tokens", 512, "--refit-steps", 0, *UNPACKED)
     assert command_line("convert", source, tmp_path / "calibrated", *few)[0] == 0
     assert not (source / INDEX).exists()
 

@@ -8,7 +8,7 @@ from vllm.v1.attention.backends.mla.prefill.base import MLADimensions, MLAPrefil
 from vllm.v1.attention.backends.mla.prefill.selector import get_mla_prefill_backend
 
 from vllm_mla_plugin.checkpoint.cache_formats import CacheFormat
-from vllm_mla_plugin.checkpoint.layouts import MAX_PREFILL_HEAD_SIZE, VLLM_FP8_LAYOUTS, VLLM_LAYOUTS
+from vllm_mla_plugin.checkpoint.layouts import MAX_PREFILL_HEAD_SIZE, VLLM_FP8_LAYOUTS, VLLM_LAYOUTS, packed_tiles
 
 
 def select_backend(latent: int, rope: int, format: CacheFormat | None = None) -> type[AttentionBackend] | None:
@@ -22,17 +22,11 @@ def select_backend(latent: int, rope: int, format: CacheFormat | None = None) ->
         format: how its cache is packed; None if it is not.
 
     Raises:
-        ValueError: no GPU kernel takes the sizes, the dtypes or packed rows, or layers differ in size.
+        ValueError: no GPU kernel takes the sizes or the dtypes; or layers differ in size; or nothing serves packed rows
+            on this device.
     """
     if format is not None:
-        if not current_platform.is_cpu():
-            raise ValueError(
-                f"Only CPUs serve this checkpoint's packed cache ({format.name}) so far: give --hf-overrides "
-                "'{\"latent_cache\": null}' to serve it with a cache of 16-bit numbers."
-            )
-        from vllm_mla_plugin.backends.cpu_packed import PackedCPUMLABackend
-
-        return PackedCPUMLABackend
+        return _select_packed_backend(format)
     if current_platform.is_cpu():
         from vllm_mla_plugin.backends.cpu import AnySizeCPUMLABackend
 
@@ -44,8 +38,7 @@ def select_backend(latent: int, rope: int, format: CacheFormat | None = None) ->
     cache_dtype = config.cache_config.cache_dtype
     if (latent, rope) in (VLLM_FP8_LAYOUTS if cache_dtype.startswith("fp8") else VLLM_LAYOUTS):
         return None
-    if (dtype := config.model_config.dtype) == torch.float32:
-        raise ValueError(f"vLLM's GPU kernels for MLA take 16-bit numbers, not {dtype}: give --dtype bfloat16.")
+    _refuse_float32(config)
     from vllm_mla_plugin.backends.gpu import AnySizeTritonMLABackend, gpu_tiles
 
     # vLLM does not ask a backend that is given to a layer whether it serves the cache's dtype.
@@ -56,6 +49,34 @@ def select_backend(latent: int, rope: int, format: CacheFormat | None = None) ->
         )
     gpu_tiles(latent, rope, 1, cache_dtype)  # refuses sizes before weights are loaded
     return AnySizeTritonMLABackend
+
+
+def _select_packed_backend(format: CacheFormat) -> type[AttentionBackend]:
+    if current_platform.is_cpu():
+        from vllm_mla_plugin.backends.cpu_packed import PackedCPUMLABackend
+
+        return PackedCPUMLABackend
+    if not current_platform.is_cuda_alike():
+        raise ValueError(
+            f"Only CPUs, and GPUs with CUDA or ROCm, serve this checkpoint's packed cache ({format.name}): give "
+            "--hf-overrides '{\"latent_cache\": null}' to serve it with a cache of 16-bit numbers."
+        )
+    config = get_current_vllm_config()
+    _refuse_mixed_sizes(config)
+    _refuse_float32(config)
+    from vllm_mla_plugin.backends.gpu import shared_memory
+    from vllm_mla_plugin.backends.gpu_packed import PackedTritonMLABackend
+
+    packed_tiles(format, shared_memory())  # refuses sizes before weights are loaded
+    # This pass of vLLM's compiler writes 16-bit numbers into the cache itself, past the backend.
+    if hasattr(config.compilation_config.pass_config, "fuse_rope_kvcache_cat_mla"):
+        config.compilation_config.pass_config.fuse_rope_kvcache_cat_mla = False
+    return PackedTritonMLABackend
+
+
+def _refuse_float32(config: VllmConfig) -> None:
+    if (dtype := config.model_config.dtype) == torch.float32:
+        raise ValueError(f"vLLM's GPU kernels for MLA take 16-bit numbers, not {dtype}: give --dtype bfloat16.")
 
 
 def _refuse_mixed_sizes(config: VllmConfig) -> None:

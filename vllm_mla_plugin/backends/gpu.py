@@ -22,7 +22,7 @@ from vllm.v1.worker.workspace import current_workspace_manager, is_workspace_man
 
 from vllm_mla_plugin.backends.gpu_decode import decode, suited_parts
 from vllm_mla_plugin.backends.metadata import AnySizeMLAMetadata
-from vllm_mla_plugin.checkpoint.layouts import Tiles, suited_tiles
+from vllm_mla_plugin.checkpoint.layouts import PackedTiles, Tiles, suited_tiles
 
 
 @cache
@@ -37,12 +37,17 @@ def gpu_tiles(latent: int, rope: int, heads: int, cache_dtype: str) -> Tiles:
     Raises:
         ValueError: a row is too wide for this GPU.
     """
+    return suited_tiles(latent, rope, heads, cache_dtype.startswith("fp8"), shared_memory())
+
+
+@cache
+def shared_memory() -> int:
+    """Bytes of shared memory that one program of a kernel may take on this GPU."""
     device = torch.cuda.current_device()
-    properties = triton.runtime.driver.active.utils.get_device_properties(device)
-    return suited_tiles(latent, rope, heads, cache_dtype.startswith("fp8"), properties["max_shared_mem"])
+    return triton.runtime.driver.active.utils.get_device_properties(device)["max_shared_mem"]
 
 
-def scratch_rows(most: int, heads: int, tiles: Tiles, units: int) -> int:
+def scratch_rows(most: int, heads: int, tiles: Tiles | PackedTiles, units: int) -> int:
     """The largest number of rows times parts that a batch needs scratch for.
 
     Args:
@@ -65,12 +70,17 @@ class AnySizeTritonMLAMetadataBuilder(TritonMLAMetadataBuilder):
         """Reserve the decode kernel's scratch now, because it must not grow once graphs are captured."""
         if not is_workspace_manager_initialized():
             return
-        sizes, heads = self.mla_dims, self.num_heads * self.dcp_world_size
+        heads = self.num_heads * self.dcp_world_size
         most = self.vllm_config.scheduler_config.max_num_seqs * self.reorder_batch_threshold
-        cache_dtype = self.vllm_config.cache_config.cache_dtype
-        tiles = gpu_tiles(sizes.kv_lora_rank, sizes.qk_rope_head_dim, heads, cache_dtype)
+        tiles, numbers = self.decode_tiles(heads)
         rows = scratch_rows(most, heads, tiles, current_platform.num_compute_units())
-        current_workspace_manager().get_simultaneous(((rows, heads, sizes.kv_lora_rank + 1), torch.float32))
+        current_workspace_manager().get_simultaneous(((rows, heads, numbers), torch.float32))
+
+    def decode_tiles(self, heads: int) -> tuple[Tiles | PackedTiles, int]:
+        """Tiles of the decode kernel, and the numbers of a part's result."""
+        sizes, cache_dtype = self.mla_dims, self.vllm_config.cache_config.cache_dtype
+        tiles = gpu_tiles(sizes.kv_lora_rank, sizes.qk_rope_head_dim, heads, cache_dtype)
+        return tiles, sizes.kv_lora_rank + 1
 
     @staticmethod
     def determine_prefill_query_data_type(vllm_config: VllmConfig, model_dtype: torch.dtype) -> torch.dtype:
@@ -91,6 +101,29 @@ class AnySizeTritonMLABackend(TritonMLABackend):
         return AnySizeTritonMLAMetadataBuilder
 
 
+def context_slots(cache: torch.Tensor, block_table: torch.Tensor, chunk: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the tokens of one chunk of earlier context lie, request after request.
+
+    Args:
+        cache: ``[blocks, block_size, width]``.
+        block_table: ``[requests of the chunk, blocks]``.
+        chunk: vLLM's ``ContextChunk``.
+
+    Returns:
+        ``[tokens of the chunk]`` int64 each: slots, counted in tokens, and positions in their sequences.
+    """
+    requests = chunk.token_to_seq.long()
+    positions = torch.arange(len(requests), device=cache.device) - chunk.cu_seq_lens[requests] + chunk.starts[requests]
+    return token_slots(block_table, requests, positions, cache.shape[1]), positions
+
+
+def token_slots(
+    block_table: torch.Tensor, requests: torch.Tensor, positions: torch.Tensor, block_size: int
+) -> torch.Tensor:
+    """Where tokens lie in the cache, counted in tokens, int64, by their requests and positions ``[tokens]`` int64."""
+    return block_table[requests, positions // block_size].long() * block_size + positions % block_size
+
+
 def gather_context(
     cache: torch.Tensor, block_table: torch.Tensor, chunk: Any, dtype: torch.dtype, scale: torch.Tensor
 ) -> torch.Tensor:
@@ -108,10 +141,8 @@ def gather_context(
     Returns:
         ``[tokens of the chunk, width]``.
     """
-    requests = chunk.token_to_seq.long()
-    tokens = torch.arange(len(requests), device=cache.device) - chunk.cu_seq_lens[requests] + chunk.starts[requests]
-    block_size = cache.shape[1]
-    rows = cache[block_table[requests, tokens // block_size].long(), tokens % block_size]
+    slots, _ = context_slots(cache, block_table, chunk)
+    rows = cache[slots // cache.shape[1], slots % cache.shape[1]]
     return rows if rows.dtype == dtype else (rows.float() * scale).to(dtype)
 
 
@@ -128,15 +159,9 @@ class AnySizeTritonMLAImpl(TritonMLAImpl):
         """Decode; shapes as in :meth:`vllm_mla_plugin.backends.cpu.AnySizeCPUMLAImpl.forward_mqa`, and log-sum-exp."""
         assert attn_metadata.decode is not None
         q_latent, q_rope = q if isinstance(q, tuple) else q.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
-        rows, heads, latent = q_latent.shape
+        _, heads, latent = q_latent.shape
         tiles = gpu_tiles(latent, self.qk_rope_head_dim, heads, self.kv_cache_dtype)
-        # With one part, a result does not depend on the rest of the batch.
-        parts = 1 if envs.VLLM_BATCH_INVARIANT else suited_parts(rows, heads, tiles, self._sm_count)
-        shape = (rows, heads, parts, latent + 1)
-        if is_workspace_manager_initialized():
-            (scratch,) = current_workspace_manager().get_simultaneous((shape, torch.float32))
-        else:
-            scratch = torch.empty(shape, dtype=torch.float32, device=q_latent.device)
+        scratch = self.make_scratch(q_latent, tiles, latent + 1)
         return decode(
             q_latent,
             q_rope,
@@ -148,8 +173,25 @@ class AnySizeTritonMLAImpl(TritonMLAImpl):
             scale=self.scale,
             causal=attn_metadata.causal,
             tiles=tiles,
-            parts=parts,
+            parts=scratch.shape[2],
         )
+
+    def make_scratch(self, q_latent: torch.Tensor, tiles: Tiles | PackedTiles, numbers: int) -> torch.Tensor:
+        """Scratch of the decode kernel, ``[rows, heads, parts, numbers]`` float32: as many parts as suit the batch."""
+        rows, heads, _ = q_latent.shape
+        # With one part, a result does not depend on the rest of the batch.
+        parts = 1 if envs.VLLM_BATCH_INVARIANT else suited_parts(rows, heads, tiles, self._sm_count)
+        shape = (rows, heads, parts, numbers)
+        if is_workspace_manager_initialized():
+            (scratch,) = current_workspace_manager().get_simultaneous((shape, torch.float32))
+            return scratch
+        return torch.empty(shape, dtype=torch.float32, device=q_latent.device)
+
+    def read_context(
+        self, cache: torch.Tensor, block_table: torch.Tensor, chunk: Any, dtype: torch.dtype, scale: torch.Tensor
+    ) -> torch.Tensor:
+        """Numbers of one chunk of earlier context, ``[tokens of the chunk, latent + rope]``."""
+        return gather_context(cache, block_table, chunk, dtype, scale)
 
     def _compute_prefill_context(
         self,
@@ -168,7 +210,7 @@ class AnySizeTritonMLAImpl(TritonMLAImpl):
         merged = None
         for chunk in prefill.chunked_context.chunks:
             table = prefill.block_table[chunk.request_slice]
-            rows = gather_context(kv_c_and_k_pe_cache, table, chunk, q.dtype, k_scale)
+            rows = self.read_context(kv_c_and_k_pe_cache, table, chunk, q.dtype, k_scale)
             latent, k_rope = rows.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
             kv = self.kv_b_proj(latent)[0].view(-1, self.num_heads, self.qk_nope_head_dim + self.v_head_dim)
             k_nope, v = kv.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)

@@ -1,7 +1,7 @@
 # ruff: noqa: N803, N806 - the constants of a Triton kernel are written in capitals
 """MLA decode in Triton for any ``kv_lora_rank + qk_rope_head_dim``: each cached row is read once for all heads.
 
-Contexts are cut into parts. :func:`_merge_parts` weighs the results of the parts by their sums of exponentials
+Contexts are cut into parts. :func:`merge_parts` weighs the results of the parts by their sums of exponentials
 (Flash-Decoding, arXiv 2307.08691, section 3).
 
 Scores and results are transposed: their rows are tokens and latent. A GPU's matrix instructions take 64 rows or 16 at a
@@ -17,12 +17,12 @@ import torch
 from vllm.triton_utils import tl, triton
 from vllm.utils.math_utils import cdiv
 
-from vllm_mla_plugin.checkpoint.layouts import Tiles
+from vllm_mla_plugin.checkpoint.layouts import PackedTiles, Tiles
 
 PARTS_TILE, VALUES_TILE = 16, 128  # parts and values that one step of merging takes
 
 
-def suited_parts(rows: int, heads: int, tiles: Tiles, units: int) -> int:
+def suited_parts(rows: int, heads: int, tiles: Tiles | PackedTiles, units: int) -> int:
     """The number of parts into which contexts are cut, so that every one of the GPU's units is busy.
 
     It is at most the number of units, because all parts of a long context are written and read again.
@@ -38,14 +38,14 @@ def suited_parts(rows: int, heads: int, tiles: Tiles, units: int) -> int:
 
 
 @triton.jit
-def _row_length(Lengths, row, queries, lag):
+def row_length(Lengths, row, queries, lag):
     """How many tokens a row attends to: all of its request's except those newer than itself."""
     length = tl.load(Lengths + row // queries) - lag * (queries - 1 - row % queries)
     return tl.maximum(length, 0)
 
 
 @triton.jit
-def _part_length(length, parts, TILE_TOKENS: tl.constexpr):
+def part_length(length, parts, TILE_TOKENS: tl.constexpr):
     """Tokens of a part: whole tiles, and at least one."""
     return tl.maximum(1, tl.cdiv(tl.cdiv(length, parts), TILE_TOKENS)) * TILE_TOKENS
 
@@ -82,8 +82,8 @@ def _attend_part(
     heads = tl.program_id(0) * TILE_HEADS + tl.arange(0, TILE_HEADS)
     row = tl.program_id(1)
     part = tl.program_id(2)
-    length = _row_length(Lengths, row, queries, lag)
-    each = _part_length(length, parts, TILE_TOKENS)
+    length = row_length(Lengths, row, queries, lag)
+    each = part_length(length, parts, TILE_TOKENS)
     first = each * part
     last = tl.minimum(first + each, length)
     if first >= last:
@@ -138,9 +138,10 @@ def _attend_part(
 
 
 @triton.jit(do_not_specialize=["parts", "queries", "lag"])
-def _merge_parts(
+def merge_parts(
     Parts,
     Lengths,
+    Shares,
     Out,
     Lse,
     parts,
@@ -148,21 +149,30 @@ def _merge_parts(
     lag,
     HEADS: tl.constexpr,
     LATENT: tl.constexpr,
+    EXTRA: tl.constexpr,
+    MEAN_WIDTH: tl.constexpr,
     TILE_TOKENS: tl.constexpr,
     PARTS_TILE: tl.constexpr,
     VALUES_TILE: tl.constexpr,
 ):
+    """Merge a row's parts for one head.
+
+    Args:
+        Parts: ``[rows, heads, parts, LATENT + EXTRA]``: values; then their log-sum-exp; then, where there are means,
+            the score of the first token in its part.
+        Shares: ``[2, MEAN_WIDTH]``, the means that values lack: of all tokens, and what the first has more; or None.
+    """
     row = tl.program_id(0)
     result = row.to(tl.int64) * HEADS + tl.program_id(1)
     columns = tl.program_id(2) * VALUES_TILE + tl.arange(0, VALUES_TILE)
-    length = _row_length(Lengths, row, queries, lag)
-    used = tl.cdiv(length, _part_length(length, parts, TILE_TOKENS))
+    length = row_length(Lengths, row, queries, lag)
+    used = tl.cdiv(length, part_length(length, parts, TILE_TOKENS))
     top = float("-inf")
     total = 0.0
     values = tl.zeros([VALUES_TILE], tl.float32)
     for first in tl.range(0, used, PARTS_TILE):
         part = first + tl.arange(0, PARTS_TILE)
-        source = Parts + (result * parts + part) * (LATENT + 1)
+        source = Parts + (result * parts + part) * (LATENT + EXTRA)
         lse = tl.load(source + LATENT, mask=part < used, other=float("-inf"))
         mask = (part < used)[:, None] & (columns < LATENT)[None, :]
         value = tl.load(source[:, None] + columns[None, :], mask=mask, other=0.0)
@@ -173,7 +183,14 @@ def _merge_parts(
         values = values * shrink + tl.sum(value * weights[:, None], 0)
         top = new_top
     # Some rows only fill up a CUDA graph: they have no tokens, so their values are zero.
-    tl.store(Out + result * LATENT + columns, values / tl.maximum(total, 1.0), mask=columns < LATENT)
+    values = values / tl.maximum(total, 1.0)
+    if Shares is not None:  # noqa: SIM102 - known when the kernel is compiled; the next is not
+        if used > 0:
+            first_score = tl.load(Parts + result * parts * (LATENT + EXTRA) + (LATENT + 1))
+            first_weight = tl.exp2(first_score - top - tl.log2(total))
+            mean = tl.load(Shares + columns, mask=columns < LATENT, other=0.0)
+            values += mean + first_weight * tl.load(Shares + MEAN_WIDTH + columns, mask=columns < LATENT, other=0.0)
+    tl.store(Out + result * LATENT + columns, values, mask=columns < LATENT)
     if tl.program_id(2) == 0:
         tl.store(Lse + result, (top + tl.log2(total)) * 0.6931471805599453)  # log 2
 
@@ -246,7 +263,19 @@ def decode(
         num_warps=tiles.warps,
         **shared,
     )
-    _merge_parts[(rows, heads, cdiv(latent, VALUES_TILE))](
-        scratch, lengths, out, lse, parts, queries, lag, PARTS_TILE=PARTS_TILE, VALUES_TILE=VALUES_TILE, **shared
+    merge_parts[(rows, heads, cdiv(latent, VALUES_TILE))](
+        scratch,
+        lengths,
+        None,
+        out,
+        lse,
+        parts,
+        queries,
+        lag,
+        EXTRA=1,
+        MEAN_WIDTH=0,
+        PARTS_TILE=PARTS_TILE,
+        VALUES_TILE=VALUES_TILE,
+        **shared,
     )
     return out, lse

@@ -10,6 +10,7 @@ neither torch nor vLLM.
 from dataclasses import dataclass
 
 from vllm_mla_plugin.checkpoint.cache_formats import CacheFormat
+from vllm_mla_plugin.checkpoint.row_chunks import padded_width
 
 HOPPER = "NVIDIA Hopper"  # compute capability 9.0
 BLACKWELL = "NVIDIA Blackwell (data center)"  # 10.x
@@ -63,7 +64,8 @@ VLLM_BACKENDS = (
 )
 PLUGIN_BACKEND = "this plugin's Triton backend"
 """Decodes the other layouts. The plugin gives it to the layers by itself; ``--attention-backend`` has no name for it.
-It was run on an H200, and compiled for compute capabilities 8.0 and 8.9."""
+It was run on an H200, and compiled for compute capabilities 8.0 and 8.9. Its kernels for packed rows were only
+compiled, for 8.0, 8.9, 9.0 and 10.0."""
 MAX_PREFILL_HEAD_SIZE = 256
 """Prefill on GPUs takes heads (nope + rope) of at most this size, because FlashAttention has no kernels for larger
 ones and vLLM's other prefill backends take DeepSeek's sizes alone."""
@@ -135,6 +137,59 @@ def suited_tiles(latent: int, rope: int, heads: int, fp8: bool, shared_bytes: in
     )
 
 
+@dataclass(frozen=True)
+class PackedTiles:
+    """The tiles that one program of this plugin's decode kernel for packed rows works on.
+
+    No GPU has run this kernel yet. The sizes were chosen by what it takes as compiled for compute capabilities 8.0 and
+    9.0: with more tokens or heads, hundreds of bytes a thread no longer fit the registers.
+
+    Attributes:
+        width: numbers of a row, as the kernel pads them.
+        tokens: rows of a tile.
+        heads: query heads, all of one token.
+        warps: of a program.
+    """
+
+    width: int
+    tokens: int
+    heads: int
+    warps: int
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory that the kernel takes at most: a tile of rows in 16 bits twice, because scores and values read
+        it in different orders; and the queries, which compilers keep in registers if a program has 8 warps."""
+        return 4 * self.width * self.tokens + (2 * self.width * self.heads if self.warps == 4 else 0)
+
+    @property
+    def programs_per_unit(self) -> int:
+        """How many programs fit the registers of each of the GPU's units (SMs)."""
+        return 8 // self.warps
+
+
+WIDEST_PACKED_LATENT = 2048
+"""The widest latent that a search for a packed format considers: on A100 and later, tiles of wider rows do not fit."""
+
+
+def packed_tiles(format: CacheFormat, shared_bytes: int) -> PackedTiles:
+    """The tiles of packed rows. A GPU with less shared memory gets fewer tokens.
+
+    Raises:
+        ValueError: a row is too wide for the shared memory.
+    """
+    width = padded_width(format)
+    for tokens in (32, 16):
+        tiles = PackedTiles(width, tokens, MIN_TILE, 4 if format.sizes[0] <= 512 else 8)
+        if tiles.shared_bytes <= shared_bytes:
+            return tiles
+    latent, rope = format.sizes
+    raise ValueError(
+        f"A token's packed cache of {latent} + {rope} numbers in a layer is too wide for this GPU's shared memory of "
+        f"{shared_bytes >> 10} KiB: convert with a smaller --kv-lora-rank."
+    )
+
+
 def gpu_backends(
     layout: tuple[int, int], head_dim: int, dtype: str, gpu: str, format: CacheFormat | None = None
 ) -> list[str]:
@@ -145,21 +200,25 @@ def gpu_backends(
         head_dim: head size of the source; heads of the converted model have ``head_dim + rope`` numbers in prefill.
         dtype: of the model when it is served. No GPU backend for MLA takes float32.
         gpu: one of :data:`GPUS`.
-        format: how the cache is packed, which no GPU backend serves yet; None if it is kept in the model's dtype.
+        format: how the cache is packed, by which only this plugin's backend serves it; None if it is kept in the
+            model's dtype.
 
     Returns:
         Names as ``--attention-backend`` takes them, or :data:`PLUGIN_BACKEND` alone; empty if nothing serves it.
     """
-    if format is not None or dtype == "float32" or head_dim + layout[1] > MAX_PREFILL_HEAD_SIZE:
+    if dtype == "float32" or head_dim + layout[1] > MAX_PREFILL_HEAD_SIZE:
         return []
-    if layout in VLLM_LAYOUTS:
+    if format is None and layout in VLLM_LAYOUTS:
         return [
             backend.name
             for backend in VLLM_BACKENDS
             if gpu in backend.gpus and layout in backend.layouts and head_dim in (backend.head_dims or (head_dim,))
         ]
     try:
-        suited_tiles(*layout, heads=1, fp8=False, shared_bytes=SHARED_BYTES[gpu])
+        if format is None:
+            suited_tiles(*layout, heads=1, fp8=False, shared_bytes=SHARED_BYTES[gpu])
+        else:
+            packed_tiles(format, SHARED_BYTES[gpu])
     except ValueError:
         return []
     return [PLUGIN_BACKEND]

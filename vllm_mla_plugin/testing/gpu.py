@@ -19,6 +19,7 @@ from vllm.v1.attention.selector import get_attn_backend
 
 from vllm_mla_plugin import register
 from vllm_mla_plugin.backends import select_backend, select_prefill_backend
+from vllm_mla_plugin.checkpoint.cache_formats import CacheFormat
 from vllm_mla_plugin.testing.layer import Projection, Sizes, impl_arguments
 
 BLOCK = 64  # tokens of a page; every backend takes this number
@@ -124,18 +125,40 @@ class Decoder:
             return builder.build(0, common)
 
 
-def impl_for(case: Case, dtype: torch.dtype, cache_dtype: str) -> Decoder:
+@dataclass(frozen=True)
+class Packing:
+    """How a layer's cache is packed; see :class:`vllm_mla_plugin.packed_attention.PackedMLAAttention`."""
+
+    format: CacheFormat
+    mean: torch.Tensor | None
+    freqs: torch.Tensor
+    max_position: int
+
+    def arguments(self) -> dict[str, Any]:
+        """What the backend's implementation takes of it, on the GPU."""
+        mean = None if self.mean is None else torch.nn.Parameter(self.mean.cuda(), requires_grad=False)
+        freqs = torch.nn.Parameter(self.freqs.cuda(), requires_grad=False)
+        tensors = {"cache_mean": mean, "rope_freqs": freqs}
+        return tensors | {"cache_format": self.format, "max_position": self.max_position}
+
+
+def impl_for(case: Case, dtype: torch.dtype, cache_dtype: str, packing: Packing | None = None) -> Decoder:
     """The backend that decodes for a layer of these sizes: this plugin's, or vLLM's own choice."""
+    format = None if packing is None else packing.format
     with configured(case, dtype, cache_dtype) as vllm_config:
-        backend = select_backend(case.latent, case.rope) or get_attn_backend(
+        backend = select_backend(case.latent, case.rope, format) or get_attn_backend(
             case.latent + case.rope, dtype, cache_dtype, use_mla=True, num_heads=case.heads
         )
         kv_b_proj = Projection(case.latent, case.heads * (case.nope + case.v), bias=False, dtype=dtype)
-        impl = backend.get_impl_cls()(**impl_arguments(case.sizes, kv_b_proj.cuda(), cache_dtype))
+        arguments = impl_arguments(case.sizes, kv_b_proj.cuda(), cache_dtype)
+        impl = backend.get_impl_cls()(**arguments, **({} if packing is None else packing.arguments()))
+        if packing is not None:
+            impl.process_weights_after_loading(dtype)
         one = torch.ones((), device="cuda")
         layer = SimpleNamespace(
             attn_backend=backend,
             impl=impl,
+            cache_format=format,
             num_heads=case.heads,
             q_lora_rank=None,
             kv_lora_rank=case.latent,

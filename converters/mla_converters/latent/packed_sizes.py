@@ -42,11 +42,13 @@ def segment(size: int, bits: int, group: int = GROUP) -> Segment:
 def uniform_format(latent: int, rope: int, bits: int) -> CacheFormat:
     """A format with as many bits for every number."""
     format = CacheFormat((segment(latent, bits),), (segment(rope, bits),))
-    return replace(format, alignment=alignment_for(format.content_bytes))
+    content = format.content_bytes
+    fitting = (size for size in reversed(ALIGNMENTS) if -content % size <= WASTED * content)
+    return replace(format, alignment=next(fitting, ALIGNMENTS[0]))
 
 
 def alignment_for(row_bytes: int) -> int:
-    """The widest alignment of rows that wastes little of so many bytes."""
+    """The widest alignment of rows that leaves few of so many bytes unused."""
     fitting = (size for size in reversed(ALIGNMENTS) if row_bytes % size <= WASTED * row_bytes)
     return next(fitting, ALIGNMENTS[0])
 
@@ -125,10 +127,28 @@ def _with_groups(
     alignment = alignment_for(row_bytes)
     row_bytes -= row_bytes % alignment
     least = min(NOISE)
-    groups = [
-        *(_group(part, 1, 0, 1.0) for part in _cut(latent, group)),
+    first, *others = _cut(latent, group)
+    begun = [
+        _group(first, 1, least, 1.0),
+        *(_group(part, 1, 0, 1.0) for part in others),
         *(_group(part, 2, least, ROTARY_NOISE) for part in _cut(rope, group)),
     ]
+    limit = float(row_bytes)
+    while sum(group.bytes for group in begun) <= limit:
+        groups = _improved(begun, limit)
+        of_latent = [group for group in groups if group.copies == 1 and group.bits]
+        of_rope = [group for group in groups if group.copies == 2]
+        format = CacheFormat(_segments(of_latent), _segments([*of_rope, *of_rope]), alignment=alignment)
+        if format.content_bytes <= row_bytes:
+            return format, sum(group.loss for group in groups)
+        # The codes of a segment fill whole bytes, those of a group need not: take the next choice that is smaller.
+        limit = sum(group.bytes for group in groups) - 1 / 8
+    return None
+
+
+def _improved(groups: Sequence[_Group], row_bytes: float) -> list[_Group]:
+    """The groups with the bits that save most for so many bytes, and in each part no more than the group before."""
+    groups = list(groups)
     free = row_bytes - sum(group.bytes for group in groups)
     queue: list[tuple[float, int, _Group, _Group]] = []
 
@@ -138,22 +158,24 @@ def _with_groups(
             gain = (now.loss - finer.loss) / (finer.bytes - now.bytes)
             heapq.heappush(queue, (-gain, index, now, finer))
 
-    if free < 0:
-        return None
+    def follows(index: int) -> bool:
+        """Whether there is a group before it in the same part."""
+        return 0 < index < len(groups) and groups[index - 1].copies == groups[index].copies
+
     for index in range(len(groups)):
         offer(index)
     while queue:
         _, index, now, finer = heapq.heappop(queue)
-        if now == groups[index] and finer.bytes - now.bytes <= free:
-            free -= finer.bytes - now.bytes
-            groups[index] = finer
-            offer(index)
-    of_latent = [group for group in groups if group.copies == 1 and group.bits]
-    of_rope = [group for group in groups if group.copies == 2]
-    if not of_latent:
-        return None
-    format = CacheFormat(_segments(of_latent), _segments([*of_rope, *of_rope]), alignment=alignment)
-    return (format, sum(group.loss for group in groups)) if format.bytes_per_token <= row_bytes else None
+        if now != groups[index] or finer.bytes - now.bytes > free:
+            continue
+        if follows(index) and finer.bits > groups[index - 1].bits:
+            continue  # offered again when the group before has more bits
+        free -= finer.bytes - now.bytes
+        groups[index] = finer
+        offer(index)
+        if follows(index + 1):
+            offer(index + 1)
+    return groups
 
 
 def rounding_cost(format: CacheFormat, latent: Sequence[float], rope: Sequence[float]) -> float:

@@ -8,13 +8,16 @@ from mla_converters.methods.registry import method_of
 from mla_converters.options import CacheSizes, ExactOptions, MethodOptions
 from mla_converters.options.convert import DEFAULT_CACHE_RATIO
 from mla_converters.planning.layouts import Candidate, asked, candidates, share_sizes
-from mla_converters.planning.serving import CPU, gpus_serve_packed
+from mla_converters.planning.serving import CPU
 from mla_converters.planning.vllm_caches import FP8, INT4, VllmCache, vllm_caches
 from mla_converters.reports.plan import Advice
 from vllm_mla_plugin.checkpoint.layouts import GPUS, MAX_PREFILL_HEAD_SIZE, PLUGIN_BACKEND
 
 # 16-bit numbers are worth taking for the sake of GPUs if they leave at most this share of the bytes.
 WORTHWHILE_RATIO = 0.6
+UNTRIED = (
+    "Its kernels for packed rows are compiled and simulated, but no GPU has run them yet: check its answers there."
+)
 
 
 def recommend(source: PlannedSource, method: MethodOptions) -> tuple[Candidate, str]:
@@ -89,10 +92,9 @@ def _where(chosen: Candidate, source: PlannedSource, method: MethodOptions) -> s
     """Which hardware serves the recommended cache, and what to do for GPUs that do not."""
     shape, dtype = source.shape, source.cache_dtype
     gpus = [gpu for gpu in GPUS if gpu in chosen.backends(dtype)]
-    if len(gpus) == len(GPUS):
-        return f"CPUs serve it, and on GPUs {PLUGIN_BACKEND}."
     if gpus:
-        return f"CPUs serve it, and on some GPUs ({', '.join(gpus)}) {PLUGIN_BACKEND}: on others its rows are too wide."
+        where = "on GPUs" if len(gpus) == len(GPUS) else f"on some GPUs ({', '.join(gpus)})"
+        return f"CPUs serve it, and {where} {PLUGIN_BACKEND}. {UNTRIED if chosen.cache.format else ''}".rstrip()
     found = f"Only CPUs serve it: {_obstacle(chosen, dtype)}."
     for candidate in candidates(shape, method):
         ratio = candidate.ratio(shape)
@@ -115,8 +117,6 @@ def _obstacle(candidate: Candidate, dtype: str) -> str:
             f"prefill on GPUs takes heads of at most {MAX_PREFILL_HEAD_SIZE} numbers, and these have "
             f"{candidate.nope_dim} + {rope}"
         )
-    if candidate.cache.format is not None and not gpus_serve_packed():
-        return "GPUs do not serve packed caches yet"
     return f"rows of {candidate.cache.budget.width:,} numbers are too wide for GPU kernels"
 
 

@@ -1,11 +1,9 @@
 """Which attention backends serve a cache, on which hardware."""
 
-from mla_converters.latent.packed_sizes import uniform_format
 from mla_converters.methods.asked_cache import AskedCache
 from vllm_mla_plugin.checkpoint.layouts import GPUS, gpu_backends
 
 CPU = "CPU"
-_SMALL = (64, 16)  # a packed cache that fits every kernel
 
 
 def serving_backends(cache: AskedCache, nope_dim: int, dtype: str) -> dict[str, list[str]]:
@@ -22,8 +20,3 @@ def serving_backends(cache: AskedCache, nope_dim: int, dtype: str) -> dict[str, 
         if names := gpu_backends(layout, nope_dim, dtype, gpu, cache.format):
             serving[gpu] = names
     return serving
-
-
-def gpus_serve_packed() -> bool:
-    """Whether GPUs serve packed caches at all."""
-    return any(gpu_backends(_SMALL, 0, "bfloat16", gpu, uniform_format(*_SMALL, 4)) for gpu in GPUS)

@@ -28,6 +28,7 @@ from mla_converters.resume.work_folder import Work
 from mla_converters.streaming.layers import SourceLayer, embed
 from mla_converters.text.calibration import Calibration
 from vllm_mla_plugin.checkpoint.cache_formats import CacheFormat
+from vllm_mla_plugin.checkpoint.layouts import WIDEST_PACKED_LATENT
 
 LAYERS = 8  # layers that are searched, evenly spread over the model
 MEASURED = 4  # formats that promise the least error and whose error is measured
@@ -96,14 +97,15 @@ def _promising(
 
     The error is the one by lost rotations, measured with nothing else lost, and the predicted one by rounding.
     """
-    width, weighing = 2 * source.config.num_key_value_heads * source.head_dim, first_weighing(settings.without)
+    cached, weighing = 2 * source.config.num_key_value_heads * source.head_dim, first_weighing(settings.without)
+    widest = {rope: min(cached - rope, WIDEST_PACKED_LATENT) for rope in ropes}
     layers = sampled_layers(source, LAYERS)
 
     def start() -> Streams:
         zeros = {
             f"{name} {rope}": torch.zeros(size, dtype=torch.float64)
             for rope in ropes
-            for name, size in (("latent", width - rope), ("pairs", rope // 2), ("lost", 1))
+            for name, size in (("latent", widest[rope]), ("pairs", rope // 2), ("lost", 1))
         }
         return zeros | {"hidden": embed(source, windows)}
 
@@ -115,7 +117,7 @@ def _promising(
             model = layer_model(layer, hidden[:-1], hidden[-1:], settings.without)
             size = _output_size(layer, hidden[:ERROR_WINDOWS])
             for rope in ropes:
-                maps = layer_map(layer, model, CacheBudget(width - rope, rope), weighing)
+                maps = layer_map(layer, model, CacheBudget(widest[rope], rope), weighing)
                 found = costs(maps, model)
                 streams[f"latent {rope}"] += found.latent.sort(descending=True).values.cpu() / size / len(layers)
                 streams[f"pairs {rope}"] += found.rope.sort(descending=True).values.cpu() / size / len(layers)

@@ -125,7 +125,7 @@ class AttentionAware:
         bits = sizes.latent_bits
 
         def uniform(rope: int, latent: Sequence[float], pairs: Sequence[float]) -> tuple[CacheFormat, float] | None:
-            format = widest_uniform(rope, bits, row, shape.cached - rope)
+            format = widest_uniform(rope, bits, row, len(latent))
             return None if format is None else (format, rounding_cost(format, latent, pairs))
 
         return uniform
