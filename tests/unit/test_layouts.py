@@ -22,10 +22,10 @@ from mla_converters.options import (
     TransmlaOptions,
 )
 from mla_converters.planning.layouts import Candidate, asked, candidates, share_sizes
-from mla_converters.planning.recommendation import advice, recommend
-from mla_converters.planning.serving import gpus_serve_packed, serving_backends
+from mla_converters.planning.recommendation import UNTRIED, advice, recommend
+from mla_converters.planning.serving import serving_backends
 from mla_converters.planning.vllm_caches import VLLM_CACHES, WIDE_CPU, vllm_caches
-from vllm_mla_plugin.checkpoint.layouts import A100, BLACKWELL, GPUS, HOPPER, gpu_backends
+from vllm_mla_plugin.checkpoint.layouts import A100, BLACKWELL, GPUS, HOPPER, PLUGIN_BACKEND, gpu_backends
 
 DEFAULT = AttentionAwareOptions()
 NAMES = [cache.name for cache in VLLM_CACHES]
@@ -112,18 +112,18 @@ def test_backends_are_those_of_the_plugin(kv_heads: int, head_dim: int, dtype: s
 
 
 def test_recommendation_says_who_serves_it() -> None:
-    """A quarter of the bytes. Where GPUs do not serve it, vLLM's own 16-bit layout is named, if it is worth it."""
-    chosen, reason = recommend(source(8, 128), DEFAULT)
+    """A quarter of the bytes. Where no GPU serves it, vLLM's own 16-bit layout is named, if it is worth it."""
+    chosen, reason = recommend(source(3, 64), DEFAULT)
     assert chosen.options == ("--cache-ratio", "0.25")
-    served = set(chosen.backends("bfloat16")) & set(GPUS)
-    if served:
-        assert "CPUs serve it, and on" in reason
-    else:
-        assert "On GPUs take --kv-lora-rank 512 --qk-rope-head-dim 64: 28.1% of the bytes, in 16 bits" in reason
-    if not gpus_serve_packed():
-        assert served == set() and "GPUs do not serve packed caches yet" in reason
-    # 320 of 384 numbers save too little.
-    assert "On GPUs take" not in recommend(source(3, 64), DEFAULT)[1]
+    assert set(chosen.backends("bfloat16")) == {"CPU", *GPUS}
+    assert f"CPUs serve it, and on GPUs {PLUGIN_BACKEND}. {UNTRIED}" in reason
+    chosen, reason = recommend(source(8, 128), DEFAULT)  # about 1,820 numbers are too wide for some GPUs
+    assert list(chosen.backends("bfloat16")) == ["CPU", HOPPER, BLACKWELL, A100]
+    assert f"on some GPUs ({HOPPER}, {BLACKWELL}, {A100}) {PLUGIN_BACKEND}" in reason
+    chosen, reason = recommend(source(16, 128), DEFAULT)
+    assert set(chosen.backends("bfloat16")) == {"CPU"}
+    assert "numbers are too wide for GPU kernels" in reason
+    assert "On GPUs take --kv-lora-rank 512 --qk-rope-head-dim 64: 14.1% of the bytes, in 16 bits" in reason
 
 
 def test_recommendation_where_no_gpu_can() -> None:
