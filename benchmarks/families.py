@@ -185,7 +185,7 @@ def main() -> None:
             original = evaluate(source, arguments.test)["perplexity"]
             converted = None
             for name, (run, ratio) in names.items():
-                options = ("--cache-ratio", str(ratio), "--calibration", str(text), *RUNS[run])
+                options = ("--cache-ratio", str(ratio), "--latent-bits", "16", "--calibration", str(text), *RUNS[run])
                 if options != converted:
                     report = convert(source, out, *options)
                     converted = options

@@ -2,8 +2,8 @@
 
     python -m scripts.demo
 
-Prints one table for the source, its exact conversion and one with half the KV cache: bytes and capacity of the cache
-as vLLM reports them, and perplexity through vLLM on a fixed text.
+Prints one table for the source, for all of its cached numbers in 4 bits, and for a quarter of the cache's bytes: bytes
+and capacity of the cache as vLLM reports it, and perplexity through vLLM on a fixed text.
 """
 
 import json
@@ -22,6 +22,7 @@ from rich.table import Table
 from mla_converters.engines.server import serve
 from mla_converters.errors import ConversionError
 from scripts.demo_model import ROOT, demo_folder, demo_gguf
+from vllm_mla_plugin.checkpoint.latent_cache import parse_latent_cache
 
 DEMO = ROOT / ".demo"
 VLLM_MLA = Path(sys.executable).with_name("vllm-mla")
@@ -40,19 +41,19 @@ def main() -> None:
     DEMO.mkdir()
     gguf, source = demo_gguf(), demo_folder()
     dtype = ["--dtype", "bfloat16"]
-    convert(gguf, DEMO / "exact", "--method", "exact", *dtype)
-    convert(gguf, DEMO / "half", "--cache-ratio", "0.5", "--refit-steps", "0", *dtype)
+    convert(gguf, DEMO / "exact", "--method", "exact", "--latent-bits", "4", *dtype)
+    convert(gguf, DEMO / "quarter", "--refit-steps", "0", *dtype)
 
     table = Table(title="SmolLM2-135M-Instruct, bfloat16, 1 GiB of KV cache")
     for column in ("", "KV bytes/token", "KV capacity (tokens)", "perplexity"):
         table.add_column(column, justify="left" if not column else "right")
-    for name, model in (("source", source), ("exact", DEMO / "exact"), ("half", DEMO / "half")):
+    for name, model in (("source", source), ("exact", DEMO / "exact"), ("quarter", DEMO / "quarter")):
         try:
             table.add_row(name, *measure(name, model))
         except ConversionError as error:
             sys.exit(str(error))
     console.print(table)
-    console.print(f"Took {time.monotonic() - started:.0f} s. Serve it yourself: vllm serve .demo/half")
+    console.print(f"Took {time.monotonic() - started:.0f} s. Serve it yourself: vllm serve .demo/quarter")
 
 
 def show(*command: object) -> None:
@@ -68,11 +69,11 @@ def convert(source: Path, out: Path, *options: str) -> None:
 
 
 def measure(name: str, model: Path) -> tuple[str, str, str]:
-    """Serve a model and return its row of the table; the model with half the cache also answers the question."""
+    """Serve a model and return its row of the table; the one with a quarter of the cache also answers the question."""
     log = DEMO / f"{name}.log"
     show("vllm", "serve", model, *OPTIONS)
     with serve(model, log, *OPTIONS, environment=OFFLINE | CACHE) as url:
-        if name == "half":
+        if name == "quarter":
             console.print(f"\n[bold]Q[/] {QUESTION}\n[bold]A[/] {chat(url, model)}\n")
         found = re.search(r"KV cache size: ([\d,]+) tokens", log.read_text())
         assert found is not None
@@ -105,13 +106,13 @@ def perplexity(url: str, model: Path) -> float:
 
 
 def kv_bytes(model: Path) -> int:
-    """Bytes of bfloat16 KV cache per token over all layers."""
+    """Bytes of KV cache per token over all layers: of bfloat16 numbers, or of packed rows."""
     config = json.loads((model / "config.json").read_text())
-    if "kv_lora_rank" in config:
-        width = config["kv_lora_rank"] + config["qk_rope_head_dim"]
-    else:
-        width = 2 * config["num_key_value_heads"] * config["head_dim"]
-    return 2 * width * config["num_hidden_layers"]
+    layers = config["num_hidden_layers"]
+    if "latent_cache" not in config:
+        return layers * 2 * 2 * config["num_key_value_heads"] * config["head_dim"]
+    sizes = [(config["kv_lora_rank"], config["qk_rope_head_dim"])] * layers
+    return sum(format.bytes_per_token for format in parse_latent_cache(config["latent_cache"], sizes))
 
 
 if __name__ == "__main__":

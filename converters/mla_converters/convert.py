@@ -18,6 +18,7 @@ from mla_converters.checkpoints.source import Source, open_source
 from mla_converters.checkpoints.writer import Shards
 from mla_converters.errors import ConversionError
 from mla_converters.latent.cache_size import CacheBudget
+from mla_converters.methods.asked_cache import AskedCache
 from mla_converters.methods.base import Job, Method, Prepared
 from mla_converters.methods.layer_conversion import ConvertedLayer, Measured
 from mla_converters.methods.registry import method_of
@@ -75,11 +76,11 @@ def convert(
         progress_bars(quiet) as progress,
         open_source(source, options.revision, options.trust_remote_code, options.rope_scaling) as opened,
     ):
-        context, budget = _context(opened, options), method.budget(opened.shape, options)
+        context, cache = _context(opened, options), method.cache(opened.shape, options)
         identity = conversion_identity(opened, options.model_copy(update={"device": device}))
         with work_folder(out, force, identity) as work:
-            work.check_space(_disk_bytes(opened, method, budget, options))
-            report = _convert(opened, method, budget, options, context, device, work, progress)
+            work.check_space(_disk_bytes(opened, method, cache, options))
+            report = _convert(opened, method, cache.budget, options, context, device, work, progress)
     return outcome(report, out, started)
 
 
@@ -134,11 +135,11 @@ def _context(source: Source, options: ConvertOptions) -> int:
     return context
 
 
-def _disk_bytes(source: Source, method: Method, budget: CacheBudget, options: ConvertOptions) -> int:
+def _disk_bytes(source: Source, method: Method, cache: AskedCache, options: ConvertOptions) -> int:
     """What the conversion takes on disk, by the estimate that ``plan`` shows."""
     dtype = DTYPES[options.dtype] if options.dtype else source.dtype()
     shape = replace(source.shape, weight_bytes=dtype.itemsize)
-    return method.cost(shape, budget, options.calibration_tokens).disk_bytes
+    return method.cost(shape, cache, options.calibration_tokens).disk_bytes
 
 
 def _calibrate(

@@ -7,6 +7,7 @@ from pydantic import Field
 from mla_converters.checkpoints.shape import Shape
 from mla_converters.latent.cache_size import CacheBudget
 from mla_converters.latent.maps import mla_weights
+from mla_converters.methods.asked_cache import AskedCache
 from mla_converters.methods.base import Cost, Job, Prepared
 from mla_converters.methods.cost import Passes, conversion_cost
 from mla_converters.methods.exact import exact_map
@@ -34,14 +35,14 @@ class Toy:
     def __init__(self, options: ToyOptions) -> None:
         self.options = options
 
-    def budget(self, shape: Shape, sizes: CacheSizes) -> CacheBudget:
-        return CacheBudget(self.options.kept_values, shape.kv_heads * shape.head_dim)
+    def cache(self, shape: Shape, sizes: CacheSizes) -> AskedCache:
+        return AskedCache(CacheBudget(self.options.kept_values, shape.kv_heads * shape.head_dim))
 
     def nope_dim(self, shape: Shape) -> int:
         return 0
 
-    def cost(self, shape: Shape, budget: CacheBudget, tokens: int) -> Cost:
-        return conversion_cost(shape, budget, 0, Passes())
+    def cost(self, shape: Shape, cache: AskedCache, tokens: int) -> Cost:
+        return conversion_cost(shape, cache.budget, 0, Passes())
 
     def prepare(self, job: Job) -> Prepared:
         source, kept = job.source, self.options.kept_values

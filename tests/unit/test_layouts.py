@@ -1,59 +1,211 @@
-"""Candidate layouts, and the one that ``vllm-mla plan`` recommends, depending on the GPUs that serve them."""
+"""Candidate caches, vLLM's own formats, and what ``vllm-mla plan`` recommends, depending on who serves them."""
+
+from typing import Any, get_args
 
 import pytest
+import torch
+from vllm.config.cache import CacheDType
+from vllm.model_executor.layers.quantization.turboquant.config import TQ_PRESETS, TurboQuantConfig
+from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE, nvfp4_kv_cache_full_dim
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
+from vllm.v1.kv_cache_interface import FullAttentionSpec, get_kv_quant_mode
 
-from mla_converters.planning.layouts import candidates, recommend
-from mla_converters.planning.serving import serving_backends
-from vllm_mla_plugin.checkpoint.layouts import A100, BLACKWELL, GPUS, HOPPER, PLUGIN_BACKEND
-
-
-def options(kv_heads: int, head_dim: int) -> dict[int, tuple[str, ...]]:
-    """The options of each candidate, by its width."""
-    return {candidate.layout.width: candidate.options for candidate in candidates(kv_heads, head_dim)}
-
-
-def test_options_keep_what_gpus_serve() -> None:
-    """The options name both sizes if ``--cache-ratio`` might find a rotary part too wide for prefill on GPUs."""
-    assert options(8, 128)[1024] == ("--kv-lora-rank", "896", "--qk-rope-head-dim", "128")
-    # For every split, a head's 64 numbers and the rotary part are at most 256 together.
-    assert options(2, 64)[128] == ("--cache-ratio", "0.5")
-    # No GPU serves rows of 4,096 numbers with any split.
-    assert options(32, 128)[4096] == ("--cache-ratio", "0.5")
-
-
-@pytest.mark.parametrize(
-    ("kv_heads", "sizes", "own_kernels"),
-    [(8, (512, 64), True), (4, (512, 64), True), (3, (256, 64), True), (2, (192, 64), False)],
+from mla_converters.checkpoints.shape import PlannedSource, Shape
+from mla_converters.errors import ConversionError
+from mla_converters.options import (
+    AttentionAwareOptions,
+    CacheSizes,
+    ExactOptions,
+    LayerSizes,
+    MethodOptions,
+    TransmlaOptions,
 )
-def test_recommendation(kv_heads: int, sizes: tuple[int, int], own_kernels: bool) -> None:
-    """512 + 64 is recommended if it saves enough, otherwise 256 + 64, otherwise half with this plugin's backend."""
-    chosen, reason = recommend(kv_heads, 128, "bfloat16")  # these sources cache 2,048, 1,024, 768 and 512 numbers
-    assert (chosen.layout.kv_lora_rank, chosen.layout.qk_rope_head_dim) == sizes
-    backends = serving_backends(chosen.layout, 128, "bfloat16")
-    assert all((backends[gpu] != [PLUGIN_BACKEND]) == own_kernels for gpu in GPUS)
-    assert (PLUGIN_BACKEND in reason) != own_kernels
+from mla_converters.planning.layouts import Candidate, asked, candidates, share_sizes
+from mla_converters.planning.recommendation import UNTRIED, advice, recommend
+from mla_converters.planning.serving import serving_backends
+from mla_converters.planning.vllm_caches import VLLM_CACHES, WIDE_CPU, vllm_caches
+from vllm_mla_plugin.checkpoint.layouts import A100, BLACKWELL, GPUS, HOPPER, PLUGIN_BACKEND, gpu_backends
+
+DEFAULT = AttentionAwareOptions()
+NAMES = [cache.name for cache in VLLM_CACHES]
 
 
-def test_half_is_too_wide_for_gpus() -> None:
-    """The largest share that GPUs serve is recommended, if it keeps enough. Otherwise half, with advice for GPUs."""
-    third, reason = recommend(18, 128, "bfloat16")
-    assert third.layout.width == round(0.33 * 2 * 18 * 128)
-    assert list(serving_backends(third.layout, 128, "bfloat16")) == ["CPU", HOPPER, BLACKWELL, A100]
-    assert "No GPU serves half the cache: rows of 2,304 numbers are too wide" in reason
-    half, reason = recommend(64, 128, "bfloat16")
-    assert half.options == ("--cache-ratio", "0.5")
-    assert "rows of 8,192 numbers are too wide for GPU kernels. On GPUs take 1920 + 128 and train afterwards" in reason
+def shape(kv_heads: int, head_dim: int, layers: int = 32) -> Shape:
+    """A source of which only the cache matters here."""
+    sizes: dict[str, Any] = dict.fromkeys(Shape.__dataclass_fields__, 0)
+    named = {"layers": layers, "hidden": 64, "query_heads": kv_heads, "kv_heads": kv_heads, "head_dim": head_dim}
+    return Shape(**{**sizes, **named, "window": None, "qkv_bias": False, "qk_norm": False, "weight_bytes": 2})
 
 
-def test_heads_too_large_for_gpus() -> None:
-    """Prefill on GPUs takes at most 256 numbers per head, so heads of 256 have no room for a rotary part."""
-    for candidate in candidates(8, 256):
-        assert list(serving_backends(candidate.layout, 256, "bfloat16")) == ["CPU"]
-    _, reason = recommend(8, 256, "bfloat16")
-    assert "no GPU serves it: prefill on GPUs takes heads of at most 256 numbers" in reason
+def source(kv_heads: int, head_dim: int, dtype: str = "bfloat16") -> PlannedSource:
+    return PlannedSource("model", None, "LlamaForCausalLM", dtype, dtype, shape(kv_heads, head_dim))
 
 
-def test_float32() -> None:
-    """No GPU serves float32, so the limits of GPUs do not matter."""
-    half, reason = recommend(8, 128, "float32")
-    assert half.options == ("--cache-ratio", "0.5") and "In float32 only the CPU" in reason
+def listed(kv_heads: int, head_dim: int, method: MethodOptions = DEFAULT) -> dict[str, Candidate]:
+    """The candidates by their options."""
+    return {" ".join(candidate.options): candidate for candidate in candidates(shape(kv_heads, head_dim), method)}
+
+
+def test_candidates() -> None:
+    """Shares of the bytes, vLLM's fast layouts, and the source's numbers in 8 and 4 bits, largest first."""
+    found = listed(8, 128)
+    assert list(found) == [
+        "--method exact --latent-bits 8",
+        "--cache-ratio 0.5",
+        "--cache-ratio 0.3125",
+        *("--method exact --latent-bits 4", "--kv-lora-rank 512 --qk-rope-head-dim 64"),  # of as many bytes
+        *(f"--cache-ratio {ratio}" for ratio in (0.25, 0.1875)),
+        "--kv-lora-rank 256 --qk-rope-head-dim 64",
+        *(f"--cache-ratio {ratio}" for ratio in (0.125, 0.0625)),
+    ]
+    rows = {options: candidate.cache.row_bytes for options, candidate in found.items()}
+    assert rows["--cache-ratio 0.25"] == 1024  # a quarter of 2,048 numbers of 2 bytes
+    assert rows["--kv-lora-rank 512 --qk-rope-head-dim 64"] == 1152
+    assert rows["--method exact --latent-bits 4"] == 2048 * 4 // 8 + 2 * 2048 // 32  # two bytes for a group of 32
+    # A small source: 256 + 64 in 16 bits is larger than all of its numbers in 8 bits, and 512 + 64 than the source.
+    assert next(iter(listed(3, 64))) == "--kv-lora-rank 256 --qk-rope-head-dim 64"
+    assert "--kv-lora-rank 512 --qk-rope-head-dim 64" not in listed(3, 64)
+
+
+def test_typical_formats() -> None:
+    """Where the search has room for all numbers, they have as many bits as fit; below, four."""
+    caches = {options: candidate.cache for options, candidate in listed(8, 128).items()}
+    for ratio, numbers, bits in ((0.5, 2048, 6), (0.3125, 2048, 4), (0.125, 910, 4)):
+        cache = caches[f"--cache-ratio {ratio}"]
+        assert cache.searched_bytes == ratio * 4096
+        assert cache.format is not None and cache.format.bytes_per_token <= cache.searched_bytes
+        assert cache.budget.width == pytest.approx(numbers, rel=0.01)
+        assert {segment.bits for segment in (*cache.format.latent, *cache.format.rope)} == {bits}
+    assert caches["--method exact --latent-bits 8"].searched_bytes is None
+
+
+def test_candidates_of_other_methods() -> None:
+    """Methods that do not choose bits get four, layers of different sizes are not packed, and ``exact`` keeps all."""
+    four = listed(8, 128, TransmlaOptions())["--cache-ratio 0.25 --latent-bits 4"].cache
+    assert four.searched_bytes is None and four.format is not None and 1000 < four.row_bytes <= 1024
+    plain = listed(8, 128, AttentionAwareOptions(layer_sizes=LayerSizes.MEASURED))
+    assert plain["--cache-ratio 0.25 --latent-bits 16"].cache.format is None
+    assert list(listed(8, 128, ExactOptions())) == ["--method exact --latent-bits 8", "--method exact --latent-bits 4"]
+
+
+def test_tiny_source() -> None:
+    """Shares without room for a latent are left out; a quarter must have room."""
+    exact = [f"--method exact --latent-bits {bits}" for bits in (8, 4)]
+    assert list(listed(1, 4)) == [*exact, "--cache-ratio 0.5"]
+    with pytest.raises(ConversionError, match="give a larger --cache-ratio"):
+        recommend(source(1, 4), DEFAULT)
+
+
+@pytest.mark.parametrize(("kv_heads", "head_dim"), [(8, 128), (3, 64), (32, 128), (8, 256)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_backends_are_those_of_the_plugin(kv_heads: int, head_dim: int, dtype: str) -> None:
+    """A plan says what the plugin's own table says about the cache, packed or not."""
+    for candidate in candidates(shape(kv_heads, head_dim), DEFAULT):
+        served = candidate.backends(dtype)
+        budget = candidate.cache.budget
+        layout = (budget.kv_lora_rank, budget.qk_rope_head_dim)
+        assert served.pop("CPU") == ["any-size backend of this plugin"]
+        asked_of = {gpu: gpu_backends(layout, candidate.nope_dim, dtype, gpu, candidate.cache.format) for gpu in GPUS}
+        assert served == {gpu: names for gpu, names in asked_of.items() if names}
+        assert served == {} or dtype != "float32"
+
+
+def test_recommendation_says_who_serves_it() -> None:
+    """A quarter of the bytes. Where no GPU serves it, vLLM's own 16-bit layout is named, if it is worth it."""
+    chosen, reason = recommend(source(3, 64), DEFAULT)
+    assert chosen.options == ("--cache-ratio", "0.25")
+    assert set(chosen.backends("bfloat16")) == {"CPU", *GPUS}
+    assert f"CPUs serve it, and on GPUs {PLUGIN_BACKEND}. {UNTRIED}" in reason
+    chosen, reason = recommend(source(8, 128), DEFAULT)  # about 1,820 numbers are too wide for some GPUs
+    assert list(chosen.backends("bfloat16")) == ["CPU", HOPPER, BLACKWELL, A100]
+    assert f"on some GPUs ({HOPPER}, {BLACKWELL}, {A100}) {PLUGIN_BACKEND}" in reason
+    chosen, reason = recommend(source(16, 128), DEFAULT)
+    assert set(chosen.backends("bfloat16")) == {"CPU"}
+    assert "numbers are too wide for GPU kernels" in reason
+    assert "On GPUs take --kv-lora-rank 512 --qk-rope-head-dim 64: 14.1% of the bytes, in 16 bits" in reason
+
+
+def test_recommendation_where_no_gpu_can() -> None:
+    _, reason = recommend(source(8, 128, "float32"), DEFAULT)
+    assert "Only CPUs serve it: GPUs do not serve MLA in float32." in reason and "On GPUs take" not in reason
+    _, reason = recommend(source(8, 256), DEFAULT)
+    assert "prefill on GPUs takes heads of at most 256 numbers, and these have 256 + 256" in reason
+
+
+def test_recommendation_of_a_lossless_method() -> None:
+    chosen, reason = recommend(source(8, 128), ExactOptions())
+    assert chosen.options == ("--method", "exact", "--latent-bits", "4")
+    assert "keeps all numbers. In 4 bits they take 28.1% of the bytes." in reason
+
+
+def test_advice() -> None:
+    """Flags of vLLM come first where they are as small, and only those that the source's heads allow."""
+    whole = advice(source(8, 128), "convert it", "convert it exactly")
+    assert [each.cache_ratio for each in whole] == [0.5, 0.265625, 0.28125, 0.25]
+    assert [each.command for each in whole] == [
+        "vllm serve model --kv-cache-dtype fp8",
+        "vllm serve model --kv-cache-dtype int4_per_token_head",
+        *("convert it exactly", "convert it"),
+    ]
+    assert "on GPUs" in whole[1].what and WIDE_CPU in whole[0].what
+    assert [each.command.split()[-1] for each in advice(source(8, 80), "a", "b")] == ["fp8", "b", "a"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_bytes_of_vllms_formats(name: str, head_dim: int) -> None:
+    """They are what vLLM itself allocates for a head."""
+    cache = next(cache for cache in VLLM_CACHES if cache.name == name)
+    assert name in get_args(CacheDType)
+    if name in TQ_PRESETS:
+        expected = TurboQuantConfig.from_cache_dtype(name, head_dim).slot_size_aligned
+    elif name == "nvfp4":
+        expected = 2 * nvfp4_kv_cache_full_dim(head_dim)
+    else:
+        spec = FullAttentionSpec(
+            block_size=16,
+            num_kv_heads=1,
+            head_size=head_dim,
+            dtype=STR_DTYPE_TO_TORCH_DTYPE[name],
+            kv_quant_mode=get_kv_quant_mode(name),
+        )
+        expected = TritonAttentionBackend.customize_spec(spec).page_size_bytes // 16
+    assert cache.head_bytes(head_dim) == expected
+
+
+def test_boundary_layers_of_turboquant() -> None:
+    """vLLM leaves the first and last two layers in 16 bits."""
+
+    class Config:
+        is_hybrid, hf_text_config = False, torch.nn.Module()
+
+    for layers in (3, 30):
+        Config.hf_text_config.num_hidden_layers = layers  # type: ignore[assignment]
+        kept = len(TurboQuantConfig.get_boundary_skip_layers(Config))  # type: ignore[arg-type]
+        cache = next(cache for cache in VLLM_CACHES if cache.name == "turboquant_4bit_nc")
+        assert cache.token_bytes(shape(3, 64, layers)) == 3 * ((layers - kept) * cache.head_bytes(64) + kept * 256)
+
+
+def test_hardware_of_vllms_formats() -> None:
+    served = {name: cache.served_on for name, cache in zip(NAMES, VLLM_CACHES, strict=True)}
+    assert served["fp8"](128) == (WIDE_CPU, *GPUS)
+    assert served["fp8"](80) == (HOPPER, BLACKWELL, *GPUS[3:])  # neither the CPU's heads nor FlashInfer's
+    assert A100 not in served["fp8_per_token_head"](128)
+    assert served["nvfp4"](64) == (BLACKWELL,) and served["nvfp4"](128) == GPUS
+    assert served["int4_per_token_head"](128) == GPUS and served["int4_per_token_head"](96) == ()
+    # vLLM's CPU backend takes no other heads, and fp8 only for heads that 32 divides.
+    heads = [size for size in CPUAttentionBackend.get_supported_head_sizes() if size % 32 == 0]
+    assert [size for size in range(16, 544, 16) if WIDE_CPU in served["fp8"](size)] == heads
+    assert "fp8" in CPUAttentionBackend.supported_kv_cache_dtypes
+    assert {"int8_per_token_head", "int4_per_token_head"} <= set(TritonAttentionBackend.supported_kv_cache_dtypes)
+    ratios = [cache.token_bytes(shape(8, 128)) for cache in vllm_caches(shape(8, 128))]
+    assert ratios == sorted(ratios, reverse=True) and len(ratios) == len(VLLM_CACHES)
+
+
+def test_layouts_of_different_layers_stay_in_16_bits() -> None:
+    method = AttentionAwareOptions(layer_sizes=LayerSizes.MEASURED)
+    cache = asked(shape(8, 128), method, share_sizes(method, 0.25)).cache
+    assert serving_backends(cache, 128, "bfloat16")["CPU"]
+    with pytest.raises(ConversionError, match="--latent-bits 16"):
+        asked(shape(8, 128), method, CacheSizes(cache_ratio=0.25))

@@ -82,9 +82,15 @@ def write_config(folder: Path, shape: str = "llama-3-8b", **changes: Any) -> Pat
     return folder
 
 
-def layout(plan: dict[str, Any], latent: int, rope: int) -> dict[str, Any]:
-    (found,) = [x for x in plan["layouts"] if (x["kv_lora_rank"], x["qk_rope_head_dim"]) == (latent, rope)]
+def layout(plan: dict[str, Any], options: str) -> dict[str, Any]:
+    """The candidate with these options of ``convert``."""
+    (found,) = [x for x in plan["layouts"] if x["options"] == options.split()]
     return found
+
+
+DEEPSEEK = "--kv-lora-rank 512 --qk-rope-head-dim 64"
+SMALL = "--kv-lora-rank 256 --qk-rope-head-dim 64"
+QUARTER = ["--cache-ratio", "0.25"]
 
 
 def test_llama_3_8b(planned: Planner, tmp_path: Path) -> None:
@@ -95,16 +101,39 @@ def test_llama_3_8b(planned: Planner, tmp_path: Path) -> None:
     assert source["cached_per_token_and_layer"] == 2 * 8 * 128
     assert source["kv_bytes_per_token"] == 131_072  # 2,048 numbers * 32 layers * 2 bytes
     assert source["tokens_in_memory"] == 131_072  # 2**34 / 2**17
-    deepseek = layout(plan, 512, 64)
+    deepseek = layout(plan, DEEPSEEK)
+    assert (deepseek["bits_per_number"], deepseek["typical"]) == (16, False)
     assert deepseek["kv_bytes_per_token"] == 36_864  # 576 * 32 * 2
     assert deepseek["cache_ratio"] == 0.28125  # 576 / 2,048
     assert deepseek["tokens_in_memory"] == 466_033  # 2**34 // 36,864
-    # q_proj 32 * 192 * 4096, kv_a_proj 576 * 4096 and kv_b_proj 32 * 256 * 512 replace q, k and v of 6144 * 4096. Each
-    # layer gets 6,553,600 more parameters and 32 float32 frequencies.
-    assert plan["conversion"]["weights_bytes"] == 2 * (8_030_261_248 + 32 * 6_553_600) + 32 * 32 * 4
-    assert (plan["recommended"]["kv_lora_rank"], plan["recommended"]["qk_rope_head_dim"]) == (512, 64)
-    assert "28.1% of the cache" in plan["recommended"]["reason"]
+    quarter = layout(plan, "--cache-ratio 0.25")
+    assert quarter["bytes_per_token_and_layer"] == 1024  # a quarter of 2,048 numbers of 2 bytes
+    assert quarter["kv_bytes_per_token"] == 32_768
+    assert (quarter["bits_per_number"], quarter["typical"], quarter["cache_ratio"]) == (4, True, 0.25)
+    latent, rope = quarter["kv_lora_rank"], quarter["qk_rope_head_dim"]
+    assert rope == 128
+    # q_proj, kv_a_proj and kv_b_proj replace q, k and v of 6144 * 4096. Each layer gets 64 float32 frequencies.
+    more = 32 * (128 + rope) * 4096 + (latent + rope) * 4096 + 32 * 256 * latent - 6144 * 4096
+    assert plan["conversion"]["weights_bytes"] == 2 * (8_030_261_248 + 32 * more) + 32 * 64 * 4
+    assert plan["recommended"]["options"] == QUARTER and plan["recommended"]["cache_ratio"] == 0.25
     assert plan["warnings"] == []
+
+
+def test_what_vllm_does_without_a_conversion(planned: Planner, tmp_path: Path) -> None:
+    """The plan counts vLLM's own formats, and advises to convert nothing where they are small enough."""
+    folder = write_config(tmp_path / "Llama-3-8B")
+    plan = planned(folder, "--memory", "16GiB")
+    sizes = {x["kv_cache_dtype"]: (x["kv_bytes_per_token"], x["cache_ratio"]) for x in plan["vllm_caches"]}
+    assert sizes["fp8"] == (65_536, 0.5)
+    assert sizes["int4_per_token_head"] == (32 * 8 * 2 * (64 + 4), 0.265625)
+    fp8 = next(x for x in plan["vllm_caches"] if x["kv_cache_dtype"] == "fp8")
+    assert fp8["tokens_in_memory"] == 262_144 and fp8["served_on"][1:] == list(GPUS)
+    half, int4, exact, quarter = plan["advice"]
+    assert half["command"] == f"vllm serve {folder} --kv-cache-dtype fp8"
+    assert int4["command"] == f"vllm serve {folder} --kv-cache-dtype int4_per_token_head"
+    assert exact["command"] == f"vllm-mla convert {folder} ./Llama-3-8B-mla --method exact --latent-bits 4"
+    assert quarter["command"] == plan["command"]
+    assert [x["cache_ratio"] for x in plan["advice"]] == [0.5, 0.265625, 0.28125, 0.25]
 
 
 def test_llama_3_70b(planned: Planner, tmp_path: Path) -> None:
@@ -112,31 +141,25 @@ def test_llama_3_70b(planned: Planner, tmp_path: Path) -> None:
     assert plan["source"]["parameters"] == 70_553_706_496
     assert plan["source"]["kv_bytes_per_token"] == 327_680  # 2,048 * 80 * 2
     assert plan["source"]["tokens_in_memory"] == 244_140  # 80e9 // 327,680
-    assert layout(plan, 512, 64)["kv_bytes_per_token"] == 92_160
-    assert plan["recommended"]["kv_lora_rank"] == 512
+    assert layout(plan, DEEPSEEK)["kv_bytes_per_token"] == 92_160
+    assert plan["recommended"]["options"] == QUARTER
     # To write its own calibration text, the model must be in memory as a whole.
     assert plan["conversion"]["peak_memory_bytes"]["self"] > 2 * 70_553_706_496
     assert plan["conversion"]["peak_memory_bytes"]["file"] < 16e9
 
 
 def test_llama_2_7b(planned: Planner, tmp_path: Path) -> None:
-    """512 + 64 is TransMLA's 93% compression, which needs training, and half is too wide for GPUs. The largest share
-    that GPUs serve is therefore recommended."""
+    """Wide heads: 512 + 64 in 16 bits is 7% of the bytes, and a quarter holds thousands of numbers."""
     plan = planned(write_config(tmp_path / "Llama-2-7B", "llama-2-7b"))
     assert plan["source"]["parameters"] == 6_738_415_616
     assert plan["source"]["kv_bytes_per_token"] == 524_288
-    assert layout(plan, 512, 64)["cache_ratio"] == 0.070312  # 576 / 8,192, to six digits
-    recommended = plan["recommended"]
-    assert (recommended["kv_lora_rank"], recommended["qk_rope_head_dim"]) == (1920, 128)
-    assert "25.0% of the cache, and on some GPUs (NVIDIA Hopper, " in recommended["reason"]
-    assert "No GPU serves half the cache: rows of 4,096 numbers are too wide" in recommended["reason"]
-    assert "7.0% of the cache, too little without training" in recommended["reason"]
-    assert plan["command"].endswith("Llama-2-7B ./Llama-2-7B-mla --kv-lora-rank 1920 --qk-rope-head-dim 128")
-    assert [list(x["backends"]) for x in plan["layouts"]] == [
-        *(["CPU"] for _ in (6144, 4096, 2703)),
-        ["CPU", HOPPER, BLACKWELL, A100],  # 2,048
-        *(["CPU", *GPUS] for _ in (1024, 576, 320)),
-    ]
+    assert layout(plan, DEEPSEEK)["cache_ratio"] == 0.070312  # 576 / 8,192, to six digits
+    quarter = layout(plan, "--cache-ratio 0.25")
+    assert quarter["kv_lora_rank"] + quarter["qk_rope_head_dim"] > 7000
+    # No GPU's kernel takes rows of so many numbers.
+    assert list(quarter["backends"]) == ["CPU"]
+    assert plan["recommended"]["reason"].endswith("It loses more, so heal it.")
+    assert plan["command"].endswith("Llama-2-7B ./Llama-2-7B-mla --cache-ratio 0.25")
 
 
 def test_smollm2(planned: Planner, smollm2: Path) -> None:
@@ -146,13 +169,30 @@ def test_smollm2(planned: Planner, smollm2: Path) -> None:
     assert (source["dtype"], source["cache_dtype"]) == ("float32", "bfloat16")  # as vLLM serves it by default
     assert source["kv_bytes_per_token"] == 23_040  # 384 * 30 * 2
     assert source["tokens_in_memory"] == 46_603
-    assert [x["cached_per_token_and_layer"] for x in plan["layouts"]] == [320, 288, 192, 127, 96, 48]
-    recommended = plan["recommended"]
-    assert recommended["kv_lora_rank"] + recommended["qk_rope_head_dim"] == 192
-    assert "caches only 384 numbers" in recommended["reason"]
-    assert f"on GPUs {PLUGIN_BACKEND} serves it" in recommended["reason"]
-    # GPUs serve every split that convert may find, so the command leaves the split open.
-    assert plan["command"].endswith(" --cache-ratio 0.5")
+    rows = {" ".join(x["options"]): x["bytes_per_token_and_layer"] for x in plan["layouts"]}
+    assert rows == {
+        SMALL: 640,
+        "--method exact --latent-bits 8": 392,
+        "--cache-ratio 0.5": 384,
+        "--cache-ratio 0.3125": 240,
+        "--method exact --latent-bits 4": 216,
+        "--cache-ratio 0.25": 192,
+        "--cache-ratio 0.1875": 144,
+        "--cache-ratio 0.125": 96,
+        "--cache-ratio 0.0625": 48,
+    }
+    assert plan["recommended"]["options"] == QUARTER
+    assert plan["command"].endswith(" --cache-ratio 0.25")
+
+
+def test_other_methods(planned: Planner, smollm2: Path) -> None:
+    """The recommended command has the options with which the method gives a quarter of the bytes."""
+    for options, expected in (
+        ("--method exact", "--method exact --latent-bits 4"),
+        ("--method transmla", "--method transmla --cache-ratio 0.25 --latent-bits 4"),
+        ("--layer-sizes measured", "--layer-sizes measured --cache-ratio 0.25 --latent-bits 16"),
+    ):
+        assert planned(smollm2, *options.split())["command"].endswith(f"-mla {expected}")
 
 
 def test_weights_are_those_of_a_conversion(planned: Planner, smollm2: Path) -> None:
@@ -183,28 +223,30 @@ def test_weights_of_every_kind_of_family(model: RandomModel, tmp_path: Path) -> 
 def test_backends(planned: Planner, tmp_path: Path) -> None:
     folder = write_config(tmp_path / "model")
     plan = planned(folder)
-    assert layout(plan, 512, 64)["backends"] == {
+    assert layout(plan, DEEPSEEK)["backends"] == {
         "CPU": ["any-size backend of this plugin"],
         HOPPER: ["FLASH_ATTN_MLA", "FLASHMLA", "TRITON_MLA"],
         BLACKWELL: ["FLASHINFER_MLA", "CUTLASS_MLA", "TRITON_MLA"],
         A100: ["TRITON_MLA"],
         OTHER_GPU: ["TRITON_MLA"],
     }
-    assert layout(plan, 256, 64)["backends"][HOPPER] == ["FLASH_ATTN_MLA", "TRITON_MLA"]
-    # This plugin's backend serves sizes for which vLLM has no GPU kernels.
-    for sizes in ((896, 128), (548, 128), (384, 128), (192, 64)):
-        assert layout(plan, *sizes)["backends"] == {
-            "CPU": ["any-size backend of this plugin"],
-            **{gpu: [PLUGIN_BACKEND] for gpu in GPUS},
-        }
-    # Rows of up to 2,048 numbers need 160 KiB of shared memory.
-    assert list(layout(plan, 1408, 128)["backends"]) == ["CPU", HOPPER, BLACKWELL, A100]
-    # GPU backends take 16-bit numbers only.
+    assert layout(plan, SMALL)["backends"][HOPPER] == ["FLASH_ATTN_MLA", "TRITON_MLA"]
+    assert set(layout(plan, "--cache-ratio 0.125")["backends"]) == {"CPU", *GPUS}
+    # Packed caches are served by this plugin alone.
+    for candidate in plan["layouts"]:
+        if candidate["bits_per_number"] != 16:
+            assert all(names == [PLUGIN_BACKEND] for gpu, names in candidate["backends"].items() if gpu in GPUS)
+    # GPU backends take models in 16 bits only.
     in_float32 = planned(folder, "--dtype", "float32")
     assert not any(set(x["backends"]) & set(GPUS) for x in in_float32["layouts"])
-    assert in_float32["recommended"]["reason"].startswith("In float32 only the CPU")
-    assert " --cache-ratio 0.5" in in_float32["command"]
+    assert "GPUs do not serve MLA in float32" in in_float32["recommended"]["reason"]
+    assert " --cache-ratio 0.25" in in_float32["command"]
+    # Numbers that are not packed take 4 bytes then, but packed rows stay as they are.
     assert in_float32["source"]["kv_bytes_per_token"] == 2 * 131_072
+    assert layout(in_float32, DEEPSEEK)["kv_bytes_per_token"] == 2 * 36_864
+    assert layout(in_float32, "--cache-ratio 0.25") == layout(plan, "--cache-ratio 0.25") | {
+        "backends": {"CPU": ["any-size backend of this plugin"]}
+    }
 
 
 def test_table(command_line: CommandLine, tmp_path: Path) -> None:
@@ -212,13 +254,14 @@ def test_table(command_line: CommandLine, tmp_path: Path) -> None:
     folder = write_config(tmp_path / "my model")
     _, output, _ = command_line("plan", folder, "--calibration-tokens", 4096)
     for text in (
-        *("131,072 bytes (bfloat16)", "8.03 billion parameters", "512 + 64", "36,864", "FLASHMLA"),
-        *(PLUGIN_BACKEND, "NVIDIA Ampere or later", "CPU, GPU", "CPU, some"),
+        *("131,072 bytes (bfloat16)", "8.03 billion parameters", "turboquant_3bit_nc", "36,864", "32,768", "28.1%"),
+        *("~4", "CPU, GPU", "some GPUs", "--cache-ratio 0.25", "FLASHMLA", "vllm serve", "convert nothing"),
     ):
         assert text in output
+    assert PLUGIN_BACKEND in " ".join(output.split())
     assert shlex.split(output.splitlines()[-1]) == [
         *("vllm-mla", "convert", str(folder), "./my model-mla"),
-        *("--kv-lora-rank", "512", "--qk-rope-head-dim", "64", "--calibration-tokens", "4096"),
+        *(*QUARTER, "--calibration-tokens", "4096"),
     ]
 
 

@@ -1,16 +1,20 @@
 """``vllm-mla plan``."""
 
+from collections.abc import Collection
 from typing import Annotated
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from mla_converters.cli.common import ReportFile, check_output, print_warnings, quiet_transformers, write_report
 from mla_converters.cli.flags import with_flags
 from mla_converters.options import PlanOptions
-from mla_converters.reports.plan import Layout, Plan, PlannedConversion, PlannedModel, Recommendation
+from mla_converters.reports.plan import Layout, Plan, PlannedConversion, PlannedModel, Recommendation, VllmCacheSize
 from vllm_mla_plugin.checkpoint.layouts import GPUS
+
+OPTIONS_WIDTH = len("--method exact --latent-bits 4")
 
 EPILOG = """
 **Examples**
@@ -51,12 +55,16 @@ def plan(
 def _print_plan(result: Plan, memory: str) -> None:
     out = Console()
     out.print(_source_table(result.source, memory))
+    out.print(_vllm_table(result.vllm_caches, memory))
     out.print(_layout_table(result, memory))
     gpus = _gpu_table(result.layouts)
     if gpus.row_count:
         out.print(gpus)
     out.print(_cost_table(result.conversion, result.recommended))
     print_warnings(out, result.warnings)
+    for advice in result.advice:
+        out.print(advice.what, highlight=False)
+        out.print(f"    {advice.command}", highlight=False, soft_wrap=True, markup=False)
     out.print(f"Recommended: {result.recommended.reason}", highlight=False)
     out.print(result.command, highlight=False, soft_wrap=True, markup=False)
 
@@ -78,37 +86,54 @@ def _source_table(source: PlannedModel, memory: str) -> Table:
     return table
 
 
-def _layout_table(result: Plan, memory: str) -> Table:
-    """Candidates; the recommended one is marked."""
-    table = Table(title="Cache layouts")
-    table.add_column("Latent + rope")
-    for column in ("Cached", "Share", "KV bytes/token", f"Tokens in {memory}"):
+def _vllm_table(caches: list[VllmCacheSize], memory: str) -> Table:
+    """vLLM's own formats of the source's cache."""
+    table = Table(title="Without a conversion: --kv-cache-dtype of vLLM 0.32.0")
+    table.add_column("Format", no_wrap=True)
+    for column in ("Share", "KV bytes/token", f"Tokens in {memory}"):
         table.add_column(column, justify="right")
     table.add_column("Served on")
-    chosen = (result.recommended.kv_lora_rank, result.recommended.qk_rope_head_dim)
+    for cache in caches:
+        size = (f"{cache.cache_ratio:.1%}", f"{cache.kv_bytes_per_token:,}", f"{cache.tokens_in_memory:,}")
+        table.add_row(cache.kv_cache_dtype, *size, _hardware(cache.served_on))
+    return table
+
+
+def _layout_table(result: Plan, memory: str) -> Table:
+    """Candidates; the recommended one is marked."""
+    title = "Conversions (~: typical, because convert searches for these bytes)"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=0, pad_edge=False)  # fits 80 columns
+    table.add_column("Share", justify="right")
+    table.add_column("Options of convert", min_width=OPTIONS_WIDTH)
+    for column in ("Numbers", "Bits", "KV bytes\nper token", f"Tokens in\n{memory}"):
+        table.add_column(column, justify="right")
+    table.add_column("Served on")
     for layout in result.layouts:
-        sizes = (layout.kv_lora_rank, layout.qk_rope_head_dim)
+        about = "~" if layout.typical else ""
         table.add_row(
-            f"{sizes[0]} + {sizes[1]}",
-            f"{layout.cached_per_token_and_layer:,}",
             f"{layout.cache_ratio:.1%}",
+            " ".join(layout.options),
+            f"{about}{layout.kv_lora_rank + layout.qk_rope_head_dim:,}",
+            f"{about}{layout.bits_per_number}",
             f"{layout.kv_bytes_per_token:,}",
             f"{layout.tokens_in_memory:,}",
-            _served_on(layout.backends),
-            style="bold" if sizes == chosen else None,
+            _hardware(layout.backends),
+            style="bold" if layout.options == result.recommended.options else None,
         )
     return table
 
 
-def _served_on(backends: dict[str, list[str]]) -> str:
-    gpus = backends.keys() & set(GPUS)
-    return "CPU" if not gpus else "CPU, GPU" if len(gpus) == len(GPUS) else "CPU, some GPUs"
+def _hardware(served_on: Collection[str]) -> str:
+    """Where something is served, in few words."""
+    gpus = sum(gpu in served_on for gpu in GPUS)
+    cpu = ["CPU"] if len(served_on) > gpus else []
+    return ", ".join([*cpu, *(["GPU"] if gpus == len(GPUS) else ["some GPUs"] if gpus else [])])
 
 
 def _gpu_table(layouts: list[Layout]) -> Table:
-    """Backends of each layout; GPUs that have the same backends share a row."""
+    """Backends of each cache; GPUs that have the same backends share a row."""
     table = Table(title="GPU backends; vLLM's own are read from its version 0.32.0, its choice first")
-    for column in ("Latent + rope", "GPU", "Backends"):
+    for column in ("Options of convert", "GPU", "Backends"):
         table.add_column(column)
     for layout in layouts:
         gpus: dict[str, list[str]] = {}
@@ -117,13 +142,12 @@ def _gpu_table(layouts: list[Layout]) -> Table:
                 gpus.setdefault(", ".join(layout.backends[gpu]), []).append(gpu)
         for backends, served in gpus.items():
             where = "NVIDIA Ampere or later" if len(served) == len(GPUS) else ", ".join(served)
-            table.add_row(f"{layout.kv_lora_rank} + {layout.qk_rope_head_dim}", where, backends)
+            table.add_row(" ".join(layout.options), where, backends)
     return table
 
 
 def _cost_table(cost: PlannedConversion, chosen: Recommendation) -> Table:
-    sizes = f"{chosen.kv_lora_rank} + {chosen.qk_rope_head_dim}"
-    table = Table(title=f"Converting to {sizes} on CPU, about", show_header=False)
+    table = Table(title=f"Converting with {' '.join(chosen.options)} on CPU, about", show_header=False)
     for method, seconds in cost.core_seconds.items():
         table.add_row(f"Time, --method {method}", _duration(seconds))
     tokens = f"{cost.calibration_tokens:,}"

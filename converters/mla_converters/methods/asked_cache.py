@@ -1,13 +1,40 @@
 """The cache that the options ask for, before anything is searched."""
 
+from dataclasses import dataclass, replace
+
 from mla_converters.checkpoints.shape import Shape
 from mla_converters.errors import ConversionError
-from mla_converters.latent.cache_size import CacheBudget, resolve_budget
-from mla_converters.latent.packed_sizes import uniform_format, widest_uniform
+from mla_converters.latent.cache_size import CacheBudget, candidate_ropes, resolve_budget
+from mla_converters.latent.packed_sizes import alignment_for, uniform_format, widest_uniform
 from mla_converters.options import CacheSizes
 from vllm_mla_plugin.checkpoint.cache_formats import CacheFormat
 
 BYTES_OF_16_BITS = 2
+TYPICAL_BITS = 4  # where the bytes do not hold all of the source's numbers
+MORE_BITS = (8, 6, 5)  # where they do
+
+
+@dataclass(frozen=True)
+class AskedCache:
+    """What is known of a cache before anything is searched.
+
+    Attributes:
+        budget: its sizes.
+        format: how it is packed; None for numbers of 16 bits.
+        searched_bytes: bytes of a token in a layer, if sizes and bits are still to be searched for them; then
+            ``budget`` and ``format`` are only typical. None if nothing is searched that the format depends on.
+    """
+
+    budget: CacheBudget
+    format: CacheFormat | None = None
+    searched_bytes: int | None = None
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a token in a layer; numbers that are not packed take 16 bits."""
+        if self.searched_bytes is not None:
+            return self.searched_bytes
+        return BYTES_OF_16_BITS * self.budget.width if self.format is None else self.format.bytes_per_token
 
 
 def row_bytes(shape: Shape, sizes: CacheSizes) -> int:
@@ -46,6 +73,39 @@ def uniform_row(shape: Shape, sizes: CacheSizes, bits: int) -> CacheFormat:
     if format is None:
         raise ConversionError(too_few_bytes(row))
     return format
+
+
+def searched_cache(shape: Shape, sizes: CacheSizes) -> AskedCache:
+    """A cache whose format is searched, with a typical format: the same bits for every number.
+
+    If no bits were given, there are as many as all of the source's numbers fit with, but at least 4. Where the bytes
+    hold about all numbers, the rotary key is the widest that is searched.
+
+    Raises:
+        ConversionError: the sizes do not fit the source, or the bytes are too few.
+    """
+    row, half = row_bytes(shape, sizes), shape.cached // 2
+    fitting = (bits for bits in MORE_BITS if uniform_format(half, half, bits).bytes_per_token <= row)
+    bits = sizes.latent_bits or next(fitting, TYPICAL_BITS)
+    if sizes.qk_rope_head_dim is None and 8 * row >= bits * shape.cached:
+        widest = max(candidate_ropes(shape.kv_heads, shape.head_dim))
+        sizes = sizes.model_copy(update={"qk_rope_head_dim": widest})
+    return replace(uniform_cache(shape, sizes, bits), searched_bytes=row - row % alignment_for(row))
+
+
+def uniform_cache(shape: Shape, sizes: CacheSizes, bits: int) -> AskedCache:
+    """A cache with as many bits for every number, in a share of the source's bytes; raises as :func:`uniform_row`."""
+    format = uniform_row(shape, sizes, bits)
+    return AskedCache(CacheBudget(*format.sizes), format)
+
+
+def asked_cache(shape: Shape, sizes: CacheSizes) -> AskedCache:
+    """A cache whose format is not searched.
+
+    Raises:
+        ConversionError: the sizes do not fit the source.
+    """
+    return AskedCache(asked_budget(shape, sizes), asked_format(shape, sizes))
 
 
 def too_few_bytes(row: int) -> str:

@@ -8,6 +8,7 @@ from rich.progress import Progress
 from mla_converters.checkpoints.shape import Shape
 from mla_converters.checkpoints.source import Source
 from mla_converters.latent.cache_size import CacheBudget
+from mla_converters.methods.asked_cache import AskedCache
 from mla_converters.methods.layer_conversion import LayerConversion
 from mla_converters.options import CacheSizes, MethodOptions
 from mla_converters.reports.conversion import Search
@@ -23,7 +24,7 @@ class Job:
     Attributes:
         source: the model.
         sizes: the cache size that was asked for.
-        budget: the sizes that :meth:`Method.budget` returned for it.
+        budget: the sizes that :meth:`Method.cache` returned for it.
         calibration: text to calibrate on; None for a method whose ``window`` is None.
         seed: the seed of everything that the method draws at random.
         device: the device on which layers run.
@@ -101,8 +102,8 @@ class Method(Protocol):
     window: int | None
     lossless: bool
 
-    def budget(self, shape: Shape, sizes: CacheSizes) -> CacheBudget:
-        """Choose the cache's sizes from those that the user gave, before any search.
+    def cache(self, shape: Shape, sizes: CacheSizes) -> AskedCache:
+        """What is known of the cache that the user asked for, before any search.
 
         Raises:
             ConversionError: the sizes do not fit the source or the method.
@@ -113,7 +114,7 @@ class Method(Protocol):
         """``qk_nope_head_dim`` of the converted model."""
         ...
 
-    def cost(self, shape: Shape, budget: CacheBudget, tokens: int) -> Cost:
+    def cost(self, shape: Shape, cache: AskedCache, tokens: int) -> Cost:
         """Estimate the cost of a conversion with ``tokens`` of calibration text, for both `plan` and `convert`."""
         ...
 

@@ -14,6 +14,7 @@ from mla_converters.errors import ConversionError
 from mla_converters.latent.cache_size import CacheBudget, exact_budget
 from mla_converters.latent.maps import LatentMap, mla_weights
 from mla_converters.latent.packed_sizes import uniform_format
+from mla_converters.methods.asked_cache import AskedCache
 from mla_converters.methods.base import Cost, Job, Prepared
 from mla_converters.methods.cost import Passes, conversion_cost
 from mla_converters.methods.layer_conversion import ConvertedLayer, LayerConversion, measure, with_mean
@@ -78,7 +79,7 @@ class Exact:
     def __init__(self, options: ExactOptions) -> None:
         self.options = options
 
-    def budget(self, shape: Shape, sizes: CacheSizes) -> CacheBudget:
+    def cache(self, shape: Shape, sizes: CacheSizes) -> AskedCache:
         if (sizes.kv_lora_rank, sizes.qk_rope_head_dim, sizes.cache_ratio) != (None, None, None):
             raise ConversionError(
                 "Method exact keeps all of the cache's numbers: leave out --kv-lora-rank, --qk-rope-head-dim and "
@@ -90,27 +91,24 @@ class Exact:
                 f"--latent-cache packs {' + '.join(map(str, sizes.format.sizes))} numbers, but method exact caches "
                 f"{whole.kv_lora_rank} + {whole.qk_rope_head_dim}."
             )
-        return whole
+        if sizes.format is not None or sizes.uniform_bits == 16:
+            return AskedCache(whole, sizes.format)
+        return AskedCache(whole, uniform_format(whole.kv_lora_rank, whole.qk_rope_head_dim, sizes.uniform_bits))
 
     def nope_dim(self, shape: Shape) -> int:
         return 0
 
-    def cost(self, shape: Shape, budget: CacheBudget, tokens: int) -> Cost:
-        # A plan compares methods at some smaller layout, but this method always keeps the source's cache.
+    def cost(self, shape: Shape, cache: AskedCache, tokens: int) -> Cost:
+        # A plan compares methods at some smaller layout, but this method always keeps the source's numbers.
         whole = exact_budget(shape.kv_heads, shape.head_dim)
-        return conversion_cost(shape, whole, self.nope_dim(shape), Passes())
+        random = 0 if cache.format is None else WINDOWS * WINDOW
+        return conversion_cost(shape, whole, self.nope_dim(shape), Passes(tokens=random))
 
     def prepare(self, job: Job) -> Prepared:
         source, budgets = job.source, [job.budget] * job.source.config.num_hidden_layers
         maps = exact_map(source.config.num_key_value_heads, source.head_dim, source.rope[0])
-        format = self._format(job)
+        format = self.cache(source.shape, job.sizes).format
         if format is not None:
             return Prepared(budgets, packed_exact(source, maps, format, job.seed), format)
         conversion = LayerConversion(dict, lambda layer, _: ConvertedLayer(mla_weights(layer.attention_weights, maps)))
         return Prepared(budgets, conversion)
-
-    def _format(self, job: Job) -> CacheFormat | None:
-        sizes, budget = job.sizes, job.budget
-        if sizes.format is not None or sizes.uniform_bits == 16:
-            return sizes.format
-        return uniform_format(budget.kv_lora_rank, budget.qk_rope_head_dim, sizes.uniform_bits)

@@ -8,13 +8,22 @@ from mla_converters.checkpoints.families import window_refusal
 from mla_converters.checkpoints.shape import PlannedSource, read_source
 from mla_converters.methods.base import Cost
 from mla_converters.methods.registry import METHODS, method_of
-from mla_converters.options import CacheSizes, ConvertOptions, PlanOptions
+from mla_converters.options import CacheSizes, ConvertOptions, ExactOptions, MethodOptions, PlanOptions
 from mla_converters.options.convert import conversion_flags
-from mla_converters.planning.layouts import Candidate, candidates, recommend
+from mla_converters.planning.layouts import Candidate, candidates
 from mla_converters.planning.proof import proof_core_seconds
+from mla_converters.planning.recommendation import advice, recommend
 from mla_converters.planning.sampling import sampling_core_seconds, sampling_memory
-from mla_converters.planning.serving import serving_backends
-from mla_converters.reports.plan import CacheSize, Layout, Plan, PlannedConversion, PlannedModel, Recommendation
+from mla_converters.planning.vllm_caches import VllmCache, vllm_caches
+from mla_converters.reports.plan import (
+    CacheSize,
+    Layout,
+    Plan,
+    PlannedConversion,
+    PlannedModel,
+    Recommendation,
+    VllmCacheSize,
+)
 
 
 def plan(name: str, options: PlanOptions | None = None) -> Plan:
@@ -31,39 +40,36 @@ def plan(name: str, options: PlanOptions | None = None) -> Plan:
         ConversionError: the source cannot be converted, or its configuration cannot be read.
     """
     options = options or PlanOptions()
-    source = read_source(name, options.revision, options.dtype)
+    source, memory = read_source(name, options.revision, options.dtype), options.memory_bytes
     shape = source.shape
-    chosen, reason = _recommend(source, options)
+    chosen, reason = recommend(source, options.method)
     costs = _costs(source, chosen, options)
-    own = costs[options.method.name]
+    command = _command(source, options.method, chosen.sizes, options)
+    exact_command = _command(source, ExactOptions(), CacheSizes(latent_bits=4), options)
     return Plan(
-        source=_describe_source(source, options.memory_bytes),
-        memory_bytes=options.memory_bytes,
-        layouts=[
-            _describe_layout(source, candidate, options.memory_bytes)
-            for candidate in candidates(shape.kv_heads, shape.head_dim)
-        ],
+        source=_describe_source(source, memory),
+        memory_bytes=memory,
+        vllm_caches=[_describe_vllm_cache(source, cache, memory) for cache in vllm_caches(shape)],
+        layouts=[_describe_layout(source, candidate, memory) for candidate in candidates(shape, options.method)],
         conversion=_describe_conversion(source, options, costs),
-        recommended=Recommendation(**asdict(chosen.layout), reason=reason),
-        warnings=[*([] if shape.window is None else [window_refusal(shape.window)]), *own.warnings],
-        command=_command(source, chosen, options),
+        advice=advice(source, command, exact_command),
+        recommended=Recommendation(
+            options=list(chosen.options), cache_ratio=round(chosen.ratio(shape), 6), reason=reason
+        ),
+        warnings=[
+            *([] if shape.window is None else [window_refusal(shape.window)]),
+            *costs[options.method.name].warnings,
+        ],
+        command=command,
     )
 
 
-def _recommend(source: PlannedSource, options: PlanOptions) -> tuple[Candidate, str]:
-    """The layout to take, and why; a method that loses nothing has no choice."""
-    method, shape = method_of(options.method), source.shape
-    if method.lossless:
-        return Candidate(method.budget(shape, CacheSizes()), ()), f"--method {options.method.name} keeps the cache."
-    return recommend(shape.kv_heads, shape.head_dim, source.cache_dtype)
-
-
 def _costs(source: PlannedSource, chosen: Candidate, options: PlanOptions) -> dict[str, Cost]:
-    """What each method takes for the recommended layout; all but the chosen one with their defaults."""
+    """What each method takes for the recommended cache; all but the chosen one with their defaults."""
     costs = {}
     for name, entry in METHODS.items():
         method = method_of(options.method if name == options.method.name else entry.options())
-        costs[name] = method.cost(source.shape, chosen.layout, options.calibration_tokens)
+        costs[name] = method.cost(source.shape, chosen.cache, options.calibration_tokens)
     return costs
 
 
@@ -84,27 +90,37 @@ def _describe_source(source: PlannedSource, memory_bytes: int) -> PlannedModel:
         sliding_window=shape.window,
         parameters=shape.parameters,
         weights_bytes=shape.parameters * shape.weight_bytes,
-        **_cache(source, shape.cached, memory_bytes).model_dump(),
+        cached_per_token_and_layer=shape.cached,
+        **_cache(shape.cached * shape.layers * source.cache_bytes, memory_bytes).model_dump(),
     )
 
 
-def _cache(source: PlannedSource, width: int, memory_bytes: int) -> CacheSize:
-    per_token = width * source.shape.layers * source.cache_bytes
-    return CacheSize(
-        cached_per_token_and_layer=width,
-        kv_bytes_per_token=per_token,
-        tokens_in_memory=memory_bytes // per_token,
+def _cache(per_token: int, memory_bytes: int) -> CacheSize:
+    return CacheSize(kv_bytes_per_token=per_token, tokens_in_memory=memory_bytes // per_token)
+
+
+def _describe_vllm_cache(source: PlannedSource, cache: VllmCache, memory_bytes: int) -> VllmCacheSize:
+    shape, per_token = source.shape, cache.token_bytes(source.shape)
+    return VllmCacheSize(
+        kv_cache_dtype=cache.name,
+        **_cache(per_token, memory_bytes).model_dump(),
+        cache_ratio=round(per_token / (2 * shape.cached * shape.layers), 6),
+        served_on=list(cache.served_on(shape.head_dim)),
     )
 
 
 def _describe_layout(source: PlannedSource, candidate: Candidate, memory_bytes: int) -> Layout:
-    layout, shape = candidate.layout, source.shape
+    shape, cache = source.shape, candidate.cache
+    row = source.cache_bytes * cache.budget.width if cache.format is None else cache.row_bytes
     return Layout(
-        **asdict(layout),
-        **_cache(source, layout.width, memory_bytes).model_dump(),
-        cache_ratio=round(layout.width / shape.cached, 6),
+        typical=cache.searched_bytes is not None,
+        **asdict(cache.budget),
+        bits_per_number=8 * source.cache_bytes if cache.format is None else cache.format.latent[0].bits,
+        bytes_per_token_and_layer=row,
+        **_cache(row * shape.layers, memory_bytes).model_dump(),
+        cache_ratio=round(candidate.ratio(shape), 6),
         options=list(candidate.options),
-        backends=serving_backends(layout, shape.head_dim, source.cache_dtype),
+        backends=candidate.backends(source.cache_dtype),
     )
 
 
@@ -127,14 +143,16 @@ def _describe_conversion(source: PlannedSource, options: PlanOptions, costs: dic
     )
 
 
-def _command(source: PlannedSource, chosen: Candidate, options: PlanOptions) -> str:
+def _command(source: PlannedSource, method: MethodOptions, sizes: CacheSizes, options: PlanOptions) -> str:
+    """The command that converts the source; a method without text is not told which."""
+    text = {"calibration": options.calibration, "calibration_tokens": options.calibration_tokens}
     asked = ConvertOptions(
-        method=options.method,
-        calibration=options.calibration,
-        calibration_tokens=options.calibration_tokens,
+        method=method,
+        **sizes.model_dump(),
+        **(text if method_of(method).window else {}),
         seed=options.seed,
         max_context=source.shape.window,
         revision=source.revision,
     )
     out = f"./{Path(source.name).resolve().name.removesuffix('.gguf')}-mla"
-    return shlex.join(["vllm-mla", "convert", source.name, out, *chosen.options, *conversion_flags(asked)])
+    return shlex.join(["vllm-mla", "convert", source.name, out, *conversion_flags(asked)])

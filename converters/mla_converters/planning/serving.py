@@ -1,19 +1,22 @@
-"""Which attention backends serve a cache layout, on which hardware."""
+"""Which attention backends serve a cache, on which hardware."""
 
-from mla_converters.latent.cache_size import CacheBudget
+from mla_converters.methods.asked_cache import AskedCache
 from vllm_mla_plugin.checkpoint.layouts import GPUS, gpu_backends
 
+CPU = "CPU"
 
-def serving_backends(layout: CacheBudget, head_dim: int, dtype: str) -> dict[str, list[str]]:
-    """Backends by hardware, vLLM's first choice first. Hardware that does not serve the layout is left out.
+
+def serving_backends(cache: AskedCache, nope_dim: int, dtype: str) -> dict[str, list[str]]:
+    """Backends by hardware, vLLM's first choice first. Hardware that does not serve the cache is left out.
 
     Args:
-        layout: the sizes of the cache.
-        head_dim: head size of the source.
+        cache: its sizes, and how it is packed.
+        nope_dim: ``qk_nope_head_dim`` of the converted model.
         dtype: the dtype that the model is served in.
     """
-    serving = {"CPU": ["any-size backend of this plugin"]}
+    serving = {CPU: ["any-size backend of this plugin"]}
     for gpu in GPUS:
-        if names := gpu_backends((layout.kv_lora_rank, layout.qk_rope_head_dim), head_dim, dtype, gpu):
+        layout = (cache.budget.kv_lora_rank, cache.budget.qk_rope_head_dim)
+        if names := gpu_backends(layout, nope_dim, dtype, gpu, cache.format):
             serving[gpu] = names
     return serving

@@ -9,19 +9,22 @@ class CacheSize(Part):
     """The size of a cache.
 
     Attributes:
-        cached_per_token_and_layer: cached numbers.
         kv_bytes_per_token: bytes per token in all layers.
         tokens_in_memory: number of tokens that fit into the memory that the user gave.
     """
 
-    cached_per_token_and_layer: int
     kv_bytes_per_token: int
     tokens_in_memory: int
 
 
 class PlannedModel(CacheSize):
-    """The source; see :class:`mla_converters.checkpoints.shape.Shape` for the sizes."""
+    """The source; see :class:`mla_converters.checkpoints.shape.Shape` for the sizes.
 
+    Attributes:
+        cached_per_token_and_layer: cached numbers.
+    """
+
+    cached_per_token_and_layer: int
     name: str
     revision: str | None = None
     architecture: str
@@ -38,18 +41,39 @@ class PlannedModel(CacheSize):
     weights_bytes: int
 
 
-class Layout(CacheSize):
-    """A cache layout that a conversion can have.
+class VllmCacheSize(CacheSize):
+    """A format in which vLLM itself can keep the source's cache.
 
     Attributes:
-        kv_lora_rank, qk_rope_head_dim: its sizes.
-        cache_ratio: its cached numbers, as a share of the source's.
-        options: the options with which ``vllm-mla convert`` gives this layout.
+        kv_cache_dtype: what ``vllm serve --kv-cache-dtype`` takes.
+        cache_ratio: its bytes as a share of the source's in 16 bits.
+        served_on: the hardware that serves it.
+    """
+
+    kv_cache_dtype: str
+    cache_ratio: float
+    served_on: list[str]
+
+
+class Layout(CacheSize):
+    """A cache that a conversion can have.
+
+    Attributes:
+        typical: whether ``convert`` searches widths and bits for these bytes, so that those given here are only
+            typical. The bytes are then the most that the search may use.
+        kv_lora_rank, qk_rope_head_dim: its widths.
+        bits_per_number: of each number, without scales.
+        bytes_per_token_and_layer: with scales and padding.
+        cache_ratio: its bytes as a share of the source's in 16 bits.
+        options: the options with which ``vllm-mla convert`` gives this cache.
         backends: attention backends for each kind of hardware, in the order in which vLLM prefers them.
     """
 
+    typical: bool
     kv_lora_rank: int
     qk_rope_head_dim: int
+    bits_per_number: int
+    bytes_per_token_and_layer: int
     cache_ratio: float
     options: list[str]
     backends: dict[str, list[str]]
@@ -81,21 +105,37 @@ class PlannedConversion(Part):
     sampling_core_seconds: float
 
 
-class Recommendation(Part):
-    """The layout to choose, and the reason."""
+class Advice(Part):
+    """What to do to get a cache of about some size.
 
-    kv_lora_rank: int
-    qk_rope_head_dim: int
+    Attributes:
+        cache_ratio: the bytes that are left, as a share of the source's in 16 bits.
+        what: the advice.
+        command: does it.
+    """
+
+    cache_ratio: float
+    what: str
+    command: str
+
+
+class Recommendation(Part):
+    """The conversion to make: its options as in :class:`Layout`, its share of the bytes, and the reason."""
+
+    options: list[str]
+    cache_ratio: float
     reason: str
 
 
 class Plan(Report):
-    """The possible layouts and the cost of converting a model, in bytes and in seconds on one core."""
+    """The possible caches and the cost of converting a model, in bytes and in seconds on one core."""
 
     source: PlannedModel
     memory_bytes: int
+    vllm_caches: list[VllmCacheSize]
     layouts: list[Layout]
     conversion: PlannedConversion
+    advice: list[Advice]
     recommended: Recommendation
     warnings: list[str]
     command: str

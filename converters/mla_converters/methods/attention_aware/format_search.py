@@ -38,7 +38,7 @@ FormatFor = Callable[[int, Sequence[float], Sequence[float]], tuple[CacheFormat,
 """The best format for a width of the rotary key, and the predicted cost of rounding; None if none fits.
 
 It is given the costs of the latent's components and of the rotary key's pairs, see
-:class:`~mla_converters.methods.attention_aware.noise.Costs`.
+:func:`~mla_converters.methods.attention_aware.noise.costs`.
 """
 
 

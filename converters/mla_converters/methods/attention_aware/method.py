@@ -7,7 +7,15 @@ from mla_converters.checkpoints.shape import Shape
 from mla_converters.errors import ConversionError
 from mla_converters.latent.cache_size import CacheBudget, candidate_budgets, candidate_ropes, exact_budget
 from mla_converters.latent.packed_sizes import rounding_cost, suited_format, widest_uniform
-from mla_converters.methods.asked_cache import asked_budget, asked_format, row_bytes, too_few_bytes, uniform_row
+from mla_converters.methods.asked_cache import (
+    TYPICAL_BITS,
+    AskedCache,
+    asked_cache,
+    row_bytes,
+    searched_cache,
+    too_few_bytes,
+    uniform_cache,
+)
 from mla_converters.methods.attention_aware.amounts import WINDOW, enough_text, too_little_text
 from mla_converters.methods.attention_aware.cost import attention_aware_cost
 from mla_converters.methods.attention_aware.format_search import FormatFor, search_format
@@ -21,8 +29,6 @@ from mla_converters.options import AttentionAwareOptions, CacheSizes, Ingredient
 from mla_converters.reports.conversion import Search
 from vllm_mla_plugin.checkpoint.cache_formats import CacheFormat
 
-TYPICAL_BITS = 4  # in a cache whose bits are still to be searched
-
 
 class AttentionAware:
     """The method, see :class:`mla_converters.methods.base.Method`."""
@@ -33,19 +39,22 @@ class AttentionAware:
     def __init__(self, options: AttentionAwareOptions) -> None:
         self.options = options
 
-    def budget(self, shape: Shape, sizes: CacheSizes) -> CacheBudget:
-        packed = sizes.searches_bits or asked_format(shape, sizes) is not None
-        if packed and self.options.layer_sizes == LayerSizes.MEASURED:
+    def cache(self, shape: Shape, sizes: CacheSizes) -> AskedCache:
+        if sizes.format is not None or sizes.kv_lora_rank is not None or sizes.latent_bits == 16:
+            cache = asked_cache(shape, sizes)
+        elif Ingredient.SEARCH in self.options.without:
+            cache = uniform_cache(shape, sizes, sizes.latent_bits or TYPICAL_BITS)
+        else:
+            cache = searched_cache(shape, sizes)
+        if cache.format is not None and self.options.layer_sizes == LayerSizes.MEASURED:
             raise ConversionError("--layer-sizes measured is for numbers of 16 bits: give --latent-bits 16 too.")
-        if sizes.searches_bits:
-            return CacheBudget(*uniform_row(shape, sizes, TYPICAL_BITS).sizes)
-        return asked_budget(shape, sizes)
+        return cache
 
     def nope_dim(self, shape: Shape) -> int:
         return shape.head_dim
 
-    def cost(self, shape: Shape, budget: CacheBudget, tokens: int) -> Cost:
-        return attention_aware_cost(self.options, shape, budget, tokens)
+    def cost(self, shape: Shape, cache: AskedCache, tokens: int) -> Cost:
+        return attention_aware_cost(self.options, shape, cache, tokens)
 
     def prepare(self, job: Job) -> Prepared:
         options, source, calibration = self.options, job.source, job.calibration
@@ -88,10 +97,9 @@ class AttentionAware:
             ConversionError: nothing fits into the bytes that were asked for.
         """
         sizes, shape = job.sizes, job.source.shape
-        if sizes.format is not None or sizes.kv_lora_rank is not None or sizes.latent_bits == 16:
-            return asked_format(shape, sizes), []
-        if Ingredient.SEARCH in settings.without:
-            return uniform_row(shape, sizes, sizes.latent_bits or TYPICAL_BITS), []
+        cache = self.cache(shape, sizes)
+        if cache.searched_bytes is None:
+            return cache.format, []
         row = row_bytes(shape, sizes)
         ropes = [sizes.qk_rope_head_dim] if sizes.qk_rope_head_dim else candidate_ropes(shape.kv_heads, shape.head_dim)
         assert job.calibration is not None, "the method has a window"

@@ -18,8 +18,10 @@ LEAST = 1e-9  # least spread and least cost, relative to the largest, so that de
 
 
 @dataclass(frozen=True)
-class Costs:
-    """The cost of noise in each cached component, in the layer's squared output, if it is as large as their spread.
+class Components:
+    """A number for each cached component.
+
+    :func:`costs` gives the cost of noise as large as the component's spread, in the layer's squared output.
 
     Attributes:
         latent: ``[R]``.
@@ -43,13 +45,13 @@ def spreads(maps: LatentMap, covariance: torch.Tensor) -> tuple[torch.Tensor, to
     return tuple(x.clamp(min=LEAST**2 * x.max().clamp(min=LEAST)).sqrt() for x in (latent, rope))  # type: ignore[return-value]
 
 
-def costs(maps: LatentMap, model: ScoreModel) -> Costs:
+def costs(maps: LatentMap, model: ScoreModel) -> Components:
     """What noise in the cached components costs a layer's output."""
     (latent, rope), heads = spreads(maps, model.covariance), len(model.query)
     queries = maps.query_to_rope.repeat_interleave(heads // len(maps.query_to_rope), dim=0)
     of_scores = _read(queries.mT, model.query).view(2, -1).mean(0)
     of_latent = _read(maps.latent_to_key, model.key_metric) + _read(maps.latent_to_value, model.value_metric)
-    return Costs(of_latent * latent**2, of_scores * rope**2)
+    return Components(of_latent * latent**2, of_scores * rope**2)
 
 
 def suited_to_packing(maps: LatentMap, model: ScoreModel) -> LatentMap:
@@ -60,10 +62,21 @@ def suited_to_packing(maps: LatentMap, model: ScoreModel) -> LatentMap:
     """
     latent, rope = spreads(maps, model.covariance)
     found = costs(maps, model)
-    scale_latent, scale_rope = (_factor(cost) / spread for cost, spread in ((found.latent, latent), (found.rope, rope)))
-    order, pairs = (cost.argsort(descending=True, stable=True) for cost in (found.latent, found.rope))
+    scales = Components(_factor(found.latent) / latent, _factor(found.rope) / rope)
+    return arranged(maps, scales, *(cost.argsort(descending=True, stable=True) for cost in (found.latent, found.rope)))
+
+
+def arranged(maps: LatentMap, scales: Components, order: torch.Tensor, pairs: torch.Tensor) -> LatentMap:
+    """The same function with its cached components multiplied by ``scales``, and then in another order.
+
+    Args:
+        maps: a layer's conversion.
+        scales: of each component of the latent, and of each rotary pair.
+        order: ``[R]``, which component comes where.
+        pairs: ``[r / 2]``, likewise of the rotary pairs.
+    """
     rows = torch.cat((pairs, pairs + len(pairs)))
-    scale_latent, scale_rope = scale_latent[order], scale_rope.repeat(2)[rows]
+    scale_latent, scale_rope = scales.latent[order], scales.rope.repeat(2)[rows]
     return replace(
         maps,
         rope_freqs=maps.rope_freqs[pairs],

@@ -4,8 +4,7 @@ from dataclasses import replace
 
 from mla_converters.checkpoints.shape import Shape
 from mla_converters.errors import ConversionError
-from mla_converters.latent.cache_size import CacheBudget
-from mla_converters.methods.asked_cache import asked_budget, asked_format
+from mla_converters.methods.asked_cache import AskedCache, asked_cache, asked_format
 from mla_converters.methods.base import Cost, Job, Prepared
 from mla_converters.methods.cost import Passes, conversion_cost
 from mla_converters.methods.mha2mla.map import check_sizes
@@ -23,22 +22,23 @@ class Mha2mla:
         # Only this rule needs text; the other rules choose pairs by their frequencies.
         self.window = WINDOW if options.rope_keep == Keep.TWO_NORM else None
 
-    def budget(self, shape: Shape, sizes: CacheSizes) -> CacheBudget:
-        budget = asked_budget(shape, sizes)
+    def cache(self, shape: Shape, sizes: CacheSizes) -> AskedCache:
+        cache = asked_cache(shape, sizes)
+        budget = cache.budget
         if shape.qk_norm:
             raise ConversionError(
                 "Method mha2mla splits keys by their projection alone, but the source normalises keys after that "
                 "projection (QK-norm): use --method attention-aware."
             )
         check_sizes(shape.kv_heads, shape.head_dim, budget.qk_rope_head_dim, budget.kv_lora_rank, self.options.svd)
-        return budget
+        return cache
 
     def nope_dim(self, shape: Shape) -> int:
         return shape.head_dim
 
-    def cost(self, shape: Shape, budget: CacheBudget, tokens: int) -> Cost:
+    def cost(self, shape: Shape, cache: AskedCache, tokens: int) -> Cost:
         passes = Passes(tokens=tokens if self.window else 0, decompositions=1)
-        return conversion_cost(shape, budget, self.nope_dim(shape), passes)
+        return conversion_cost(shape, cache.budget, self.nope_dim(shape), passes)
 
     def prepare(self, job: Job) -> Prepared:
         windows = None if job.calibration is None else job.calibration.text

@@ -2,8 +2,7 @@
 
 from mla_converters.checkpoints.shape import Shape
 from mla_converters.errors import ConversionError
-from mla_converters.latent.cache_size import CacheBudget
-from mla_converters.methods.asked_cache import asked_budget, asked_format
+from mla_converters.methods.asked_cache import AskedCache, asked_cache, asked_format
 from mla_converters.methods.base import Cost, Job, Prepared
 from mla_converters.methods.cost import Passes, conversion_cost
 from mla_converters.methods.transmla.map import fits_freqfold, freqfold_candidates
@@ -23,24 +22,24 @@ class Transmla:
     def __init__(self, options: TransmlaOptions) -> None:
         self.options = options
 
-    def budget(self, shape: Shape, sizes: CacheSizes) -> CacheBudget:
-        budget, fold = asked_budget(shape, sizes), self.options.freqfold
-        rope, head_dim = budget.qk_rope_head_dim, shape.head_dim
+    def cache(self, shape: Shape, sizes: CacheSizes) -> AskedCache:
+        cache, fold = asked_cache(shape, sizes), self.options.freqfold
+        rope, head_dim = cache.budget.qk_rope_head_dim, shape.head_dim
         candidates = freqfold_candidates(head_dim, rope)
         if fold is not None and (fold < 1 or not fits_freqfold(fold, rope, head_dim)):
             raise ConversionError(
                 f"--freqfold {fold} does not fit {rope} rotary dimensions of heads of {head_dim}; choose one of "
                 f"{', '.join(map(str, candidates))}."
             )
-        return budget
+        return cache
 
     def nope_dim(self, shape: Shape) -> int:
         return shape.head_dim
 
-    def cost(self, shape: Shape, budget: CacheBudget, tokens: int) -> Cost:
+    def cost(self, shape: Shape, cache: AskedCache, tokens: int) -> Cost:
         search = SEARCH * shape.query_heads * shape.head_dim
         passes = Passes(tokens=tokens + SOURCE_WINDOWS * WINDOW, search=search, decompositions=8)
-        return conversion_cost(shape, budget, self.nope_dim(shape), passes)
+        return conversion_cost(shape, cache.budget, self.nope_dim(shape), passes)
 
     def prepare(self, job: Job) -> Prepared:
         assert job.calibration is not None, "the method has a window"
