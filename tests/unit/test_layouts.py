@@ -1,5 +1,6 @@
 """Candidate caches, vLLM's own formats, and what ``vllm-mla plan`` recommends, depending on who serves them."""
 
+from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
@@ -13,6 +14,8 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, get_kv_quant_mode
 
 from mla_converters.checkpoints.shape import PlannedSource, Shape
 from mla_converters.errors import ConversionError
+from mla_converters.methods.asked_cache import AskedCache
+from mla_converters.methods.registry import method_of
 from mla_converters.options import (
     AttentionAwareOptions,
     CacheSizes,
@@ -78,6 +81,18 @@ def test_typical_formats() -> None:
         assert cache.budget.width == pytest.approx(numbers, rel=0.01)
         assert {segment.bits for segment in (*cache.format.latent, *cache.format.rope)} == {bits}
     assert caches["--method exact --latent-bits 8"].searched_bytes is None
+
+
+def test_search_and_rounding_take_time() -> None:
+    """Of the same sizes, a cache that is packed costs more time than one that is not, and one that is searched most."""
+    sizes = replace(shape(8, 128), hidden=1024, layer_parameters=10**7, attention_parameters=4 * 10**6)
+    method = method_of(DEFAULT)
+    searched = method.cache(sizes, CacheSizes(cache_ratio=0.25))
+    kinds = (AskedCache(searched.budget), replace(searched, searched_bytes=None), searched)
+    seconds = [method.cost(sizes, cache, 16384).core_seconds for cache in kinds]
+    assert seconds == sorted(set(seconds))
+    assert method.cache(sizes, CacheSizes(cache_ratio=0.25, latent_bits=4)).searched_bytes == 1024
+    assert method.cache(sizes, CacheSizes(kv_lora_rank=512, latent_bits=4)).searched_bytes is None
 
 
 def test_candidates_of_other_methods() -> None:
