@@ -40,7 +40,9 @@ LAYERS = 6
 TOKENS = 2048
 FORMATS = {
     "all numbers, 4 bits: 28.1%": "192x4g32/192x4g32",
-    "as searched: 25.0%": ("32x5g32+96x4g32+64x3g32c/32x5g32+32x3g32c+32x2g32c+32x5g32+32x3g32c+32x2g32c"),
+    "as searched: 25.0%": (
+        "16x5g16+64x4g16+64x3g16c+48x2g16c/16x5g16+16x4g16+48x3g16c+16x2g16c+16x5g16+16x4g16+48x3g16c+16x2g16c"
+    ),
     "fewer numbers, 4 bits: 25.0%": "148x4g32/192x4g32",
 }
 """By what they are, and their bytes as a share of 384 numbers of 16 bits. The second is what a search for a quarter of
