@@ -75,6 +75,8 @@ def convert(
 
 def _print_report(report: ConversionReport) -> None:
     table = Table(title=f"{report.source} as MLA ({report.method})", show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
     rows = {
         "kv_lora_rank + qk_rope_head_dim": f"{report.kv_lora_rank} + {report.qk_rope_head_dim}",
         **({"Cache format": str(report.latent_cache)} if report.latent_cache else {}),

@@ -107,7 +107,7 @@ def _layout_table(result: Plan, memory: str) -> Table:
     table.add_column("Options of convert", min_width=OPTIONS_WIDTH)
     for column in ("Numbers", "Bits", "KV bytes\nper token", f"Tokens in\n{memory}"):
         table.add_column(column, justify="right")
-    table.add_column("Served on")
+    table.add_column("Served\non")
     for layout in result.layouts:
         about = "~" if layout.typical else ""
         table.add_row(
