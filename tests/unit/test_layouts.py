@@ -14,6 +14,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, get_kv_quant_mode
 
 from mla_converters.checkpoints.shape import PlannedSource, Shape
 from mla_converters.errors import ConversionError
+from mla_converters.latent.cache_size import CacheBudget
 from mla_converters.methods.asked_cache import AskedCache
 from mla_converters.methods.registry import method_of
 from mla_converters.options import (
@@ -28,7 +29,15 @@ from mla_converters.planning.layouts import Candidate, asked, candidates, share_
 from mla_converters.planning.recommendation import UNTRIED, advice, recommend
 from mla_converters.planning.serving import serving_backends
 from mla_converters.planning.vllm_caches import VLLM_CACHES, WIDE_CPU, vllm_caches
-from vllm_mla_plugin.checkpoint.layouts import A100, BLACKWELL, GPUS, HOPPER, PLUGIN_BACKEND, gpu_backends
+from vllm_mla_plugin.checkpoint.layouts import (
+    A100,
+    BLACKWELL,
+    GPUS,
+    HOPPER,
+    PLUGIN_BACKEND,
+    WIDEST_PACKED_LATENT,
+    gpu_backends,
+)
 
 DEFAULT = AttentionAwareOptions()
 NAMES = [cache.name for cache in VLLM_CACHES]
@@ -83,6 +92,15 @@ def test_typical_formats() -> None:
     assert caches["--method exact --latent-bits 8"].searched_bytes is None
 
 
+def test_wide_sources() -> None:
+    """A search keeps latents that GPUs serve. Larger shares then come to the same cache, with its real bytes."""
+    found = listed(32, 128)
+    cache = found["--cache-ratio 0.25"].cache
+    assert cache.budget == CacheBudget(WIDEST_PACKED_LATENT, 128)
+    assert cache.row_bytes == (WIDEST_PACKED_LATENT + 128) * 65 // 64 + 14  # 8 bits, and a scale for 64; padded
+    assert "--cache-ratio 0.5" not in found and "--cache-ratio 0.125" in found
+
+
 def test_search_and_rounding_take_time() -> None:
     """Of the same sizes, a cache that is packed costs more time than one that is not, and one that is searched most."""
     sizes = replace(shape(8, 128), hidden=1024, layer_parameters=10**7, attention_parameters=4 * 10**6)
@@ -135,7 +153,7 @@ def test_recommendation_says_who_serves_it() -> None:
     chosen, reason = recommend(source(8, 128), DEFAULT)  # about 1,820 numbers are too wide for some GPUs
     assert list(chosen.backends("bfloat16")) == ["CPU", HOPPER, BLACKWELL, A100]
     assert f"on some GPUs ({HOPPER}, {BLACKWELL}, {A100}) {PLUGIN_BACKEND}" in reason
-    chosen, reason = recommend(source(16, 128), DEFAULT)
+    chosen, reason = recommend(source(16, 128), TransmlaOptions())  # 3,600 numbers, which no search limits
     assert set(chosen.backends("bfloat16")) == {"CPU"}
     assert "numbers are too wide for GPU kernels" in reason
     assert "On GPUs take --kv-lora-rank 512 --qk-rope-head-dim 64: 14.1% of the bytes, in 16 bits" in reason

@@ -1,6 +1,6 @@
 """The cache that the options ask for, before anything is searched."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from mla_converters.checkpoints.shape import Shape
 from mla_converters.errors import ConversionError
@@ -8,6 +8,7 @@ from mla_converters.latent.cache_size import CacheBudget, candidate_ropes, resol
 from mla_converters.latent.packed_sizes import alignment_for, uniform_format, widest_uniform
 from mla_converters.options import CacheSizes
 from vllm_mla_plugin.checkpoint.cache_formats import CacheFormat
+from vllm_mla_plugin.checkpoint.layouts import WIDEST_PACKED_LATENT
 
 BYTES_OF_16_BITS = 2
 TYPICAL_BITS = 4  # where the bytes do not hold all of the source's numbers
@@ -78,19 +79,31 @@ def uniform_row(shape: Shape, sizes: CacheSizes, bits: int) -> CacheFormat:
 def searched_cache(shape: Shape, sizes: CacheSizes) -> AskedCache:
     """A cache whose format is searched, with a typical format: the same bits for every number.
 
-    If no bits were given, there are as many as all of the source's numbers fit with, but at least 4. Where the bytes
-    hold about all numbers, the rotary key is the widest that is searched.
+    If no bits were given, there are as many as all numbers fit with that the search may keep, but at least 4. Where the
+    bytes hold about all of them, the rotary key is the widest that is searched.
 
     Raises:
         ConversionError: the sizes do not fit the source, or the bytes are too few.
     """
-    row, half = row_bytes(shape, sizes), shape.cached // 2
-    fitting = (bits for bits in MORE_BITS if uniform_format(half, half, bits).bytes_per_token <= row)
+    row, widest = row_bytes(shape, sizes), max(candidate_ropes(shape.kv_heads, shape.head_dim))
+    rope = sizes.qk_rope_head_dim or widest
+    fitting = (bits for bits in MORE_BITS if _whole_format(shape, rope, bits).bytes_per_token <= row)
     bits = sizes.latent_bits or next(fitting, TYPICAL_BITS)
-    if sizes.qk_rope_head_dim is None and 8 * row >= bits * shape.cached:
-        widest = max(candidate_ropes(shape.kv_heads, shape.head_dim))
-        sizes = sizes.model_copy(update={"qk_rope_head_dim": widest})
-    return replace(uniform_cache(shape, sizes, bits), searched_bytes=row - row % alignment_for(row))
+    if 8 * row < bits * sum(_whole_format(shape, rope, bits).sizes):
+        numbers = min(1.0, sizes.share * BYTES_OF_16_BITS * 8 / bits)
+        budget = resolve_budget(shape.kv_heads, shape.head_dim, None, sizes.qk_rope_head_dim, numbers)
+        rope = budget.qk_rope_head_dim
+    whole = _whole_format(shape, rope, bits)
+    format = widest_uniform(rope, bits, row, whole.sizes[0])
+    if format is None:
+        raise ConversionError(too_few_bytes(row))
+    most = _whole_format(shape, rope, sizes.latent_bits or MORE_BITS[0]).bytes_per_token
+    return AskedCache(CacheBudget(*format.sizes), format, min(row - row % alignment_for(row), most))
+
+
+def _whole_format(shape: Shape, rope: int, bits: int) -> CacheFormat:
+    """The format with the widest latent that a search considers beside a rotary key."""
+    return uniform_format(min(shape.cached - rope, WIDEST_PACKED_LATENT), rope, bits)
 
 
 def uniform_cache(shape: Shape, sizes: CacheSizes, bits: int) -> AskedCache:

@@ -18,7 +18,8 @@ from mla_converters.options.convert import DEFAULT_CACHE_RATIO
 from mla_converters.planning.serving import serving_backends
 from vllm_mla_plugin.checkpoint.layouts import VLLM_LAYOUTS
 
-SHARES = (0.5, 0.3125, DEFAULT_CACHE_RATIO, 0.1875, 0.125, 0.0625)
+SHARES = (DEFAULT_CACHE_RATIO, 0.5, 0.3125, 0.1875, 0.125, 0.0625)
+"""The recommended one first: of several that come to the same cache, because a search keeps no more, it is listed."""
 EXACT_BITS = (8, 4)
 
 
