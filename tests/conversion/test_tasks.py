@@ -233,6 +233,10 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_refused_code(refused: Refused, folder: Path) -> None:
     line = refused("--tasks", "capitals,coding", "--tasks-dir", folder)
     assert "--tasks coding would run code that the models write: give --allow-code-execution" in line
+    (folder / "recoding.yaml").write_text("include: coding.yaml\ntask: recoding\n")
+    (folder / "group.yaml").write_text("group: recodings\ntask: [recoding]\n")
+    for names in ("recoding", "recodings"):
+        assert "--tasks recoding would run" in refused("--tasks", names, "--tasks-dir", folder)
 
 
 def test_refused_tasks(refused: Refused, folder: Path, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def write_tasks(folder: Path, names: tuple[str, ...], models: list[Model], text:
     for length in asked:
         if not SHORTEST <= length <= longest:
             raise OptionError(
-                f"--tasks has {GROUP}_{length}, but needles need at least {SHORTEST} tokens, and the models' contexts "
+                f"--tasks has needles_{length}, but needles need at least {SHORTEST} tokens, and the models' contexts "
                 f"have {longest}."
             )
     if GROUP in names:

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -30,6 +31,8 @@ from mla_converters.reports.evaluation import TaskScore
 
 ADVICE = "give --dtype bfloat16 or a smaller VLLM_CPU_KVCACHE_SPACE, or run on a machine with more memory"
 ALLOW = "HF_ALLOW_CODE_EVAL"  # a metric of Hugging Face that runs code looks for this variable
+UNSAFE = re.compile(r"^unsafe_code:\s*true\b", re.MULTILINE)
+INCLUDES = re.compile(r"^include:\s*(\S+)", re.MULTILINE)
 FEWSHOT_SEED = 1234  # the harness's default
 SHOWN = 3  # similar names of tasks that an error suggests
 EXAMPLES = ("arc_easy", "gsm8k", "needles")  # suggested where no name is similar
@@ -83,9 +86,15 @@ def _load(options: EvalOptions, needles: Path) -> TaskDict:
         ConversionError: there is no such task, its data cannot be loaded, or it would run code without leave.
     """
     manager = _manager(options.tasks, [*_tasks_folder(options.tasks_dir), needles])
+    names = manager.match_tasks(list(options.tasks))
+    if not options.allow_code_execution:
+        # Before they are loaded, because the metrics of some are code from the hub, which would run then.
+        for name in names:
+            if (path := manager.task_index[name].yaml_path) and _is_unsafe(Path(path)):
+                raise _unsafe([name])
     try:
         with _surroundings(options):
-            tasks = manager.load(manager.match_tasks(list(options.tasks)))
+            tasks = manager.load(names)
     except Exception as error:  # data sets and the code of tasks may fail in any way
         if ALLOW in str(error) and not options.allow_code_execution:
             raise _unsafe(options.tasks) from error
@@ -99,6 +108,13 @@ def _load(options: EvalOptions, needles: Path) -> TaskDict:
         if task.get_config("num_fewshot") is None:
             task.set_config("num_fewshot", 0)
     return tasks
+
+
+def _is_unsafe(path: Path) -> bool:
+    """Whether a task's YAML file, or one that it includes, says that it runs what a model writes."""
+    text = path.read_text()
+    included = (path.parent / name for name in INCLUDES.findall(text))
+    return bool(UNSAFE.search(text)) or any(_is_unsafe(file) for file in included if file.is_file())
 
 
 def _tasks_folder(folder: Path | None) -> list[Path]:
