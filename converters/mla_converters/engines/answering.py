@@ -38,7 +38,7 @@ def _sampling(request: dict[str, Any]) -> Any:
 def _result(output: Any, request: dict[str, Any]) -> dict[str, Any]:
     if "sampling" in request:
         return {"text": output.outputs[0].text}
-    scored = request["scored"]
-    tokens, steps = request["prompt"][-scored:], output.prompt_logprobs[-scored:]
-    chosen = [step[token] for step, token in zip(steps, tokens, strict=True)]
+    start = len(request["prompt"]) - request["scored"]
+    steps = zip(output.prompt_logprobs[start:], request["prompt"][start:], strict=True)
+    chosen = [step[token] for step, token in steps]
     return {"logprob": sum(token.logprob for token in chosen), "greedy": all(token.rank == 1 for token in chosen)}

@@ -69,9 +69,9 @@ def evaluate(names: list[str], options: EvalOptions, *, quiet: bool = False) -> 
     return EvaluationReport(
         text=None if scored is None else _describe(*scored, options.protocol),
         tasks=AskedTasks(names=list(options.tasks), limit=options.limit, chat=options.chat) if options.tasks else None,
-        engine=options.engine.value,
+        engine=None if scored is None else options.engine.value,
         dtype=options.dtype,
-        device=None if options.engine == Engine.VLLM else options.device or "cpu",
+        device=None if scored is None or options.engine == Engine.VLLM else options.device or "cpu",
         reference=reference_row,
         models=rows,
         versions=_versions(options),

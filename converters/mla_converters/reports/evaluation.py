@@ -117,8 +117,9 @@ class EvaluationReport(Report):
     Attributes:
         text: the text that was scored, or None.
         tasks: the tasks that were asked, or None.
-        engine, dtype, device: the engine, dtype and device that scored the text; the device is None with vLLM, which
-            chooses it itself. Tasks run on vLLM in any case, in the same dtype.
+        engine, device: the engine and device that scored the text; None without a text. The device is None with vLLM
+            too, which chooses it itself. Tasks run on vLLM in any case.
+        dtype: dtype of the models.
         reference: scores of the model with which the others are compared, or None.
         models: scores of the models, in the order in which the user gave them.
         command: the command that was run; None from the Python API.
@@ -128,7 +129,7 @@ class EvaluationReport(Report):
 
     text: ScoredText | None = None
     tasks: AskedTasks | None = None
-    engine: str
+    engine: str | None = None
     dtype: str
     device: str | None = None
     reference: ModelScores | None = None
