@@ -1,12 +1,8 @@
 """``vllm-mla eval``: its numbers against an independent computation, its refusals and its output."""
 
-import importlib.util
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -288,44 +284,3 @@ def test_dataset(refused: Refused, run: Run, random_model: Path, tmp_path: Path)
     assert report["text"]["bytes_scored"] == 81
     assert "has no column 'words'" in refused(random_model, "--dataset", f"{folder}:::words")
     assert "other things than text" in refused(random_model, "--dataset", f"{folder}:::number")
-
-
-TASK = """
-task: capitals
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: answer
-target_delimiter: ""
-metric_list: [{{metric: acc}}]
-"""
-
-
-@pytest.mark.engine
-@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm_eval is not installed")
-def test_lm_eval(exact: Path, tmp_path: Path) -> None:
-    """lm-eval runs a converted checkpoint in vLLM with the command in ``docs/evaluating.md``."""
-    questions = [
-        {"question": "The capital of France is", "choices": [" Paris", " seven"], "answer": 0},
-        {"question": "Two plus two equals", "choices": [" banana", " four"], "answer": 1},
-    ]
-    data = tmp_path / "capitals.jsonl"
-    data.write_text("".join(json.dumps(question) + "\n" for question in questions))
-    (tmp_path / "capitals.yaml").write_text(TASK.format(data=data))
-    command = [sys.executable, "-m", "lm_eval", "run", "--model", "vllm", "--tasks", "capitals"]
-    command += ["--model_args", f"pretrained={exact},dtype=float32,max_model_len=2048,enforce_eager=True"]
-    command += ["--batch_size", "auto", "--include_path", str(tmp_path), "--output_path", str(tmp_path / "scores")]
-    result = subprocess.run(
-        command,
-        env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    (scores,) = (tmp_path / "scores").rglob("results_*.json")
-    assert json.loads(scores.read_text())["results"]["capitals"]["acc,none"] == 1.0

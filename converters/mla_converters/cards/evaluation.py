@@ -30,19 +30,32 @@ def read_evaluation(report: EvaluationReport, folder: Path) -> Evaluation:
 
 
 def _rows(model: ModelScores, reference: ModelScores | None) -> list[tuple[str, str, str]]:
-    beside = "" if reference is None else f"{reference.perplexity:.2f}"
-    rows = [("perplexity", beside, f"{model.perplexity:.2f}")]
+    rows = []
+    if model.perplexity is not None:
+        beside = "" if reference is None else f"{reference.perplexity:.2f}"
+        rows.append(("perplexity", beside, f"{model.perplexity:.2f}"))
     if model.kl is not None:
         rows.append(("KL divergence from the source, nats per token", "0", f"{model.kl:.4f}"))
     if model.top1_agreement is not None:
         rows.append(("likeliest token is the source's", "100%", f"{model.top1_agreement:.1%}"))
+    theirs = {score.measure: score.shown for score in (reference.tasks or [] if reference else [])}
+    for score in model.tasks or []:
+        own = f"{score.shown}: {score.compared}" if score.compared else score.shown
+        rows.append((f"{score.measure}, {score.problems:,} problems", theirs.get(score.measure, ""), own))
     return rows
 
 
 def _text(report: EvaluationReport) -> str:
-    text = report.text
-    measured = (
-        f"Perplexity of `{text.name}`, {text.windows:,} windows of {text.length:,} tokens, engine {report.engine}, "
-        f"{report.dtype}."
-    )
-    return f"{measured}\n\n{shell(report.command)}" if report.command else measured
+    measured = []
+    if text := report.text:
+        measured.append(
+            f"Perplexity of `{text.name}`, {text.windows:,} windows of {text.length:,} tokens, engine {report.engine}, "
+            f"{report.dtype}."
+        )
+    if tasks := report.tasks:
+        template = ", with the chat template" if tasks.chat else ""
+        measured.append(
+            f"Tasks by lm-evaluation-harness {report.versions['lm-eval']} on vLLM {report.versions['vllm']}, "
+            f"{report.dtype}{template}; ± is one standard error, and differences are paired by problem."
+        )
+    return "\n\n".join([*measured, *([shell(report.command)] if report.command else [])])

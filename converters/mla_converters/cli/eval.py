@@ -11,6 +11,7 @@ from rich.table import Table
 
 from mla_converters.cli.common import ReportFile, check_output, check_plot, quiet_transformers, write_report
 from mla_converters.cli.flags import with_flags
+from mla_converters.errors import OptionError
 from mla_converters.options import EvalOptions
 from mla_converters.reports.evaluation import EvaluationReport, ModelScores
 from mla_converters.support.labels import short_names
@@ -29,7 +30,13 @@ The number that papers report, for several cache sizes, with a picture:
 **Memory**: the weights of one model, and with --reference those of both, at 4 bytes each in float32; and for each
 of them 4 bytes x length x vocabulary for the logits of one window.
 
-**Task scores** (HellaSwag, MMLU …) come from lm-eval: see docs/evaluating.md.
+Whether it still answers as its source does, on 200 problems of each task and on facts hidden in long text:
+
+`vllm-mla eval ./smol-mla --reference ./smol --tasks arc_easy,gsm8k,needles --limit 200`
+
+Your own tasks, YAML files in the format of lm-evaluation-harness:
+
+`vllm-mla eval ./smol-mla --reference ./smol --tasks mine --tasks-dir ./tasks`
 """
 
 
@@ -48,7 +55,7 @@ def evaluate(
         typer.Option(help="Draw perplexity against cache size into this .png file.", rich_help_panel="Output"),
     ] = None,
 ) -> None:
-    """Measure models on the same text: perplexity, and what they lost against --reference."""
+    """Measure models on the same text and tasks: perplexity, scores, and what they lost against --reference."""
     # Imported here, not above: `--help` should not wait for torch.
     from mla_converters.evaluation.plot import plot_report
     from mla_converters.evaluation.run import evaluate as run
@@ -56,6 +63,8 @@ def evaluate(
     quiet_transformers()
     check_output("--json", json_file)
     check_plot(plot)
+    if plot and options.text is None and options.dataset is None and options.tasks:
+        raise OptionError("--plot draws perplexity: give --text or --dataset too, or leave it out.")
     report = run(models, options)
     report = report.model_copy(update={"command": shlex.join(["vllm-mla", *sys.argv[1:]])})
     write_report(json_file, report)
@@ -65,15 +74,29 @@ def evaluate(
 
 
 def _print_report(report: EvaluationReport) -> None:
-    text, out = report.text, Console()
-    out.print(
-        f"{text.name}, {text.protocol}: {text.windows:,} x {text.length:,} tokens; "
-        f"{report.engine}, {report.dtype}; {report.seconds:.0f} s, "
-        f"{report.peak_rss_bytes / 1e9:.1f} GB peak memory",
-        highlight=False,
-    )
+    out = Console()
     rows = [*([report.reference] if report.reference else []), *report.models]
     names = short_names([row.name for row in rows])
+    out.print(
+        f"{_headline(report)}; {report.seconds:.0f} s, {report.peak_rss_bytes / 1e9:.1f} GB peak memory",
+        highlight=False,
+    )
+    if report.text:
+        _print_text(out, report, names, rows)
+    if report.tasks:
+        out.print(_tasks_table(names, rows, compared=report.reference is not None))
+
+
+def _headline(report: EvaluationReport) -> str:
+    parts = []
+    if text := report.text:
+        parts.append(f"{text.name}, {text.protocol}: {text.windows:,} x {text.length:,} tokens; {report.engine}")
+    if report.tasks:
+        parts.append(f"tasks by lm-eval {report.versions['lm-eval']} on vLLM {report.versions['vllm']}")
+    return f"{'; '.join(parts)}, {report.dtype}"
+
+
+def _print_text(out: Console, report: EvaluationReport, names: list[str], rows: list[ModelScores]) -> None:
     out.print(_measures_table(names, rows, compared=report.reference is not None))
     out.print(_positions_table(names, rows, "loss", "loss in nats, by position in the window"))
     if report.reference and report.engine == "hf":
@@ -108,6 +131,21 @@ def _positions_table(names: list[str], rows: list[ModelScores], measure: str, ca
     table = _table(list(getattr(rows[0], key)), caption=caption)
     for name, row in zip(names, rows, strict=True):
         table.add_row(name, *(f"{value:z.3f}" for value in getattr(row, key).values()))
+    return table
+
+
+def _tasks_table(names: list[str], rows: list[ModelScores], compared: bool) -> Table:
+    caption = "±: one standard error" + ("; differences are paired by problem" if compared else "")
+    table = Table(caption=caption, caption_justify="left")
+    columns = ["task", "model", "score", *(["against the source"] if compared else [])]
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for number, first in enumerate(rows[0].tasks or []):
+        for place, (name, row) in enumerate(zip(names, rows, strict=True)):
+            score = (row.tasks or [])[number]
+            task = "" if place else f"{first.measure}: {first.problems:,} problems"
+            last = [score.compared] if compared else []
+            table.add_row(task, name, score.shown, *last, end_section=place == len(rows) - 1)
     return table
 
 

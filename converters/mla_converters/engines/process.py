@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -82,11 +82,24 @@ class Engine:
         """Score windows of tokens; see :func:`mla_converters.engines.scoring.score`."""
         return self._ask("score", windows=windows)
 
+    def answer(self, requests: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Answer the requests of tasks; see :func:`mla_converters.engines.answering.answer`."""
+        self._send("answer", requests=requests)
+        for _ in requests:
+            yield self._receive()
+
     def _ask(self, job: str, **arguments: Any) -> dict[str, Any]:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        with suppress(BrokenPipeError):  # a worker that died gives no answer, which is handled below
+        self._send(job, **arguments)
+        return self._receive()
+
+    def _send(self, job: str, **arguments: Any) -> None:
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # a worker that died gives no answer, which _receive handles
             self._process.stdin.write(json.dumps({"job": job, **arguments}) + "\n")
             self._process.stdin.flush()
+
+    def _receive(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line.endswith("\n"):
             end = describe_end(self._process.wait())

@@ -7,6 +7,8 @@ imports this module. The jobs:
   answer is that of :func:`describe`.
 - ``{"job": "measure", ...}`` has the arguments of :func:`mla_converters.engines.measuring.measure`.
 - ``{"job": "score", ...}`` has the arguments of :func:`mla_converters.engines.scoring.score`.
+- ``{"job": "answer", ...}`` has the arguments of :func:`mla_converters.engines.answering.answer`. It is answered by one
+  line for each request.
 
 A job that fails is answered by ``{"error": reason}``. When its stdin is closed, the worker ends its engine and itself.
 This happens even if the process that started it was killed.
@@ -15,35 +17,45 @@ This happens even if the process that started it was killed.
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+from mla_converters.engines.answering import answer
 from mla_converters.engines.measuring import measure
 from mla_converters.engines.scoring import score
 
 NUMBERS = ("float32", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2")
 """Dtypes of a cache, as vLLM names them, that hold one number after the other and nothing else."""
-JOBS: dict[str, Callable[..., dict[str, Any]]] = {"measure": measure, "score": score}
+JOBS: dict[str, Callable[..., Iterable[dict[str, Any]]]] = {
+    "measure": lambda llm, **job: [measure(llm, **job)],
+    "score": lambda llm, **job: [score(llm, **job)],
+    "answer": answer,
+}
+"""By name, what gives the answers of a job."""
 
 
 def main() -> None:
     """Answer jobs until there are no more."""
     # What vLLM prints must not mix with the answers, so it goes where stderr goes.
-    answers = os.fdopen(os.dup(1), "w")
+    lines = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+
+    def send(line: dict[str, Any]) -> None:
+        print(json.dumps(line), file=lines, flush=True)
+
     llm: Any = None
-    for line in sys.stdin:
-        job = json.loads(line)
+    for sent in sys.stdin:
+        job = json.loads(sent)
         kind = job.pop("job")
         try:
             if kind == "start":
                 llm = start(**job)
-                answer = describe(llm)
+                send(describe(llm))
             else:
-                answer = JOBS[kind](llm, **job)
+                for line in JOBS[kind](llm, **job):
+                    send(line)
         except Exception as error:  # the process that sent the job tells the user
-            answer = {"error": reason(error)}
-        print(json.dumps(answer), file=answers, flush=True)
+            send({"error": reason(error)})
     if llm is not None:
         llm.llm_engine.engine_core.shutdown()
 
@@ -58,10 +70,10 @@ def reason(error: Exception) -> str:
 
 
 def start(arguments: dict[str, Any]) -> Any:
-    """Make an engine. It takes token ids and keeps the times of its requests."""
+    """Make an engine. It takes token ids and keeps the times of its requests. Unless asked for, it has no tokenizer."""
     from vllm import LLM
 
-    return LLM(**arguments, disable_log_stats=False, skip_tokenizer_init=True)
+    return LLM(**{"disable_log_stats": False, "skip_tokenizer_init": True, **arguments})
 
 
 def describe(llm: Any) -> dict[str, Any]:

@@ -18,16 +18,16 @@ def plot_report(report: EvaluationReport, path: Path) -> None:
         axes = figure.add_subplot()
         names = short_names([model.name for model in report.models])
         for name, model in zip(names, report.models, strict=True):
-            if model.cached_per_token_and_layer is not None:
+            if model.cached_per_token_and_layer is not None and model.perplexity is not None:
                 point = (model.cached_per_token_and_layer, model.perplexity)
                 axes.plot(*point, "o")
                 axes.annotate(name, point, xytext=(6, 6), textcoords="offset points")
-        if reference := report.reference:
+        if (reference := report.reference) and reference.perplexity is not None:
             (name,) = short_names([reference.name])
             label = f"{name} (reference): {reference.perplexity:.2f}"
             axes.axhline(reference.perplexity, linestyle="--", color="gray", label=label)
             axes.legend()
         axes.margins(x=0.2, y=0.15)
         axes.set_xlabel("numbers cached per token and layer")
-        axes.set_ylabel(f"perplexity on {report.text.name}")
+        axes.set_ylabel(f"perplexity on {report.text.name}" if report.text else "perplexity")
         axes.grid(alpha=0.3)

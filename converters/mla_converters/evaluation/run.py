@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from rich.progress import Progress
 
 from mla_converters.checkpoints.models import Model, find_model, find_models
 from mla_converters.errors import ConversionError
@@ -20,7 +21,7 @@ from mla_converters.evaluation.hf_engine import hf_scores
 from mla_converters.evaluation.scores import TokenScores, comparison, measures
 from mla_converters.evaluation.vllm_engine import vllm_scores
 from mla_converters.options import Engine, EvalOptions, TextProtocol
-from mla_converters.reports.evaluation import EvaluationReport, ModelScores, ScoredText
+from mla_converters.reports.evaluation import AskedTasks, EvaluationReport, ModelScores, ScoredText, TaskScore
 from mla_converters.support.devices import usable_device
 from mla_converters.support.dtypes import DTYPES
 from mla_converters.support.memory import peak_rss_bytes
@@ -34,11 +35,11 @@ LARGEST_LOSS = math.log(sys.float_info.max)
 
 
 def evaluate(names: list[str], options: EvalOptions, *, quiet: bool = False) -> EvaluationReport:
-    """Score models on the same windows of tokens.
+    """Score models on the same windows of tokens, on the same tasks, or on both.
 
     Args:
         names: folders, hub ids or ``.gguf`` files of converted checkpoints or any causal models.
-        options: text, protocol, engine, reference.
+        options: text, protocol, engine, tasks, reference.
         quiet: whether to show no progress.
 
     Returns:
@@ -54,20 +55,26 @@ def evaluate(names: list[str], options: EvalOptions, *, quiet: bool = False) -> 
         beside = None if options.reference is None else find_model(options.reference, stack, options.trust_remote_code)
         if beside is not None:
             _check_vocabularies(models, beside)
-        text = read_text(options.text, options.dataset, options.protocol)
-        windows = _windows(text, [beside, *models] if beside else models, options)
+        everyone = [beside, *models] if beside else models
+        scored = _scored_text(everyone, options)
         progress = stack.enter_context(progress_bars(quiet))
-        task = progress.add_task("Scoring", total=len(models) * len(windows.ids))
-        scores = _run(models, beside, windows.ids, options, lambda done: progress.advance(task, done))
-        rows, reference_row = _rows(models, beside, scores, windows.bytes)
+        tasks = _tasks(models, beside, options, progress)
+        rows, reference_row = [_bare(model) for model in models], None if beside is None else _bare(beside)
+        if scored is not None:
+            ids = scored[1].ids
+            bar = progress.add_task("Scoring", total=len(models) * len(ids))
+            scores = _run(models, beside, ids, options, lambda done: progress.advance(bar, done))
+            rows, reference_row = _rows(models, beside, scores, scored[1].bytes)
+        rows, reference_row = _with_tasks(rows, reference_row, tasks)
     return EvaluationReport(
-        text=_describe(text, windows, options.protocol),
-        engine=options.engine.value,
+        text=None if scored is None else _describe(*scored, options.protocol),
+        tasks=AskedTasks(names=list(options.tasks), limit=options.limit, chat=options.chat) if options.tasks else None,
+        engine=None if scored is None else options.engine.value,
         dtype=options.dtype,
-        device=None if options.engine == Engine.VLLM else options.device or "cpu",
+        device=None if scored is None or options.engine == Engine.VLLM else options.device or "cpu",
         reference=reference_row,
         models=rows,
-        versions=_versions(options.engine),
+        versions=_versions(options),
         seconds=round(time.monotonic() - started, 1),
         peak_rss_bytes=_peak_rss_bytes(),
     )
@@ -96,6 +103,10 @@ def compare(model: Model, reference: Model | None, ids: torch.Tensor) -> ModelSc
 
 def _check_options(options: EvalOptions) -> None:
     """Refuse wrong options before anything is loaded."""
+    if options.tasks:
+        require("vllm", "--tasks", "install vLLM (extra cuda or cpu of this package)")
+        for package in ("lm_eval", "datasets"):
+            require(package, "--tasks", "run pip install 'vllm-mla-plugin[eval]'")
     if options.engine == Engine.VLLM:
         if options.device is not None:
             raise ConversionError(
@@ -114,6 +125,38 @@ def _check_vocabularies(models: list[Model], reference: Model) -> None:
                 f"{model.name} has a vocabulary of {model.vocab_size} tokens and the reference {reference.name} one of "
                 f"{reference.vocab_size}: give the model's own source as --reference, or leave it out."
             )
+
+
+def _scored_text(models: list[Model], options: EvalOptions) -> tuple[Text, Windows] | None:
+    """The text to score; None if there are only tasks."""
+    if options.tasks and options.text is None and options.dataset is None:
+        return None
+    text = read_text(options.text, options.dataset, options.protocol)
+    return text, _windows(text, models, options)
+
+
+def _tasks(
+    models: list[Model], reference: Model | None, options: EvalOptions, progress: Progress
+) -> tuple[list[list[TaskScore]], list[TaskScore] | None] | None:
+    """The scores on tasks of the models and of the reference; None if there are no tasks."""
+    if not options.tasks:
+        return None
+    # Imported here, not above: only tasks need lm-evaluation-harness.
+    from mla_converters.evaluation.tasks.harness import score_tasks
+
+    return score_tasks(models, reference, options, progress)
+
+
+def _with_tasks(
+    rows: list[ModelScores],
+    reference: ModelScores | None,
+    tasks: tuple[list[list[TaskScore]], list[TaskScore] | None] | None,
+) -> tuple[list[ModelScores], ModelScores | None]:
+    if tasks is None:
+        return rows, reference
+    own, theirs = tasks
+    rows = [row.model_copy(update={"tasks": scores}) for row, scores in zip(rows, own, strict=True)]
+    return rows, None if reference is None else reference.model_copy(update={"tasks": theirs})
 
 
 def _windows(text: Text, models: list[Model], options: EvalOptions) -> Windows:
@@ -156,8 +199,11 @@ def _row(model: Model, scores: TokenScores, scored_bytes: int | None, compared: 
         raise ConversionError(
             f"{model.name} gives losses that are not numbers: its weights are broken, or overflow in this --dtype."
         )
-    cached = model.cached_numbers
-    return ModelScores(name=model.name, cached_per_token_and_layer=cached, **measures(scores, scored_bytes), **compared)
+    return _bare(model).model_copy(update=measures(scores, scored_bytes) | compared)
+
+
+def _bare(model: Model) -> ModelScores:
+    return ModelScores(name=model.name, cached_per_token_and_layer=model.cached_numbers)
 
 
 def _describe(text: Text, windows: Windows, protocol: TextProtocol) -> ScoredText:
@@ -173,14 +219,18 @@ def _describe(text: Text, windows: Windows, protocol: TextProtocol) -> ScoredTex
     )
 
 
-def _versions(engine: Engine) -> dict[str, str]:
+def _versions(options: EvalOptions) -> dict[str, str]:
     versions = {
         "vllm-mla-plugin": version("vllm-mla-plugin"),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    return versions | ({"vllm": version("vllm")} if engine == Engine.VLLM else {})
+    if options.tasks:
+        versions["lm-eval"] = version("lm-eval")
+    if options.tasks or options.engine == Engine.VLLM:
+        versions["vllm"] = version("vllm")
+    return versions
 
 
 def _peak_rss_bytes() -> int:

@@ -2,11 +2,12 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Self
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, model_validator
 
-from mla_converters.options.base import Flag
+from mla_converters.errors import OptionError
+from mla_converters.options.base import Flag, option_name
 from mla_converters.options.common import Dtype, TrustedCode
 
 
@@ -24,6 +25,15 @@ class TextProtocol(StrEnum):
     WIKITEXT2 = "wikitext2"
 
 
+def _parse_tasks(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    names = [name.strip() for name in value.split(",")]
+    if not all(names):
+        raise OptionError(f"--tasks is {value!r}, but must be names separated by commas, such as arc_easy,gsm8k.")
+    return tuple(dict.fromkeys(names))
+
+
 class EvalOptions(TrustedCode):
     """The options of an evaluation, with the command line's defaults.
 
@@ -37,6 +47,11 @@ class EvalOptions(TrustedCode):
         engine: the software that runs the models.
         dtype: dtype of all models.
         device: the device on which transformers runs the models; None for the CPU. vLLM chooses its device itself.
+        tasks: names of tasks and groups of lm-evaluation-harness, ``needles``, or ``needles_N``.
+        tasks_dir: folder with YAML files of more tasks. Paths in them start there.
+        limit: the number of problems of each task; None for all.
+        chat: whether prompts get the model's chat template.
+        allow_code_execution: whether tasks may run code that the models write.
         trust_remote_code: whether code that comes with models may run.
     """
 
@@ -69,4 +84,27 @@ class EvalOptions(TrustedCode):
     device: Annotated[str | None, Flag(panel="Engine", default="cpu")] = Field(
         None, description="Where --engine hf runs: cpu, cuda, cuda:1 …"
     )
+    tasks: Annotated[tuple[str, ...], BeforeValidator(_parse_tasks), Flag(panel="Tasks", metavar="NAME,…")] = Field(
+        (),
+        description="Tasks of lm-evaluation-harness, on vLLM: arc_easy,gsm8k. **needles**: find facts that are hidden "
+        "in long text (--text, or one that comes with the package), in lengths up to the models' context; "
+        "**needles_4096**: in this length only. Needs the extra eval.",
+    )
+    tasks_dir: Annotated[Path | None, Flag(panel="Tasks", metavar="DIR")] = Field(
+        None, description="Folder with YAML files of your own tasks. Paths in them start there. Their Python code runs."
+    )
+    limit: Annotated[int | None, Flag(panel="Tasks", default="all")] = Field(
+        None, ge=1, description="How many problems of each task."
+    )
+    chat: Annotated[bool, Flag(panel="Tasks")] = Field(False, description="Ask with the model's chat template.")
+    allow_code_execution: Annotated[bool, Flag(panel="Tasks")] = Field(
+        False, description="Let tasks such as humaneval run the code that a model writes, on this machine."
+    )
     trust_remote_code: bool = Field(False, description="Run Python code that comes with models. Read it first.")
+
+    @model_validator(mode="after")
+    def _tasks_are_named(self) -> Self:
+        for name in ("tasks_dir", "limit", "chat", "allow_code_execution"):
+            if getattr(self, name) and not self.tasks:
+                raise OptionError(f"{option_name(name)} is for tasks: name them with --tasks, or leave it out.")
+        return self

@@ -26,31 +26,100 @@ class ScoredText(Part):
     bytes_scored: int | None = None
 
 
-class ModelScores(Part):
-    """The scores of one model; :mod:`mla_converters.evaluation.scores` explains each.
+class TaskScore(Part):
+    """One metric of one task, and how it differs from the reference's.
 
-    A score is None if the engine or the tokenizer cannot give it. Every comparison is None if there is no reference.
+    Attributes:
+        task: name of the task, or of a group of tasks, whose problems then count together.
+        metric: name of the metric.
+        filter: what takes the answer out of the generated text; None if the task has only one way.
+        higher_is_better: whether a larger score is better.
+        problems: number of problems.
+        few_shot: solved examples in front of each problem; None for a group.
+        fraction: whether every problem's score is between 0 and 1, so that ``score`` is a share of the problems.
+        score: mean over the problems, or as the task combines them.
+        stderr: its standard error; None if the score is no mean, or with one problem.
+        difference: score minus the reference's; None without a reference, as the following.
+        difference_stderr: its standard error, paired by problem; None as ``stderr``.
+        verdict: the difference in words; None as ``stderr``.
+    """
+
+    task: str
+    metric: str
+    filter: str | None = None
+    higher_is_better: bool
+    problems: int
+    few_shot: int | None = None
+    fraction: bool
+    score: float
+    stderr: float | None = None
+    difference: float | None = None
+    difference_stderr: float | None = None
+    verdict: str | None = None
+
+    @property
+    def measure(self) -> str:
+        """Task, metric and filter, in words."""
+        return f"{self.task}, {self.metric}" + (f" ({self.filter})" if self.filter else "")
+
+    @property
+    def shown(self) -> str:
+        """The score with its standard error, fractions in percent."""
+        if not self.fraction:
+            return f"{self.score:.4f}" + (f" ± {self.stderr:.4f}" if self.stderr is not None else "")
+        return f"{self.score:.1%}" + (f" ± {self.stderr * 100:.1f}" if self.stderr is not None else "")
+
+    @property
+    def compared(self) -> str:
+        """The verdict, or the bare difference if there is no standard error to judge it by; empty if neither is."""
+        if self.verdict is not None or self.difference is None:
+            return self.verdict or ""
+        return f"{self.difference * 100:+.1f} points" if self.fraction else f"{self.difference:+.4f}"
+
+
+class AskedTasks(Part):
+    """What ``--tasks`` asked for.
+
+    Attributes:
+        names: tasks and groups.
+        limit: the most problems of a task; None for all.
+        chat: whether prompts had the model's chat template.
+    """
+
+    names: list[str]
+    limit: int | None = None
+    chat: bool
+
+
+class ModelScores(Part):
+    """The scores of one model; :mod:`mla_converters.evaluation.scores` explains those on text.
+
+    A score is None if it was not asked for, or if the engine or the tokenizer cannot give it. Every comparison is None
+    if there is no reference.
     """
 
     name: str
     cached_per_token_and_layer: int | float | None = None
-    perplexity: float
+    perplexity: float | None = None
     bits_per_byte: float | None = None
-    loss_by_position: dict[str, float]
+    loss_by_position: dict[str, float] | None = None
     perplexity_ratio: float | None = None
     perplexity_ratio_stderr: float | None = None
     kl: float | None = None
     kl_by_position: dict[str, float] | None = None
     top1_agreement: float | None = None
+    tasks: list[TaskScore] | None = None
 
 
 class EvaluationReport(Report):
-    """Models that were scored on the same windows of tokens.
+    """Models that were scored on the same windows of tokens, on the same tasks, or on both.
 
     Attributes:
-        text: the text that was scored.
-        engine, dtype, device: the engine, dtype and device that ran the models; the device is None with vLLM, which
-            chooses it itself.
+        text: the text that was scored, or None.
+        tasks: the tasks that were asked, or None.
+        engine, device: the engine and device that scored the text; None without a text. The device is None with vLLM
+            too, which chooses it itself. Tasks run on vLLM in any case.
+        dtype: dtype of the models.
         reference: scores of the model with which the others are compared, or None.
         models: scores of the models, in the order in which the user gave them.
         command: the command that was run; None from the Python API.
@@ -58,8 +127,9 @@ class EvaluationReport(Report):
         seconds, peak_rss_bytes: time and peak memory of the run.
     """
 
-    text: ScoredText
-    engine: str
+    text: ScoredText | None = None
+    tasks: AskedTasks | None = None
+    engine: str | None = None
     dtype: str
     device: str | None = None
     reference: ModelScores | None = None

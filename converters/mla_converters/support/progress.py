@@ -1,5 +1,6 @@
 """Progress of long work: bars on a terminal, and lines elsewhere."""
 
+import sys
 import time
 from typing import Any
 
@@ -15,7 +16,7 @@ class ProgressLines(Progress):
 
     def __init__(self) -> None:
         super().__init__(disable=True)
-        self._stderr = Console(stderr=True, soft_wrap=True, highlight=False)
+        self._stderr = Console(file=sys.stderr, soft_wrap=True, highlight=False)
         self._begun: dict[TaskID, tuple[float, float]] = {}  # time and steps done when the task was first seen
         self._shown: dict[TaskID, float] = {}
 
@@ -58,8 +59,11 @@ def _span(seconds: float) -> str:
 
 
 def progress_bars(quiet: bool) -> Progress:
-    """Progress of long work on stderr; if ``quiet``, nothing is shown."""
-    console = Console(stderr=True)
+    """Progress of long work on stderr; if ``quiet``, nothing is shown.
+
+    What redirects stderr later does not redirect the progress: it goes where stderr went when this was called.
+    """
+    console = Console(file=sys.stderr)
     if not quiet and not console.is_terminal:
         return ProgressLines()
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
