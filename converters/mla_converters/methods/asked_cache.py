@@ -85,6 +85,8 @@ def searched_cache(shape: Shape, sizes: CacheSizes) -> AskedCache:
     Raises:
         ConversionError: the sizes do not fit the source, or the bytes are too few.
     """
+    if sizes.qk_rope_head_dim is not None:
+        resolve_budget(shape.kv_heads, shape.head_dim, 1, sizes.qk_rope_head_dim)  # raises if it does not fit
     row, widest = row_bytes(shape, sizes), max(candidate_ropes(shape.kv_heads, shape.head_dim))
     rope = sizes.qk_rope_head_dim or widest
     fitting = (bits for bits in MORE_BITS if _whole_format(shape, rope, bits).bytes_per_token <= row)
