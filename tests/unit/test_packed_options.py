@@ -67,6 +67,14 @@ REFUSED = {
         (*EXACT, "--latent-cache", "48x4g24/40x4g20"),
         "--latent-cache packs 48 + 40 numbers, but method exact caches 48 + 48.",
     ),
+    "no-numbers": (
+        ("--cache-ratio", 0.001),
+        "of them are rotary, which leaves no room for a latent: give a larger --cache-",
+    ),
+    "format-wide-rope": (
+        ("--latent-cache", "8x4g8/64x4g32"),
+        "--latent-cache packs sizes that the source cannot have: ",
+    ),
     "few-bytes": (("--cache-ratio", 0.02), "A cache of 3 bytes per token and layer has no room for a latent"),
     "few-bytes-uniform": (("--cache-ratio", 0.02, "--latent-bits", 8), "has no room for a latent"),
     "few-bytes-transmla": ((*TRANSMLA, "--cache-ratio", 0.02, "--latent-bits", 2), "has no room for a latent"),

@@ -65,6 +65,11 @@ def resolve_budget(
             f"(KV heads x head size of the source)."
         )
     rank = target - rope if kv_lora_rank is None else kv_lora_rank
+    if rank < 1 and kv_lora_rank is None:
+        raise ConversionError(
+            f"The cache would have {target} numbers, and {rope} of them are rotary, which leaves no room for a latent: "
+            "give a larger --cache-ratio."
+        )
     largest = 2 * width - rope
     if not 1 <= rank <= largest:
         raise ConversionError(

@@ -50,8 +50,10 @@ def asked_format(shape: Shape, sizes: CacheSizes) -> CacheFormat | None:
         ConversionError: the sizes do not fit the source.
     """
     if (given := sizes.format) is not None:
-        latent, rope = given.sizes
-        resolve_budget(shape.kv_heads, shape.head_dim, latent, rope)  # raises if they do not fit
+        try:
+            resolve_budget(shape.kv_heads, shape.head_dim, *given.sizes)
+        except ConversionError as error:
+            raise ConversionError(f"--latent-cache packs sizes that the source cannot have: {error}") from error
         return given
     if sizes.uniform_bits == BYTES_OF_16_BITS * 8:
         return None
@@ -67,13 +69,17 @@ def uniform_row(shape: Shape, sizes: CacheSizes, bits: int) -> CacheFormat:
     Raises:
         ConversionError: the sizes do not fit the source, or the bytes are too few.
     """
-    numbers = min(1.0, sizes.share * BYTES_OF_16_BITS * 8 / bits)
-    budget = resolve_budget(shape.kv_heads, shape.head_dim, None, sizes.qk_rope_head_dim, numbers)
-    rope, row = budget.qk_rope_head_dim, row_bytes(shape, sizes)
+    rope, row = _usual_rope(shape, sizes, bits), row_bytes(shape, sizes)
     format = widest_uniform(rope, bits, row, shape.cached - rope)
     if format is None:
         raise ConversionError(too_few_bytes(row))
     return format
+
+
+def _usual_rope(shape: Shape, sizes: CacheSizes, bits: int) -> int:
+    """The width of the rotary key that is given, or usual beside as many numbers as fit with so many bits."""
+    numbers = min(1.0, sizes.share * BYTES_OF_16_BITS * 8 / bits)
+    return resolve_budget(shape.kv_heads, shape.head_dim, None, sizes.qk_rope_head_dim, numbers).qk_rope_head_dim
 
 
 def searched_cache(shape: Shape, sizes: CacheSizes) -> AskedCache:
@@ -92,9 +98,7 @@ def searched_cache(shape: Shape, sizes: CacheSizes) -> AskedCache:
     fitting = (bits for bits in MORE_BITS if _whole_format(shape, rope, bits).bytes_per_token <= row)
     bits = sizes.latent_bits or next(fitting, TYPICAL_BITS)
     if 8 * row < bits * sum(_whole_format(shape, rope, bits).sizes):
-        numbers = min(1.0, sizes.share * BYTES_OF_16_BITS * 8 / bits)
-        budget = resolve_budget(shape.kv_heads, shape.head_dim, None, sizes.qk_rope_head_dim, numbers)
-        rope = budget.qk_rope_head_dim
+        rope = _usual_rope(shape, sizes, bits)
     whole = _whole_format(shape, rope, bits)
     format = widest_uniform(rope, bits, row, whole.sizes[0])
     if format is None:
