@@ -40,6 +40,7 @@ from mla_converters.support.devices import usable_device
 from mla_converters.support.dtypes import DTYPES
 from mla_converters.support.progress import progress_bars
 from mla_converters.text.calibration import Calibration, calibrate, calibration_windows
+from mla_converters.text.held_out import held_out_windows
 
 MEASURES = 2  # numbers of a :class:`Measured`
 
@@ -120,7 +121,8 @@ def _convert(
         }
     )
     config = mla_config(source, prepared.budget, sizes, nope_dim, context, dtype_name, format)
-    return prove_and_describe(source, work.model, config, report, device)
+    held_out = None if calibration is None else _held_out(source, options, calibration, device, work, progress)
+    return prove_and_describe(source, work.model, config, report, held_out, device, progress)
 
 
 def _context(source: Source, options: ConvertOptions) -> int:
@@ -153,6 +155,16 @@ def _calibrate(
         ),
     )
     return calibrate(text, source, options.seed)
+
+
+def _held_out(
+    source: Source, options: ConvertOptions, used: Calibration, device: str, work: Work, progress: Progress
+) -> torch.Tensor:
+    """Text to measure the loss on, or the text of an earlier run."""
+    return work.remembered(
+        "held_out",
+        lambda: held_out_windows(source, options.calibration, used.text, options.seed, progress, device),
+    )
 
 
 def _write_weights(

@@ -35,6 +35,7 @@ from mla_converters.training.trainer import SAVED_BYTES, train
 
 # Nats per token from the source that are no more than rounding; a small model that lost nothing has 2e-9 and 7e-4.
 NOTHING = {torch.float32: 1e-5, torch.bfloat16: 1e-3}
+MEASURED = 1  # held-out windows on which the loss is measured
 SAVES = 2  # a new one is written before the old one goes
 ATTENTION = ".self_attn."  # in the names of what is trained
 
@@ -79,11 +80,11 @@ def heal(
         identity = healing_identity(model, teacher, options.model_copy(update={"device": device}))
         with work_folder(out, force, identity) as work:
             work.check_space(_disk_bytes(checkpoint))
-            healed, healing = _train(model, teacher, options, device, work, progress)
+            healed, healing, held_out = _train(model, teacher, options, device, work, progress)
             _write_weights(checkpoint, healed, work.model)
             _copy_others(model, checkpoint, work.model)
             report = report.model_copy(update={"healing": healing})
-            report = prove_and_describe(teacher, work.model, config, report, device)
+            report = prove_and_describe(teacher, work.model, config, report, held_out, device, progress)
     return outcome(report, out, started)
 
 
@@ -136,8 +137,8 @@ def _disk_bytes(checkpoint: Checkpoint) -> int:
 
 def _train(
     model: Path, source: Source, options: HealOptions, device: str, work: Work, progress: Progress
-) -> tuple[dict[str, torch.Tensor], Healing]:
-    """The trained tensors by name, and what the report says of the training."""
+) -> tuple[dict[str, torch.Tensor], Healing, torch.Tensor]:
+    """The trained tensors by name, what the report says of the training, and text that was held out of it."""
     length = options.length or LONGEST
     windows = work.remembered(
         "text", lambda: training_windows(source, options.text, options.tokens, length, options.seed, progress, device)
@@ -171,7 +172,7 @@ def _train(
             "the source): lower --learning-rate, or give more --tokens."
         )
     healed = {name: tensor for name, tensor in student.named_parameters() if ATTENTION in name}
-    return healed, Healing(
+    healing = Healing(
         command=_command_line(model, options),
         text=[Path(origin).name for origin in options.text],
         tokens=windows.numel(),
@@ -183,6 +184,7 @@ def _train(
         kl_held_out=Divergence(before=round(before.item(), 6), after=round(after, 6)),
         versions=VERSIONS,
     )
+    return healed, healing, held_out[:MEASURED]
 
 
 def _write_weights(checkpoint: Checkpoint, healed: dict[str, torch.Tensor], folder: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from rich.progress import Progress
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -16,8 +17,9 @@ from mla_converters.checkpoints.reader import Checkpoint
 from mla_converters.checkpoints.side_files import has_tokenizer
 from mla_converters.checkpoints.source import Source
 from mla_converters.errors import ConversionError
+from mla_converters.loss import measured_loss
 from mla_converters.reports.conversion import ConversionReport, SelfCheck
-from mla_converters.streaming.whole_model import Tensors, final_hidden, log_probabilities
+from mla_converters.streaming.whole_model import Tensors, final_hidden, log_probabilities, output_head
 from mla_converters.support.json_files import write_json
 from vllm_mla_plugin.checkpoint.families import ExpertNames
 
@@ -44,12 +46,27 @@ in fog. The other two, as far as anybody knows, had never existed.
 
 
 def prove_and_describe(
-    source: Source, folder: Path, config: dict[str, Any], report: ConversionReport, device: str
+    source: Source,
+    folder: Path,
+    config: dict[str, Any],
+    report: ConversionReport,
+    held_out: torch.Tensor | None,
+    device: str,
+    progress: Progress,
 ) -> ConversionReport:
-    """Prove a checkpoint whose weights are written, and write the files that describe it.
+    """Prove a checkpoint whose weights are written, measure its loss, and write the files that describe it.
+
+    Args:
+        source: the model that was converted.
+        folder: the checkpoint.
+        config: its ``config.json``.
+        report: of the conversion.
+        held_out: ``[windows, tokens]``, text to measure the loss on; None for a method without text.
+        device: where layers run.
+        progress: gets a bar.
 
     Returns:
-        The report with the proof's numbers.
+        The report with the numbers of the proof and the loss.
 
     Raises:
         ConversionError: see :func:`prove`.
@@ -57,7 +74,9 @@ def prove_and_describe(
     write_json(folder / "config.json", config)
     check = prove(source, folder, report, device)
     warnings = [*report.warnings, *chance_warning(check, source.config.vocab_size)]
-    report = report.model_copy(update={"self_check": check, "warnings": list(dict.fromkeys(warnings))})
+    loss = None if held_out is None else measured_loss(source, folder, held_out, device, progress)
+    found = {"self_check": check, "loss": loss, "warnings": list(dict.fromkeys(warnings))}
+    report = report.model_copy(update=found)
     describe_model(folder, config, report)
     return report
 
@@ -148,8 +167,7 @@ def _predictions(
 ) -> torch.Tensor:
     """Log-probabilities ``[tokens, vocabulary]`` float32."""
     hidden = final_hidden(model, tensors, experts, ids, device, watch)
-    tied = model.config.tie_word_embeddings
-    return log_probabilities(hidden, tensors.tensor("model.embed_tokens.weight" if tied else "lm_head.weight")).cpu()
+    return log_probabilities(hidden, output_head(model.config, tensors)).cpu()
 
 
 def _perplexity(predictions: torch.Tensor, ids: torch.Tensor) -> float:

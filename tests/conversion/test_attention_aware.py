@@ -14,6 +14,7 @@ from support.models import MIXTRAL_EXPERTS, RandomModel, load
 
 from mla_converters.checkpoints.source import open_source
 from mla_converters.convert import convert
+from mla_converters.latent import attention as attention_module
 from mla_converters.latent.attention import gqa_attention, rotate
 from mla_converters.latent.cache_size import CacheBudget, candidate_budgets
 from mla_converters.latent.maps import balanced, mla_weights
@@ -182,14 +183,22 @@ def test_attention_at_some_positions(layer: SourceLayer, block: int, monkeypatch
 
 
 def test_scores_are_not_rounded_to_16_bits(layer: SourceLayer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under autocast, torch's kernels keep scores in float32, unlike plain products; also with QK-norm."""
+    """Under autocast, plain products compute scores in float32, as torch's kernels do; also with QK-norm."""
     hidden = torch.randn(2, 32, 96, generator=torch.Generator().manual_seed(0))
     attention = converted(layer, hidden)
     with torch.inference_mode():
         expected = attention(hidden)
-        monkeypatch.setattr("mla_converters.latent.attention._unfused", None)
+        computed: list[torch.dtype] = []
+        unfused = attention_module._unfused
+
+        def spy(q: torch.Tensor, k: torch.Tensor, *others: object) -> torch.Tensor:
+            computed.append((q @ k[:, :1].mT).dtype)
+            return unfused(q, k, *others)
+
+        monkeypatch.setattr(attention_module, "_unfused", spy)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             got = attention(hidden)
+    assert computed == [torch.float32]
     assert (got - expected).norm() < 0.03 * expected.norm()
 
 

@@ -181,6 +181,7 @@ def test_report_and_card(command_line: CommandLine, source: Path, mla: Path, tmp
     healing = written.pop("healing")
     before = json.loads((mla / "conversion_report.json").read_text())
     assert written.pop("self_check")["kl"] < before.pop("self_check")["kl"]
+    assert written.pop("loss")["tokens"] == 256 and before.pop("loss")["tokens"] == 512
     assert written == before
     assert (healing["tokens"], healing["window"], healing["steps"]) == (4096, 256, 8)
     assert healing["command"] == f"vllm-mla heal {mla} ./mla-healed {' '.join(map(str, options))}"

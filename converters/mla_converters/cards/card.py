@@ -17,6 +17,7 @@ from mla_converters.options import CHAT, SELF
 from mla_converters.reports.conversion import WRITER, ConversionReport
 from mla_converters.reports.evaluation import EvaluationReport
 from mla_converters.support.json_files import read_json_object
+from mla_converters.verdicts import verdict
 
 CARD = "README.md"
 PLOT = "per_layer.png"
@@ -176,6 +177,12 @@ def _measurements(report: ConversionReport, evaluation: Evaluation | None) -> st
     if check := report.self_check:
         agreement = f"{check.top1_agreement:.1%} of {check.tokens} tokens"
         rows.append(("self-check: likeliest token is the source's, on a short English text", "100%", agreement))
+    if loss := report.loss:
+        text = f"{loss.tokens:,} tokens held out"
+        rows.append((f"perplexity, {text}", f"{loss.source_perplexity:.3f}", f"{loss.perplexity:.3f}"))
+        rows.append((f"KL divergence from the source, {text}", "0", f"{loss.kl:.4f} nats per token"))
+    if found := verdict(report):
+        rows.append(("verdict", "", found.words))
     if evaluation is not None:
         rows += evaluation.rows
     return table(("", "source", "MLA"), rows)

@@ -1,6 +1,7 @@
 """What the commands share: arguments, checks of output files, and JSON reports."""
 
 import json
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +11,9 @@ from rich.console import Console
 
 from mla_converters.errors import ConversionError, OptionError
 from mla_converters.reports.base import Report
+from mla_converters.reports.conversion import ConversionReport
 from mla_converters.support.packages import require
+from mla_converters.verdicts import verdict
 
 NewFolder = Annotated[Path, typer.Argument(help="Folder to create. It appears when it is complete.")]
 ReportFile = Annotated[
@@ -49,6 +52,29 @@ def print_warnings(out: Console, warnings: Iterable[str]) -> None:
     """Print a report's warnings."""
     for warning in warnings:
         out.print(f"Warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
+
+
+def loss_rows(report: ConversionReport) -> dict[str, str]:
+    """The rows of a table that say what a conversion lost, and what to expect of it."""
+    rows = {}
+    if loss := report.loss:
+        rows["Perplexity, text held out"] = f"{loss.perplexity:,.3f}, the source's {loss.source_perplexity:,.3f}"
+        rows["KL from the source"] = (
+            f"{loss.kl:.4f} nats; likeliest token the source's for {loss.top1_agreement:.0%} of {loss.tokens:,} tokens"
+        )
+    if found := verdict(report):
+        rows["Verdict"] = found.words
+    return rows
+
+
+def print_next(out: Console, report: ConversionReport) -> None:
+    """Print what to type next: how to serve the model and, where that pays, how to heal it."""
+    found, folder = verdict(report), shlex.quote(str(report.out))
+    if found and found.heals:
+        healed = shlex.quote(f"{str(report.out).rstrip('/')}-healed")
+        command = f"vllm-mla heal {folder} {healed} --text TEXT_LIKE_YOURS.txt"
+        out.print(f"{'Heal it further' if report.healing else 'Heal it'}: {command}", highlight=False, soft_wrap=True)
+    out.print(f"Serve it: vllm serve {folder}", highlight=False, soft_wrap=True)
 
 
 def quiet_transformers() -> None:

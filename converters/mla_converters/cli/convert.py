@@ -11,6 +11,8 @@ from mla_converters.cli.common import (
     NewFolder,
     ReportFile,
     check_output,
+    loss_rows,
+    print_next,
     print_warnings,
     quiet_transformers,
     write_report,
@@ -84,6 +86,7 @@ def _print_report(report: ConversionReport) -> None:
         "Share of the source's cache": f"{report.cache_ratio:.1%}",
         **{name: str(value) for name, value in report.settings.items() if value != []},
         **({"Self-check": _self_check(report.self_check)} if report.self_check else {}),
+        **loss_rows(report),
         **({"Keys not understood": ", ".join(report.unknown_keys)} if report.unknown_keys else {}),
         "Weights": f"{report.weights_bytes / 1e6:,.0f} MB",
         "Took": f"{report.seconds:.1f} s, {(report.peak_rss_bytes or 0) / 1e9:.2f} GB peak memory",
@@ -93,7 +96,7 @@ def _print_report(report: ConversionReport) -> None:
     out = Console()
     out.print(table)
     print_warnings(out, report.warnings)
-    out.print(f"Serve it: vllm serve {report.out}", highlight=False, soft_wrap=True)
+    print_next(out, report)
 
 
 def _bytes_per_token(report: ConversionReport) -> str:

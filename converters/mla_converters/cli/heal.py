@@ -7,7 +7,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mla_converters.cli.common import Force, NewFolder, ReportFile, check_output, quiet_transformers, write_report
+from mla_converters.cli.common import (
+    Force,
+    NewFolder,
+    ReportFile,
+    check_output,
+    loss_rows,
+    print_next,
+    quiet_transformers,
+    write_report,
+)
 from mla_converters.cli.flags import with_flags
 from mla_converters.options import HealOptions
 from mla_converters.reports.conversion import ConversionReport
@@ -59,7 +68,9 @@ def _print_report(model: Path, report: ConversionReport) -> None:
     table.add_row("steps", f"{healing.steps:,} of {healing.batch_size} x {healing.window} tokens")
     kl = healing.kl_held_out
     table.add_row("KL from the source, text held out", f"{kl.before:.4f} before, {kl.after:.4f} after")
+    for name, value in loss_rows(report).items():
+        table.add_row(name, value)
     table.add_row("time, peak memory", f"{report.seconds:.0f} s, {(report.peak_rss_bytes or 0) / 1e9:.2f} GB")
     out = Console()
     out.print(table)
-    out.print(f"Serve it: vllm serve {report.out}", highlight=False, soft_wrap=True)
+    print_next(out, report)

@@ -51,18 +51,24 @@ def _causal(
     value_dim = v.shape[-1]
     # The dtype of the values tells whether autocast is on, because they are a matrix product. The dtype of the
     # queries does not, because normalised queries stay float32 under autocast.
-    if q.shape[-1] == value_dim or v.dtype.itemsize < 4:
+    if q.shape[-1] == value_dim or (v.dtype.itemsize < 4 and v.is_cuda):
         width = max(q.shape[-1], value_dim)
         q, k, v = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
         return _fused(q, k, v, scale, positions)[..., :value_dim]
-    return _unfused(q, k, v, scale, torch.arange(q.shape[2]) if positions is None else positions)
+    # On a CPU, torch's kernels for bfloat16 take longer with padding than plain products in float32 without.
+    dtype = torch.promote_types(v.dtype, torch.float32)
+    with torch.autocast(v.device.type, enabled=False):
+        return _unfused(q.to(dtype), k.to(dtype), v.to(dtype), scale, positions).to(v)
 
 
-def _unfused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, positions: torch.Tensor) -> torch.Tensor:
+def _unfused(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, positions: torch.Tensor | None
+) -> torch.Tensor:
     """Attention by plain matrix products, which are exact enough in float32.
 
     Keys and values may differ in head size, so nothing is padded and there is less to compute.
     """
+    positions = torch.arange(q.shape[2]) if positions is None else positions
     q = (q * scale).unflatten(1, (k.shape[1], -1))  # [windows, heads of k, query heads of each, queries, width]
     outputs = []
     for block, some in zip(positions.split(BLOCK), q.split(BLOCK, dim=3), strict=True):

@@ -75,6 +75,10 @@ class LatentAttention(nn.Module):
         Returns:
             ``[windows, queries, D]``.
         """
+        return self.o_proj(self.heads_output(x, positions))
+
+    def heads_output(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+        """What ``o_proj`` reads ``[windows, queries, H * d]``; arguments as for :meth:`forward`."""
         q = self.q_proj(x if positions is None else x[:, positions]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         if self.qk_norm_eps is not None:
             q = norm_queries(q.float(), self.v_dim, self.nope_dim, self.qk_norm_eps)
@@ -82,7 +86,7 @@ class LatentAttention(nn.Module):
         kv = self.kv_b_proj(latent).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k_nope, v = kv.split([self.nope_dim, self.v_dim], dim=-1)
         output = latent_attention(q, k_nope, k_rope, v, self.rope_freqs, self.scale, positions)
-        return self.o_proj(output.transpose(1, 2).flatten(2))
+        return output.transpose(1, 2).flatten(2)
 
     @torch.inference_mode()
     def measure_mean(self, x: torch.Tensor) -> None:

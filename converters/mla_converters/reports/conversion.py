@@ -122,6 +122,23 @@ class SelfCheck(Part):
     worst_layer_error: float
 
 
+class Loss(Part):
+    """What a conversion lost on text that it was not calibrated or trained on, see :mod:`mla_converters.loss`.
+
+    Attributes:
+        tokens: number of tokens.
+        source_perplexity, perplexity: perplexities of the source and of the conversion.
+        kl: KL divergence from the source, in nats per token.
+        top1_agreement: share of positions, 0 to 1, at which both models find the same token likeliest.
+    """
+
+    tokens: int
+    source_perplexity: float
+    perplexity: float
+    kl: float
+    top1_agreement: float
+
+
 class ConversionReport(Report):
     """The source, the settings and the measurements of a conversion.
 
@@ -150,6 +167,7 @@ class ConversionReport(Report):
         per_layer: measurements of each layer; None for a method without calibration.
         healing: the healing of the model; None if it was not healed.
         self_check: the short proof that was made before the model got its name.
+        loss: what it lost on text held out; None for a method without text, or if no text was left.
         out, seconds, peak_rss_bytes: folder, time and peak memory of this run; not in the copy in the model's folder.
     """
 
@@ -182,6 +200,7 @@ class ConversionReport(Report):
     per_layer: list[LayerMeasures] | None = None
     healing: Healing | None = None
     self_check: SelfCheck | None = None
+    loss: Loss | None = None
     out: str | None = None
     seconds: float | None = None
     peak_rss_bytes: int | None = None

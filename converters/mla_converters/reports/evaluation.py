@@ -42,6 +42,8 @@ class TaskScore(Part):
         difference: score minus the reference's; None without a reference, as the following.
         difference_stderr: its standard error, paired by problem; None as ``stderr``.
         verdict: the difference in words; None as ``stderr``.
+        score_of_each: the score of each problem, in the task's order, so that other models can be compared with this
+            one later; None if they are no numbers of which ``score`` is the mean.
     """
 
     task: str
@@ -56,6 +58,7 @@ class TaskScore(Part):
     difference: float | None = None
     difference_stderr: float | None = None
     verdict: str | None = None
+    score_of_each: list[float] | None = None
 
     @property
     def measure(self) -> str:

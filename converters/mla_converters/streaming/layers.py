@@ -1,6 +1,6 @@
 """Running calibration text through a model layer by layer, with the weights of one layer in memory at a time."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property, partial
 from typing import Protocol
 
@@ -169,10 +169,18 @@ class SourceLayer:
     @torch.inference_mode()
     def add_attention(self, hidden: torch.Tensor, attention: Attention) -> None:
         """First half of the layer: add the attention's output to ``hidden`` ``[windows, tokens, D]``, in place."""
-        for batch in hidden.split(1):
-            with calibration_autocast(self.device):
-                output = attention(self.normed(batch))
-            batch += output.to(batch)
+        self._add(hidden, (attention(self.normed(batch)) for batch in hidden.split(1)))
+
+    @torch.inference_mode()
+    def add_projected(self, hidden: torch.Tensor, read: list[torch.Tensor], projection: nn.Module) -> None:
+        """The same if what the output ``projection`` reads in each window is known, ``[1, tokens, H * d]``."""
+        self._add(hidden, (projection(heads.to(self.device)) for heads in read))
+
+    def _add(self, hidden: torch.Tensor, outputs: Iterable[torch.Tensor]) -> None:
+        """Add outputs ``[1, tokens, D]``, each of which is computed when it is added."""
+        with calibration_autocast(self.device):
+            for batch, output in zip(hidden.split(1), outputs, strict=True):
+                batch += output.to(batch)
 
     @torch.inference_mode()
     def add_mlp(self, hidden: torch.Tensor) -> None:

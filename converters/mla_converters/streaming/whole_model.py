@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from mla_converters.checkpoints.shape import has_experts
 from mla_converters.streaming.experts import StreamedExperts
@@ -69,13 +69,13 @@ def final_hidden(
     device: str,
     watch: Watch | None = None,
 ) -> torch.Tensor:
-    """The last hidden states ``[1, tokens, D]`` in float32, as transformers computes them.
+    """The last hidden states ``[windows, tokens, D]`` in float32, as transformers computes them.
 
     Args:
         model: transformers' model on the meta device; it cannot be used again.
         tensors: its weights.
         experts: see :func:`layer_weights`.
-        ids: ``[1, tokens]`` token ids.
+        ids: ``[windows, tokens]`` token ids.
         device: the device on which layers run.
         watch: called with the attention of each layer, after it ran.
     """
@@ -115,3 +115,8 @@ def log_probabilities(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
     """``[tokens, vocabulary]`` float32 from hidden states ``[1, tokens, D]`` and the output head's weight."""
     parts = [nn.functional.linear(hidden[0], rows.to(hidden)) for rows in head.split(HEAD_ROWS)]
     return torch.cat(parts, dim=-1).log_softmax(-1)
+
+
+def output_head(config: PretrainedConfig, tensors: Tensors) -> torch.Tensor:
+    """The output head's weight ``[vocabulary, D]``, as stored."""
+    return tensors.tensor("model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight")

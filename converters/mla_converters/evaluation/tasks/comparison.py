@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
@@ -15,21 +14,7 @@ FEWEST = 6
 UNFILTERED = "none"
 
 
-@dataclass(frozen=True)
-class Measured:
-    """One metric of a task.
-
-    Attributes:
-        score: the figures, without comparison.
-        problems: the score of each problem, in the harness's order; None if they are no numbers of which ``score`` is
-            the mean.
-    """
-
-    score: TaskScore
-    problems: list[float] | None
-
-
-def measured(results: dict[str, Any]) -> list[Measured]:
+def measured(results: dict[str, Any]) -> list[TaskScore]:
     """What the harness measured, groups of tasks before their tasks.
 
     Args:
@@ -42,7 +27,7 @@ def measured(results: dict[str, Any]) -> list[Measured]:
     return [*of_groups, *(row for rows in of_tasks.values() for row in rows)]
 
 
-def _of_task(task: str, results: dict[str, Any]) -> Iterator[Measured]:
+def _of_task(task: str, results: dict[str, Any]) -> Iterator[TaskScore]:
     samples, scores = results["samples"][task], results["results"][task]
     better = results["higher_is_better"].get(task) or {}
     filters = dict.fromkeys(sample["filter"] for sample in samples)
@@ -71,19 +56,19 @@ def _averages_to(score: float, values: list[Any]) -> bool:
     return numbers and math.isclose(mean(values), score, abs_tol=1e-9)
 
 
-def _figures(values: list[Any] | None, **fields: Any) -> Measured:
+def _figures(values: list[Any] | None, **fields: Any) -> TaskScore:
     """A row. Its standard error, and whether it is a share of problems, follow from the scores of the problems."""
     numbers = None if values is None else [float(value) for value in values]
     spread = None if numbers is None else _stderr(numbers)
     fraction = numbers is not None and all(0 <= value <= 1 for value in numbers)
-    return Measured(TaskScore(**fields, stderr=spread, fraction=fraction), numbers)
+    return TaskScore(**fields, stderr=spread, fraction=fraction, score_of_each=numbers)
 
 
 def _stderr(values: list[float]) -> float | None:
     return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
-def _members(name: str, groups: dict[str, list[str]], tasks: dict[str, list[Measured]]) -> Iterator[str]:
+def _members(name: str, groups: dict[str, list[str]], tasks: dict[str, list[TaskScore]]) -> Iterator[str]:
     """The tasks in a group and in the groups within it."""
     for child in groups.get(name, []):
         if child in tasks:
@@ -92,40 +77,40 @@ def _members(name: str, groups: dict[str, list[str]], tasks: dict[str, list[Meas
             yield from _members(child, groups, tasks)
 
 
-def _of_group(group: str, members: list[str], of_tasks: dict[str, list[Measured]]) -> Iterator[Measured]:
+def _of_group(group: str, members: list[str], of_tasks: dict[str, list[TaskScore]]) -> Iterator[TaskScore]:
     """The metrics that all tasks of a group have, over the problems of all."""
-    first, *others = ({(row.score.metric, row.score.filter): row for row in of_tasks[task]} for task in members)
+    first, *others = ({(row.metric, row.filter): row for row in of_tasks[task]} for task in members)
     for kind, row in first.items():
         rows = [row, *(other[kind] for other in others if kind in other)]
-        if len(rows) < len(members) or any(each.problems is None for each in rows):
+        if len(rows) < len(members) or any(each.score_of_each is None for each in rows):
             continue
-        pooled = [value for each in rows for value in each.problems or []]
+        pooled = [value for each in rows for value in each.score_of_each or []]
         yield _figures(
             pooled,
             task=group,
-            metric=row.score.metric,
-            filter=row.score.filter,
-            higher_is_better=row.score.higher_is_better,
+            metric=row.metric,
+            filter=row.filter,
+            higher_is_better=row.higher_is_better,
             problems=len(pooled),
             score=mean(pooled),
         )
 
 
-def compared(rows: list[Measured], reference: list[Measured]) -> list[TaskScore]:
+def compared(rows: list[TaskScore], reference: list[TaskScore]) -> list[TaskScore]:
     """The scores of a model, with their differences from the reference's on the same problems."""
-    theirs = {row.score.measure: row for row in reference}
-    return [_compared(row, theirs[row.score.measure]) for row in rows]
+    theirs = {row.measure: row for row in reference}
+    return [_compared(row, theirs[row.measure]) for row in rows]
 
 
-def _compared(own: Measured, theirs: Measured) -> TaskScore:
-    difference = own.score.score - theirs.score.score
-    if own.problems is None or theirs.problems is None:
-        return own.score.model_copy(update={"difference": difference})
-    changes = [value - beside for value, beside in zip(own.problems, theirs.problems, strict=True)]
+def _compared(own: TaskScore, theirs: TaskScore) -> TaskScore:
+    difference = own.score - theirs.score
+    if own.score_of_each is None or theirs.score_of_each is None:
+        return own.model_copy(update={"difference": difference})
+    changes = [value - beside for value, beside in zip(own.score_of_each, theirs.score_of_each, strict=True)]
     error = _stderr(changes)
-    fraction = own.score.fraction and theirs.score.fraction
-    words = None if error is None else verdict(changes, error, own.score.higher_is_better, fraction)
-    return own.score.model_copy(
+    fraction = own.fraction and theirs.fraction
+    words = None if error is None else verdict(changes, error, own.higher_is_better, fraction)
+    return own.model_copy(
         update={"difference": difference, "difference_stderr": error, "verdict": words, "fraction": fraction}
     )
 

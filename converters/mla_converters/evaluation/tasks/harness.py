@@ -23,7 +23,7 @@ from mla_converters.checkpoints.tokenizer import load_tokenizer
 from mla_converters.engines.process import Engine
 from mla_converters.errors import ConversionError, OptionError
 from mla_converters.evaluation.needles.tasks import write_tasks
-from mla_converters.evaluation.tasks.comparison import Measured, compared, measured
+from mla_converters.evaluation.tasks.comparison import compared, measured
 from mla_converters.evaluation.tasks.language_model import EngineModel
 from mla_converters.evaluation.vllm_engine import ENVIRONMENT
 from mla_converters.options import EvalOptions
@@ -62,14 +62,14 @@ def score_tasks(
         write_tasks(Path(needles), options.tasks, everyone, options.text)
         tasks = _load(options, Path(needles))
 
-    def run(model: Model) -> list[Measured]:
+    def run(model: Model) -> list[TaskScore]:
         return _run(model, tokenizers[model.name], tasks, options, progress)
 
     theirs = None if reference is None else run(reference)
     rows = [run(model) for model in models]
     if theirs is None:
-        return [[row.score for row in own] for own in rows], None
-    return [compared(own, theirs) for own in rows], [row.score for row in theirs]
+        return rows, None
+    return [compared(own, theirs) for own in rows], theirs
 
 
 def _tokenizer(model: Model, chat: bool) -> PreTrainedTokenizerBase:
@@ -158,7 +158,7 @@ def _unknown(names: tuple[str, ...], manager: TaskManager) -> list[str]:
 
 def _run(
     model: Model, tokenizer: PreTrainedTokenizerBase, tasks: TaskDict, options: EvalOptions, progress: Progress
-) -> list[Measured]:
+) -> list[TaskScore]:
     for task in tasks["tasks"].values():
         task.set_fewshot_seed(FEWSHOT_SEED)  # each model sees the same examples
     # The engine starts outside of the tasks' folder, whose Python files its process would import in place of its own.

@@ -3,11 +3,11 @@
 from mla_converters.checkpoints.shape import Shape
 from mla_converters.methods.asked_cache import AskedCache
 from mla_converters.methods.attention_aware.amounts import WINDOW, enough_text, random_count, too_little_text
-from mla_converters.methods.attention_aware.format_search import LAYERS as FORMAT_LAYERS
 from mla_converters.methods.attention_aware.layer import ATTENTION_WINDOWS
 from mla_converters.methods.attention_aware.refit import BATCH, QUERIES
 from mla_converters.methods.base import Cost
 from mla_converters.methods.cost import CALIBRATION, CONVERTED_BYTES, Passes, conversion_cost, converted_numbers
+from mla_converters.methods.search import LAYERS
 from mla_converters.options import AttentionAwareOptions, Ingredient
 
 SEARCH = 1e-3  # core-seconds per layer and number in a token's queries (``H * d``), for statistics and searches
@@ -77,4 +77,4 @@ def _format_search(shape: Shape) -> float:
     compared on a few layers."""
     tokens = 2 * (ATTENTION_WINDOWS + 1) * WINDOW
     passes = CALIBRATION * tokens * shape.layer_parameters * shape.layers
-    return passes + FORMAT_SEARCH * min(FORMAT_LAYERS, shape.layers) * shape.query_heads * shape.head_dim
+    return passes + FORMAT_SEARCH * min(LAYERS, shape.layers) * shape.query_heads * shape.head_dim

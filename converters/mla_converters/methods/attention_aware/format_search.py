@@ -6,6 +6,7 @@ less than the bits that it takes; and far below, most of it.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 
 import torch
 from rich.progress import Progress
@@ -20,17 +21,17 @@ from mla_converters.methods.attention_aware.layer import (
     layer_map,
     layer_model,
 )
+from mla_converters.methods.attention_aware.map import ScoreModel
 from mla_converters.methods.attention_aware.noise import costs
 from mla_converters.methods.layer_conversion import map_errors
-from mla_converters.methods.search import sampled_layers, search
-from mla_converters.resume.layer_pass import Streams
+from mla_converters.methods.search import sampled_layers
+from mla_converters.resume.layer_pass import Record, Streams
 from mla_converters.resume.work_folder import Work
 from mla_converters.streaming.layers import SourceLayer, embed
 from mla_converters.text.calibration import Calibration
 from vllm_mla_plugin.checkpoint.cache_formats import CacheFormat
 from vllm_mla_plugin.checkpoint.layouts import WIDEST_PACKED_LATENT
 
-LAYERS = 8  # layers that are searched, evenly spread over the model
 MEASURED = 4  # formats that promise the least error and whose error is measured
 ROUNDING = 0.35  # error of the attention outputs by rounding, relative to its predicted cost; measured on SmolLM2
 
@@ -67,39 +68,41 @@ def search_format(
     Returns:
         Nothing if no format fits.
     """
-    windows, weighing = calibration.some(ATTENTION_WINDOWS).windows, first_weighing(settings.without)
-    formats = _promising(source, windows, ropes, format_for, settings, device, progress, work)
+    windows = calibration.some(ATTENTION_WINDOWS).windows
+    profile = _profile(source, windows, ropes, settings, device, progress, work.record("profile"))
+    formats = _promising(profile, ropes, format_for)
     if len(formats) < 2:
         return dict.fromkeys(formats, 0.0)
+    layers, weighing = sampled_layers(source), first_weighing(settings.without)
+    record = work.record("formats")
+    errors = record.begin(lambda: {"errors": torch.zeros(len(formats), dtype=torch.float64)})["errors"]
+    for layer in record.layers(source, device, progress, "Comparing formats"):
+        if layer.index in layers:
+            model, hidden = _kept(profile, layer.index, device)
+            packed = ((layer_map(layer, model, CacheBudget(*f.sizes), weighing, packed=True), f) for f in formats)
+            errors += torch.tensor(map_errors(layer, hidden, packed), dtype=torch.float64) / len(layers)
+    return dict(zip(formats, errors.tolist(), strict=True))
 
-    def errors(layer: SourceLayer, hidden: torch.Tensor) -> list[float]:
-        model = layer_model(layer, hidden[:-1], hidden[-1:], settings.without)
-        packed = ((layer_map(layer, model, CacheBudget(*f.sizes), weighing, packed=True), f) for f in formats)
-        return map_errors(layer, hidden[:ERROR_WINDOWS], packed)
 
-    layers = sampled_layers(source, LAYERS)
-    return search(
-        source, windows, formats, errors, device, progress, "Comparing formats", work.record("formats"), layers
-    )
-
-
-def _promising(
+def _profile(
     source: Source,
     windows: torch.Tensor,
     ropes: Sequence[int],
-    format_for: FormatFor,
     settings: Settings,
     device: str,
     progress: Progress,
-    work: Work,
-) -> list[CacheFormat]:
-    """The :data:`MEASURED` formats with the least predicted error, best first.
+    record: Record,
+) -> Streams:
+    """What a pass over the layers says of each width of the rotary key.
 
-    The error is the one by lost rotations, measured with nothing else lost, and the predicted one by rounding.
+    Returns:
+        For each width, means over the sampled layers: ``latent`` and ``pairs``, the costs of the components, largest
+        first, and ``lost``, the error by lost rotations with nothing else lost. For each sampled layer, its statistics
+        and the input on which formats are compared, so that this needs no second pass.
     """
     cached, weighing = 2 * source.config.num_key_value_heads * source.head_dim, first_weighing(settings.without)
     widest = {rope: min(cached - rope, WIDEST_PACKED_LATENT) for rope in ropes}
-    layers = sampled_layers(source, LAYERS)
+    layers = sampled_layers(source)
 
     def start() -> Streams:
         zeros = {
@@ -109,26 +112,48 @@ def _promising(
         }
         return zeros | {"hidden": embed(source, windows)}
 
-    record = work.record("profile")
     streams = record.begin(start)
     hidden = streams["hidden"]
     for layer in record.layers(source, device, progress, "Searching the format"):
         if layer.index in layers:
             model = layer_model(layer, hidden[:-1], hidden[-1:], settings.without)
-            size = _output_size(layer, hidden[:ERROR_WINDOWS])
+            compared = hidden[:ERROR_WINDOWS]
+            _keep(streams, layer.index, model, compared)
+            size = _output_size(layer, compared)
             for rope in ropes:
                 maps = layer_map(layer, model, CacheBudget(widest[rope], rope), weighing)
                 found = costs(maps, model)
                 streams[f"latent {rope}"] += found.latent.sort(descending=True).values.cpu() / size / len(layers)
                 streams[f"pairs {rope}"] += found.rope.sort(descending=True).values.cpu() / size / len(layers)
-                (error,) = map_errors(layer, hidden[:ERROR_WINDOWS], [(maps, None)])
+                (error,) = map_errors(layer, compared, [(maps, None)])
                 streams[f"lost {rope}"] += error / len(layers)
-        layer.advance(hidden, layer.attend)
+        if layer.index < layers[-1]:
+            layer.advance(hidden, layer.attend)
+    return streams
+
+
+def _keep(streams: Streams, index: int, model: ScoreModel, hidden: torch.Tensor) -> None:
+    """Keep a layer's statistics, complex ones as real pairs, because a record cannot hold them otherwise."""
+    streams[f"input {index}"] = hidden.clone()
+    for field in fields(model):
+        tensor = getattr(model, field.name).cpu()
+        streams[f"{field.name} {index}"] = torch.view_as_real(tensor).clone() if tensor.is_complex() else tensor
+
+
+def _kept(streams: Streams, index: int, device: str) -> tuple[ScoreModel, torch.Tensor]:
+    """A layer's statistics on the device, and its input ``[windows, tokens, D]``."""
+    tensors = {field.name: streams[f"{field.name} {index}"].to(device) for field in fields(ScoreModel)}
+    tensors["phase"] = torch.view_as_complex(tensors["phase"])
+    return ScoreModel(**tensors), streams[f"input {index}"]
+
+
+def _promising(profile: Streams, ropes: Sequence[int], format_for: FormatFor) -> list[CacheFormat]:
+    """The :data:`MEASURED` formats with the least predicted error, by lost rotations and by rounding, best first."""
     predicted: dict[CacheFormat, float] = {}
     for rope in ropes:
-        suited = format_for(rope, streams[f"latent {rope}"].tolist(), streams[f"pairs {rope}"].tolist())
+        suited = format_for(rope, profile[f"latent {rope}"].tolist(), profile[f"pairs {rope}"].tolist())
         if suited is not None:
-            predicted[suited[0]] = streams[f"lost {rope}"].item() + ROUNDING * suited[1]
+            predicted[suited[0]] = profile[f"lost {rope}"].item() + ROUNDING * suited[1]
     return sorted(predicted, key=lambda format: predicted[format])[:MEASURED]
 
 

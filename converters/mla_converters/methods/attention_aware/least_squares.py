@@ -57,7 +57,9 @@ class Examples:
 
 
 @torch.inference_mode()
-def fit_output(attention: LatentAttention, layer: SourceLayer, examples: Sequence[Examples], seed: int) -> None:
+def fit_output(
+    attention: LatentAttention, layer: SourceLayer, examples: Sequence[Examples], seed: int
+) -> list[list[torch.Tensor]]:
     """Change ``o_proj`` so that the residual stream after the attention comes as close as possible to the expected one.
 
     Errors are relative to the size of each token's target, as in a refit. Tokens that are held out decide how strongly
@@ -68,21 +70,27 @@ def fit_output(attention: LatentAttention, layer: SourceLayer, examples: Sequenc
         layer: the source's layer.
         examples: text as it passes through the converted model, and possibly random tokens.
         seed: the seed of the directions on which ridges are compared.
+
+    Returns:
+        For each of the examples, what ``o_proj`` reads in each window, ``[1, tokens, H * d]``, because computing it
+        again would take most of the time that a layer takes.
     """
     d, n = attention.o_proj.weight.shape
     sketch = torch.randn(d, SKETCH, generator=torch.Generator().manual_seed(seed)).to(layer.device)
     fitted, held_out = (_Moments(n, SKETCH, layer.device) for _ in range(2))
     cross = torch.zeros(n, d, device=layer.device)  # over all tokens, and for the whole output
-    reads: list[torch.Tensor] = []
-    hook = attention.o_proj.register_forward_pre_hook(lambda _, inputs: reads.append(inputs[0]))
+    outputs: list[list[torch.Tensor]] = []
     for some in examples:
         tokens = some.hidden.shape[0] * some.hidden.shape[1]
         left = tokens - tokens // HELD_OUT
+        outputs.append([])
         for hidden, expected in zip(some.hidden.split(1), some.expected.split(1), strict=True):
             target = (expected - hidden)[0].to(layer.device)
             with calibration_autocast(layer.device):
-                output = attention(layer.normed(hidden))[0].float()
-            read = reads.pop()[0].float()
+                heads = attention.heads_output(layer.normed(hidden))
+                output = attention.o_proj(heads)[0].float()
+            outputs[-1].append(heads.to(hidden.device))
+            read = heads[0].float()
             if target.any():
                 missing, weights = target - output, some.share / tokens * relative_weights(target)
                 cross += (read * weights[:, None]).mT @ missing
@@ -90,10 +98,10 @@ def fit_output(attention: LatentAttention, layer: SourceLayer, examples: Sequenc
                 fitted.add(*(part[:left] for part in parts))
                 held_out.add(*(part[left:] for part in parts))
             left = max(0, left - len(read))
-    hook.remove()
     ridge = _best_ridge(fitted, held_out)
     if ridge is not None:
         attention.o_proj.weight += _solved(fitted.gram + held_out.gram, cross, ridge).mT
+    return outputs
 
 
 def _best_ridge(fitted: _Moments, held_out: _Moments) -> float | None:

@@ -72,11 +72,12 @@ def attention_aware(
         layer.add_attention(text, layer.attend)
         whole = budgets[layer.index] == exact_budget(layer.kv_heads, layer.head_dim)
         lossless = whole and settings.cache_format is None
+        read = []
         if fits and not lossless:
             examples = [Examples(converted, text, 1 - RANDOM_SHARE)]
             if Ingredient.RANDOM_TOKENS not in settings.without:
                 examples.append(Examples(random_inputs, random, RANDOM_SHARE))
-            fit_output(attention, layer, examples, settings.seed)
+            read, *_ = fit_output(attention, layer, examples, settings.seed)
         layer.add_mlp(random)
         # A refit through experts would read them from disk in each step, and hold them in memory for the gradient.
         through_mlp = bool(settings.refit.steps) and Ingredient.MLP not in settings.without and not layer.has_experts
@@ -89,7 +90,11 @@ def attention_aware(
             streams["generator"] = generator.get_state()
             attention.measure_mean(layer.normed(converted[:MEAN_WINDOWS]))
         measured = measure(layer, converted, maps, model.key_value, attention)
-        layer.advance(converted, attention)
+        if read:
+            layer.add_projected(converted, read, attention.o_proj)
+            layer.add_mlp(converted)
+        else:
+            layer.advance(converted, attention)
         if not through_mlp:
             layer.add_mlp(text)
         return ConvertedLayer(attention.weights(), measured)

@@ -14,7 +14,7 @@ from mla_converters.methods.attention_aware.layer import (
     layer_model,
 )
 from mla_converters.methods.layer_conversion import map_errors
-from mla_converters.methods.search import search
+from mla_converters.methods.search import sampled_layers, search
 from mla_converters.resume.layer_pass import Record
 from mla_converters.streaming.layers import SourceLayer
 from mla_converters.text.calibration import Calibration
@@ -42,7 +42,8 @@ def search_split(
         return map_errors(layer, hidden[:ERROR_WINDOWS], maps)
 
     windows = calibration.some(ATTENTION_WINDOWS).windows
-    found = search(source, windows, budgets, errors, device, progress, "Searching the split", record)
+    layers = sampled_layers(source)
+    found = search(source, windows, budgets, errors, device, progress, "Searching the split", record, layers)
     return widest_latent(found), found
 
 

@@ -38,7 +38,8 @@ def search_freqfold(
         maps = ((transmla_map(moments, layer.freqs, *sizes, fold), None) for fold in candidates)
         return map_errors(layer, hidden[:ERROR_WINDOWS], maps)
 
-    found = search(source, windows[:SEARCH_WINDOWS], candidates, errors, device, progress, "Searching freqfold", record)
+    some, layers = windows[:SEARCH_WINDOWS], range(source.config.num_hidden_layers)
+    found = search(source, some, candidates, errors, device, progress, "Searching freqfold", record, layers)
     return min(found, key=found.__getitem__), found
 
 
