@@ -58,6 +58,7 @@ def _packed(text: Path) -> dict[str, Job]:
         closed_form = [*ratio, "--calibration", str(text), *CLOSED_FORM]
         refitted = [*ratio, "--calibration", str(text), *REFIT]
         rows[f"packed closed-form {share}"] = Job(closed_form, in_vllm=True)
+        rows[f"packed closed-form healed {share}"] = Job(closed_form, ["--text", str(text)], in_vllm=True)
         rows[f"packed refit {share}"] = Job(refitted, in_vllm=True)
         rows[f"packed refit healed {share}"] = Job(refitted, ["--text", str(text)], in_vllm=True)
         rows[f"packed self healed {share}"] = Job(ratio, ["--text", "self"], in_vllm=True)

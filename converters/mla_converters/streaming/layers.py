@@ -196,12 +196,12 @@ class SourceLayer:
 
 
 def _kept_dtype(name: str, tensor: torch.Tensor, device: str) -> torch.dtype:
-    """The dtype of a weight in memory: float32, except that bfloat16 matrices of an MLP may stay bfloat16.
+    """The dtype of a weight in memory: float32, except that matrices of an MLP are bfloat16 if autocast is on.
 
-    They stay so if autocast is on, because autocast would convert them to bfloat16 at each use.
+    Autocast would convert them to bfloat16 at each use.
     """
-    stays = name.startswith("mlp.") and tensor.dim() == 2 and native_bfloat16(device)
-    return torch.bfloat16 if stays and tensor.dtype == torch.bfloat16 else torch.float32
+    converted = name.startswith("mlp.") and tensor.dim() == 2 and native_bfloat16(device)
+    return torch.bfloat16 if converted else torch.float32
 
 
 def _other_weights(source: Source, index: int, module: nn.Module, device: str) -> dict[str, torch.Tensor]:
