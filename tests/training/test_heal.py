@@ -3,8 +3,10 @@
 import json
 import math
 import shutil
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -26,12 +28,15 @@ from support.files import CALIBRATION, ROOT
 from support.models import MIXTRAL_EXPERTS, QWEN3_EXPERTS, RandomModel, load
 
 from mla_converters import heal as healing
-from mla_converters.checkpoints.models import Model
+from mla_converters.checkpoints.models import Model, find_model
+from mla_converters.checkpoints.source import open_source
 from mla_converters.evaluation.hf_engine import kl_per_token
+from mla_converters.options import HealOptions
 from mla_converters.streaming import layers
 from mla_converters.support import devices
 from mla_converters.text.healing import divided
-from mla_converters.training import distillation, schedule, trainer
+from mla_converters.training import assembly, distillation, losses, schedule, trainer
+from mla_converters.training.assembly import assemble
 
 OTHER_TEXT = ROOT / "scripts" / "demo_text.txt"
 CALIBRATED = ("--calibration", CALIBRATION, "--calibration-tokens", 1024, "--refit-steps", 0, *UNPACKED)
@@ -119,45 +124,63 @@ def test_real_model(command_line: CommandLine, healed: Path, smollm2: Path) -> N
     assert code == 0
 
 
+def beside_its_source(model: Path, source: Path, options: HealOptions | None = None) -> distillation.Distillation:
+    with open_source(str(source)) as opened:
+        return assemble(model, opened, None, options or HealOptions(), torch.float32, "cpu", False)
+
+
+def beside(model: Path, teacher: Path, options: HealOptions | None = None) -> distillation.Distillation:
+    """With a teacher in memory that shares nothing with the model."""
+    other = find_model(str(teacher), ExitStack())
+    return assemble(model, None, other, options or HealOptions(), torch.float32, "cpu", False)
+
+
 @torch.no_grad()
-def test_loss_is_the_divergence_of_evaluations(source: Path, mla: Path) -> None:
+@pytest.mark.parametrize("put_together", [beside_its_source, beside])
+def test_loss_is_the_divergence_of_evaluations(source: Path, mla: Path, put_together: Callable) -> None:
     """The loss equals the KL divergence of evaluations, with one chunk and with two of different lengths."""
     student, teacher = load(mla), load(source)
     for shape in ((1, 100), (5, 120)):
         ids = torch.randint(0, 128, shape, generator=torch.Generator().manual_seed(0))
-        with distillation.distillation(student, teacher) as distilled:
-            loss = distilled(ids)["loss"].item()
+        loss = put_together(mla, source)(ids)["loss"].item()
         pairs = zip(teacher(ids).logits, student(ids).logits, strict=True)
         assert loss == pytest.approx(torch.cat([kl_per_token(*pair) for pair in pairs]).mean().item(), rel=1e-4)
 
 
-def test_gradient_is_that_of_all_logits_at_once(source: Path, mla: Path) -> None:
-    teacher, student = load(source), load(mla)
+@pytest.mark.parametrize("train", ["attention", "all"])
+def test_gradient_is_that_of_all_logits_at_once(source: Path, mla: Path, train: Literal["attention", "all"]) -> None:
+    """Of a sum of both losses, at a temperature; also the gradient of the output head."""
+    teacher = load(source)
     ids = torch.randint(0, teacher.config.vocab_size, (3, 256), generator=torch.Generator().manual_seed(0))
-    assert ids.numel() > distillation.CHUNK and ids.numel() % distillation.CHUNK
-    with distillation.distillation(student, teacher) as distilled:
-        distilled(ids)["loss"].backward()
-        gradients = [weight.grad.clone() for weight in distilled.trained]
-        student.zero_grad()
-        expected, predicted = (model(ids).logits.log_softmax(-1).flatten(0, 1) for model in (teacher, student))
-        torch.nn.functional.kl_div(predicted, expected, reduction="batchmean", log_target=True).backward()
-        for gradient, weight in zip(gradients, distilled.trained, strict=True):
-            assert gradient.abs().max() > 0
-            torch.testing.assert_close(gradient, weight.grad, rtol=1e-4, atol=1e-7)
+    assert ids.numel() > losses.CHUNK and ids.numel() % losses.CHUNK
+    distilled = beside(mla, source, HealOptions(train=train, loss="kl:0.7,lm:0.3", temperature=2))
+    student, trained = distilled.student, distilled.trained
+    distilled(ids)["loss"].backward()
+    gradients = [weight.grad.clone() for weight in trained]
+    student.zero_grad()
+    expected, predicted = (model(ids).logits.flatten(0, 1) for model in (teacher, student))
+    expected, softened = ((logits / 2).log_softmax(-1) for logits in (expected, predicted))
+    kl = torch.nn.functional.kl_div(softened, expected, reduction="batchmean", log_target=True)
+    lm = student(ids, labels=ids).loss
+    (0.7 * 4 * kl + 0.3 * lm).backward()
+    assert len(gradients) == len(trained) > 0
+    for gradient, weight in zip(gradients, trained, strict=True):
+        assert gradient.abs().max() > 0
+        torch.testing.assert_close(gradient, weight.grad, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("native", [True, False])
 def test_with_and_without_bfloat16(native: bool, mla: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With bfloat16, only the trained weights are float32. The test simulates machines with and without bfloat16."""
     dtypes: set[torch.dtype] = set()
-    load_model = healing.load_model
+    load_model = assembly.load_model
 
     def spy(model: Model, dtype: torch.dtype, device: str) -> torch.nn.Module:
         dtypes.add(dtype)
         return load_model(model, dtype, device)
 
-    monkeypatch.setattr(healing, "load_model", spy)
-    for module in (healing, trainer, layers, devices):
+    monkeypatch.setattr(assembly, "load_model", spy)
+    for module in (healing, layers, devices):
         monkeypatch.setattr(module, "native_bfloat16", lambda device: native)
     healed = heal(mla, tmp_path / "healed", "--text", CALIBRATION, "--steps", 40)
     assert dtypes == {torch.bfloat16 if native else torch.float32}
@@ -240,11 +263,10 @@ def test_disk_that_fills_up(mla: Path, expected: dict[str, bytes], small_disk: P
 
 
 def test_what_both_models_have_is_in_memory_once(smollm2: Path, half: Path) -> None:
+    distilled = beside_its_source(half, smollm2)
     student, teacher = load(half), load(smollm2)
-    with distillation.distillation(student, teacher):
-        own = {tensor.data_ptr() for tensor in student.parameters()}
-        apart = {name for name, tensor in teacher.named_parameters() if tensor.data_ptr() not in own}
-    assert apart == {name for name, _ in teacher.named_parameters() if ".self_attn." in name}
+    attentions = sum(weight.numel() for name, weight in teacher.named_parameters() if ".self_attn." in name)
+    assert sum(weight.numel() for weight in distilled.parameters()) == student.num_parameters() + attentions
 
 
 @pytest.mark.parametrize(

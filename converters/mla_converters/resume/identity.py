@@ -13,6 +13,7 @@ from mla_converters.checkpoints.locate import local_path
 from mla_converters.checkpoints.source import Source
 from mla_converters.options import WRITTEN, ConvertOptions, HealOptions, MethodOptions, OptionsModel, option_name
 from mla_converters.options.base import as_json
+from mla_converters.options.text import parse_weighted
 
 VERSIONS = {
     "vllm-mla-plugin": vllm_mla_plugin.__version__,
@@ -68,7 +69,7 @@ def _options_identity(options: OptionsModel) -> dict[str, Any]:
 def _texts_identity(kind: str, origins: tuple[str, ...]) -> dict[str, str]:
     return {
         f"{kind} {origin}": hashlib.sha256(Path(origin).read_bytes()).hexdigest()[:16]
-        for origin in origins
+        for origin in (parse_weighted(given)[0] for given in origins)
         if origin not in WRITTEN and Path(origin).is_file()
     }
 
