@@ -74,6 +74,8 @@ def heal(
     started = time.monotonic()
     options = options or HealOptions()
     device = usable_device(options.device)
+    if asked_to_shard():
+        options = options.model_copy(update={"fsdp": True})
     state = join_processes(device)
     with ExitStack() as stack:
         progress = stack.enter_context(progress_bars(quiet or not state.is_main_process))
@@ -199,7 +201,7 @@ def _train(run: _Run, progress: Progress) -> ConversionReport:
     options, state = run.options, PartialState()
     windows = _windows(run, progress)
     trained_on, held_out = hold_out(windows)
-    sharded = (options.fsdp or asked_to_shard()) and state.num_processes > 1
+    sharded = options.fsdp and state.num_processes > 1
     dtype = _dtype(options, run.device)
     distilled = _assemble(run, dtype, sharded)
 
@@ -220,7 +222,7 @@ def _train(run: _Run, progress: Progress) -> ConversionReport:
     rate = options.learning_rate or suited_rate(lost, options.batch_size * trained_on.shape[1], options.train)
     at_a_time, accumulated = shares(options.batch_size, options.device_batch_size, state.num_processes)
     schedule = Schedule(
-        steps, rate, at_a_time, accumulated, options.seed, dtype, sharded, options.gradient_checkpointing
+        steps, rate, at_a_time, accumulated, options.seed, dtype, options.gradient_checkpointing
     )
     task = progress.add_task("Training", total=steps)
 

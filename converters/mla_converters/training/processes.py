@@ -23,8 +23,11 @@ def join_processes(device: str) -> PartialState:
 
 
 def asked_to_shard() -> bool:
-    """Whether the configuration of ``accelerate launch`` asks for FSDP."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    """Whether the configuration of ``accelerate launch`` asks for FSDP; asked only once.
+
+    The models are sharded before Trainer sees them, so accelerate must not do it again.
+    """
+    return os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 def shares(batch_size: int, at_a_time: int | None, processes: int) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -39,7 +40,6 @@ class Schedule:
         accumulated: how often it does that in a step.
         seed: decides the order of the windows.
         dtype: of matrix products.
-        sharded: whether the model is sharded over the processes.
         checkpointing: whether layers are computed twice, so that less has to be kept.
     """
 
@@ -49,7 +49,6 @@ class Schedule:
     accumulated: int
     seed: int
     dtype: torch.dtype
-    sharded: bool = False
     checkpointing: bool = False
 
 
@@ -112,6 +111,10 @@ class OneDevice(TrainingArguments):
     def n_gpu(self) -> int:
         return min(1, super().n_gpu)
 
+    @property
+    def place_model_on_device(self) -> bool:
+        return False  # it is there already
+
 
 class _Trainer(Trainer):
     """Trainer with relative learning rates, a fixed order of windows, and checkpoints of trained weights only.
@@ -123,6 +126,9 @@ class _Trainer(Trainer):
     def __init__(self, *arguments: Any, rate: float, **named: Any) -> None:
         self._rate = rate
         super().__init__(*arguments, **named)
+        if isinstance(self.model, FSDPModule):
+            # accelerate would otherwise wrap the model again; so it only sets the precision.
+            self.accelerator.prepare_model(self.model, device_placement=False, evaluation_mode=True)
 
     def create_optimizer(self, *_: object) -> torch.optim.Optimizer:
         self.optimizer = torch.optim.Adam(learning_rates(self.model.student, self._rate), betas=BETAS)
@@ -200,7 +206,6 @@ def train(
         bf16=schedule.dtype == torch.bfloat16,
         use_cpu=torch.device(device).type == "cpu",
         ddp_find_unused_parameters=False,
-        **({"fsdp": True, "fsdp_config": {"auto_wrap_policy": "NO_WRAP"}} if schedule.sharded else {}),
     )
     if schedule.checkpointing:
         model.student.gradient_checkpointing_enable({"use_reentrant": False})
