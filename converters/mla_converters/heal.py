@@ -121,7 +121,7 @@ def _begin(model: Path, out: Path, options: HealOptions, device: str, force: boo
         return _Run(model, config, report, source, teacher, options, str(state.device), joined_work(out))
     decisive = options.model_copy(update={"device": device, **FREE})
     work = stack.enter_context(work_folder(out, force, healing_identity(model, source, decisive)))
-    work.check_space(disk_bytes(Checkpoint(model), options.train))
+    work.check_space(disk_bytes(Checkpoint(model), options.train, options.tokens))
     own_device = device if state.num_processes == 1 else str(state.device)
     return _Run(model, config, report, source, teacher, options, own_device, work)
 
@@ -221,15 +221,20 @@ def _train(run: _Run, progress: Progress) -> ConversionReport:
     steps = options.steps or -(-suited_passes(lost) * len(trained_on) // options.batch_size)
     rate = options.learning_rate or suited_rate(lost, options.batch_size * trained_on.shape[1], options.train)
     at_a_time, accumulated = shares(options.batch_size, options.device_batch_size, state.num_processes)
-    schedule = Schedule(
-        steps, rate, at_a_time, accumulated, options.seed, dtype, options.gradient_checkpointing
-    )
+    schedule = Schedule(steps, rate, at_a_time, accumulated, options.seed, dtype, options.gradient_checkpointing)
     task = progress.add_task("Training", total=steps)
 
     def advance(step: int, loss: float) -> None:
         progress.update(task, completed=step, description=f"Training, loss {loss:.4f}")
 
-    train(distilled, [{"input_ids": ids} for ids in trained_on], schedule, run.device, run.work.folder / "trainer", advance)
+    train(
+        distilled,
+        [{"input_ids": ids} for ids in trained_on],
+        schedule,
+        run.device,
+        run.work.folder / "trainer",
+        advance,
+    )
     after = measure()
     if state.is_main_process and not after[0] < total:
         raise ConversionError(
@@ -262,7 +267,7 @@ def _windows(run: _Run, progress: Progress) -> torch.Tensor:
     """The windows of all text; the main process makes them, and all get them."""
     options, length = run.options, run.options.length or LONGEST
     with PartialState().main_process_first():
-        return run.work.remembered(
+        return run.work.mapped(
             "text",
             lambda: training_windows(
                 run.source, options.text, options.tokens, length, options.seed, progress, run.device

@@ -11,7 +11,6 @@ from support.files import ROOT
 
 from mla_converters import heal as healing
 from mla_converters.options import HealOptions
-from mla_converters.training import trainer
 
 DIES_AT = 12  # step
 
@@ -23,7 +22,9 @@ def train_in_two_processes(model: Path, folder: Path, options: HealOptions) -> N
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "support.training_process", str(model), str(folder), options.model_dump_json()]
-    paths = os.pathsep.join([str(ROOT / "tests"), str(ROOT), str(ROOT / "converters"), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join(
+        [str(ROOT / "tests"), str(ROOT), str(ROOT / "converters"), os.environ.get("PYTHONPATH", "")]
+    )
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert "killed itself" in result.stderr, result.stderr

@@ -99,6 +99,63 @@ def test_only_attentions_change_and_predict_better(shape: str, tmp_path: Path) -
         assert torch.equal(new[name], tensor) != trained, name
 
 
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ("llama", ("--train", "all")),
+        ("qwen3_moe", ("--train", "all", "--loss", "kl:0.5,lm:0.5", "--gradient-checkpointing")),
+        ("qwen3", ("--train", "lora", "--lora-rank", 4, "--temperature", 2)),
+    ],
+)
+def test_what_trains(shape: str, options: tuple, tmp_path: Path) -> None:
+    """All weights change, experts too; or attentions alone, by low-rank changes that end up in the weights."""
+    mla = convert(SHAPES[shape].save(tmp_path / "source"), tmp_path / "mla", *MAP_ALONE)
+    healed = heal(mla, tmp_path / "healed", "--text", CALIBRATION, "--steps", 48, "--dtype", "float32", *options)
+    losses = [loss for name in ("kl_held_out", "lm_held_out") if (loss := reported(healed).get(name))]
+    assert 0 < sum(loss["after"] for loss in losses) < 0.98 * sum(loss["before"] for loss in losses)
+    old, new = (load_file(folder / "model.safetensors") for folder in (mla, healed))
+    assert old.keys() == new.keys()
+    whole = "all" in options
+    for name, tensor in old.items():
+        changes = new[name] - tensor
+        matrix = whole or (".self_attn." in name and "_proj" in name)
+        assert bool(changes.any()) == (matrix and not name.endswith("rope_freqs")), name
+        if not whole and matrix:
+            assert torch.linalg.matrix_rank(changes, rtol=1e-4) == 4
+
+
+def test_exact_trains_on_text(command_line: CommandLine, source: Path, tmp_path: Path) -> None:
+    """Same cache as the source, and more weights that count: no teacher is needed, and none is in memory."""
+    exact = convert(source, tmp_path / "exact", "--method", "exact")
+    options = ("--text", CALIBRATION, "--tokens", 16384, "--length", 64, "--batch-size", 4, "--learning-rate", 0.01)
+    healed = heal(exact, tmp_path / "healed", *options, "--loss", "lm")
+    assert "kl_held_out" not in reported(healed)
+    assert reported(healed)["lm_held_out"]["after"] < 0.98 * reported(healed)["lm_held_out"]["before"]
+    report = json.loads((healed / "conversion_report.json").read_text())
+    assert report["lossless"] is False and report["self_check"]["kl"] > 0.01
+    assert "attentions trained on the text itself" in (healed / "README.md").read_text()
+    code, _, complaint = command_line("verify", healed, "--source", source)
+    assert code == 0, complaint
+
+
+def test_larger_teacher(refusal: Refused, mla: Path, tmp_path: Path) -> None:
+    """A wider model with the same tokenizer teaches. Rows of the vocabulary that only it has do not matter."""
+    teacher = RandomModel(hidden=96, heads=6, layers=3, vocab=220).save(tmp_path / "teacher")
+    options = ("--text", CALIBRATION, "--steps", 24, "--teacher", teacher)
+    healed = heal(mla, tmp_path / "healed", *options)
+    kl = held_out(healed)
+    assert 0 < kl["after"] < 0.98 * kl["before"]
+    assert reported(healed)["teacher"] == str(teacher)
+    assert f"attentions trained on `{teacher}`'s predictions" in (healed / "README.md").read_text()
+    out = tmp_path / "out"
+    assert "learns from no teacher" in refusal("heal", mla, out, *options, "--loss", "lm")
+    tokenizer = json.loads((teacher / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (teacher / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert "has another tokenizer than" in refusal("heal", mla, out, *options)
+
+
 def test_windows_by_how_much_was_lost() -> None:
     """More loss gives shorter windows. Windows are cut into equal pieces, and only a remainder is dropped."""
     assert [schedule.suited_length(lost) for lost in LOST] == list(LOST.values())
@@ -242,7 +299,7 @@ def test_a_checkpoint_that_was_not_finished_is_passed_over(tmp_path: Path) -> No
 def test_other_options_do_not_go_on(mla: Path, refusal: Refused, tmp_path: Path) -> None:
     out, folder = tmp_path / "out", tmp_path / "out.partial"
     with running("heal", mla, out, *OPTIONS) as process:
-        wait_for(process, lambda: (folder / "text.safetensors").exists())
+        wait_for(process, lambda: (folder / "text.npy").exists())
     complaint = refusal("heal", mla, out, *OPTIONS, "--learning-rate", 0.001)
     assert "--learning-rate (not given then, 0.001 now)" in complaint
     assert folder.exists()
@@ -272,6 +329,8 @@ def test_what_both_models_have_is_in_memory_once(smollm2: Path, half: Path) -> N
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
+        (("--loss", "mse"), "--loss is 'mse', but must be kl, lm, or a weighted sum"),
+        (("--text", "nowhere.jsonl:0.5"), "Text nowhere.jsonl cannot be read"),
         (("--steps", 0), "--steps is 0, but must be 1 or more"),
         (("--length", 0), "--length is 0, but must be 1 or more"),
         (("--batch-size", -1), "--batch-size is -1, but must be 1 or more"),

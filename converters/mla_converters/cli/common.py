@@ -47,7 +47,7 @@ def write_report(path: Path | None, report: Report) -> None:
 
 
 def is_main_process() -> bool:
-    """Whether this is the first of the processes that ``torchrun`` or ``accelerate launch`` started, or the only one."""
+    """Whether this is the only process, or the first of those that ``torchrun`` or ``accelerate launch`` started."""
     return os.environ.get("RANK", "0") == "0"
 
 

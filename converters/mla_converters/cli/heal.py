@@ -7,7 +7,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mla_converters.cli.common import Force, NewFolder, ReportFile, check_output, is_main_process, quiet_transformers, write_report
+from mla_converters.cli.common import (
+    Force,
+    NewFolder,
+    ReportFile,
+    check_output,
+    is_main_process,
+    quiet_transformers,
+    write_report,
+)
 from mla_converters.cli.flags import with_flags
 from mla_converters.options import HealOptions
 from mla_converters.reports.conversion import ConversionReport

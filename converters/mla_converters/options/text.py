@@ -9,6 +9,8 @@ SELF = "self"
 CHAT = "chat"
 """Given instead of a text file, it means conversations in which the model writes both sides."""
 WRITTEN = (SELF, CHAT)
+HUB = "hub:"
+"""Begins the name of a data set on the hub, where a file could be given."""
 WINDOW = 512
 """Tokens in the shortest calibration window."""
 ORIGINS = (

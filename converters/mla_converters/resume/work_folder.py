@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from filelock import FileLock, Timeout
@@ -46,6 +47,16 @@ class Work:
             record.done = 1
             record.save()
         return streams[name]
+
+    def mapped(self, name: str, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """The same for a tensor that may be larger than memory: it stays in its file, and processes share it."""
+        path = self.folder / f"{name}.npy"
+        if not path.exists():
+            partial = path.with_suffix(".partial")
+            with partial.open("wb") as file:
+                np.save(file, compute().numpy())
+            os.replace(partial, path)
+        return torch.from_numpy(np.load(path, mmap_mode="c"))
 
     def remembered_together(self, name: str, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         """The same for what all processes of a run compute together, and all of them get."""

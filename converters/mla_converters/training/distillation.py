@@ -1,8 +1,5 @@
 """Training a converted model: on a teacher's predictions (knowledge distillation, arXiv 1503.02531), or on text."""
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -72,8 +69,6 @@ class Distillation(nn.Module):
         if self.teacher is not None:
             self.teacher.eval()
         return self
-
-
 
 
 @torch.no_grad()

@@ -74,7 +74,7 @@ def prediction_loss(
         teaching: the teacher's predictions; None if only the text counts.
         weights: of the parts. A part without weight is computed only if it costs little, and is zero otherwise.
     """
-    following = F.pad(input_ids[:, 1:], (0, 1), value=UNSCORED).flatten()
+    following = F.pad(input_ids[:, 1:].long(), (0, 1), value=UNSCORED).flatten()
     return _ChunkedLoss.apply(hidden, head, following, teaching, weights)
 
 

@@ -211,9 +211,7 @@ def train(
         model.student.gradient_checkpointing_enable({"use_reentrant": False})
     processes = arguments.world_size
     count = steps * schedule.at_a_time * schedule.accumulated * processes
-    trainer = _Trainer(
-        model, arguments, train_dataset=Ordered(windows, count, schedule.seed), rate=schedule.rate
-    )
+    trainer = _Trainer(model, arguments, train_dataset=Ordered(windows, count, schedule.seed), rate=schedule.rate)
     trainer.remove_callback(PrinterCallback)
     if trainer.is_world_process_zero():
         trainer.add_callback(_Watch(advance))

@@ -11,20 +11,22 @@ from mla_converters.training.checkpoints import BYTES
 from mla_converters.training.teachers import ATTENTION
 from mla_converters.training.trained import Choice, trained_tensors
 
+TOKEN_BYTES = 4  # of a token id
 SAVES = 2  # checkpoints; a new one is written before the old one goes
 
 
-def disk_bytes(checkpoint: Checkpoint, choice: Choice) -> int:
-    """Bytes on disk of the trained model and of the checkpoints on the way there.
+def disk_bytes(checkpoint: Checkpoint, choice: Choice, tokens: int) -> int:
+    """Bytes on disk of the trained model, and of checkpoints and text on the way there.
 
     Args:
         checkpoint: of the model before.
+        tokens: of the text.
         choice: the weights that are trained. Low-rank changes count as the matrices that they change.
     """
     tensors = {name: checkpoint.meta(name) for name in checkpoint.names()}
     weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     trained = [tensor for name, tensor in tensors.items() if choice == "all" or ATTENTION in name]
-    return weights + SAVES * sum(BYTES * tensor.numel() for tensor in trained)
+    return weights + TOKEN_BYTES * tokens + SAVES * sum(BYTES * tensor.numel() for tensor in trained)
 
 
 def write_weights(checkpoint: Checkpoint, student: PreTrainedModel, folder: Path) -> None:
