@@ -43,7 +43,7 @@ def measured_loss(source: Source, folder: Path, windows: torch.Tensor, device: s
     hidden = partial(final_hidden, experts=experts, ids=windows, device=device, watch=advance)
     theirs, own = hidden(source.skeleton(), source), hidden(skeleton, checkpoint)
     heads = output_head(source.config, source), output_head(config, checkpoint)
-    following = windows.roll(-1, dims=1)
+    following = windows.long().roll(-1, dims=1)
     following[:, -1] = NOTHING
     kl, agreed, losses = 0.0, 0, torch.zeros(2, dtype=torch.float64)
     for ids, *states in zip(*(each.flatten(0, 1).split(CHUNK) for each in (following, theirs, own)), strict=True):

@@ -30,8 +30,12 @@ VERDICTS = (
 
 
 def verdict(report: ConversionReport) -> Verdict | None:
-    """The verdict on a conversion; None if it lost nothing, or nothing was measured on text."""
-    if report.lossless:
+    """The verdict on a conversion.
+
+    None if it lost nothing, if nothing was measured on text, or if it was trained to differ from its source.
+    """
+    trained = report.healing
+    if report.lossless or (trained and (trained.loss != "kl" or trained.teacher is not None)):
         return None
     if report.loss is not None:
         kl = report.loss.kl

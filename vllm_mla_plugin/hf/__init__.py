@@ -1,8 +1,10 @@
 """The MLA models in transformers.
 
-After ``import vllm_mla_plugin.hf``, ``AutoModelForCausalLM.from_pretrained`` loads a converted checkpoint. No remote
-code is involved.
+After ``import vllm_mla_plugin.hf``, ``AutoModelForCausalLM.from_pretrained`` loads a converted checkpoint, and the
+trainers of TRL and PEFT take it. No remote code is involved.
 """
+
+import sys
 
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
@@ -14,6 +16,9 @@ for family in FAMILIES.values():
     model_class = getattr(models, family.mla_architecture)
     AutoConfig.register(family.mla_model_type, model_class.config_class, exist_ok=True)
     AutoModelForCausalLM.register(model_class.config_class, model_class, exist_ok=True)
+    # TRL looks a model's class up by its name among those of transformers.
+    # (`import transformers` would not do: loading its models replaces its module.)
+    setattr(sys.modules["transformers"], family.mla_architecture, model_class)
     # transformers stacks a checkpoint's experts; ours are stacked as the source's are.
     stacking = get_checkpoint_conversion_mapping(family.model_type)
     if stacking is not None:

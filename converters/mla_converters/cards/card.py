@@ -14,7 +14,7 @@ from mla_converters.cards.plot import can_plot, plot_layers
 from mla_converters.checkpoints.manifest import update_manifest
 from mla_converters.errors import ConversionError
 from mla_converters.options import CHAT, SELF
-from mla_converters.reports.conversion import WRITER, ConversionReport
+from mla_converters.reports.conversion import WRITER, ConversionReport, Healing
 from mla_converters.reports.evaluation import EvaluationReport
 from mla_converters.support.json_files import read_json_object
 from mla_converters.verdicts import verdict
@@ -123,6 +123,7 @@ def _render(
         context=context,
         licence=_licence(report),
         origins=lambda names: " and ".join(WRITTEN_TEXT.get(name, f"`{name}`") for name in names),
+        trained=_trained,
         percent=lambda share: f"{share:.1%}",
     )
     return str(ModelCard(text + "\n"))
@@ -133,6 +134,16 @@ def _metadata(report: ConversionReport) -> ModelCardData:
     if "base_model" in known:
         known["base_model_relation"] = "finetune"  # the hub's word for other weights, not quantised
     return ModelCardData(library_name="vllm", pipeline_tag="text-generation", tags=list(TAGS), **known)
+
+
+def _trained(healing: Healing) -> str:
+    """What was trained, on what."""
+    weights = {"attention": "attentions", "all": "all weights", "lora": "attentions"}[healing.train]
+    how = ", by low-rank changes," if healing.train == "lora" else ""
+    teacher = f"`{healing.teacher}`" if healing.teacher else "the source"
+    goals = [f"{teacher}'s predictions"] if healing.kl_held_out else []
+    goals += ["the text itself"] if healing.lm_held_out else []
+    return f"{weights} trained{how} on {' and '.join(goals)}"
 
 
 def _method(report: ConversionReport) -> str:

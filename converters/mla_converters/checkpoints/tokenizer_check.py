@@ -40,6 +40,13 @@ def tokenizer_difference(expected: PreTrainedTokenizerBase, got: PreTrainedToken
     return None
 
 
+def same_ids(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    """Whether two tokenizers give the same ids for text; special tokens that only one of them has do not count."""
+    ours, theirs = one.get_vocab(), other.get_vocab()
+    probes = (tokenizer(PROBE, add_special_tokens=False, verbose=False).input_ids for tokenizer in (one, other))
+    return len(set(map(tuple, probes))) == 1 and all(theirs[token] == ours[token] for token in ours.keys() & theirs)
+
+
 def _behaviour(tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, Any]]:
     """What a tokenizer does: descriptions and values."""
 

@@ -1,6 +1,7 @@
 """What the commands share: arguments, checks of output files, and JSON reports."""
 
 import json
+import os
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
@@ -46,6 +47,11 @@ def write_report(path: Path | None, report: Report) -> None:
         path.write_text(json.dumps(report.as_json(), indent=2) + "\n")
     except OSError as error:
         raise ConversionError(f"{path} cannot be written: {error.strerror}.") from error
+
+
+def is_main_process() -> bool:
+    """Whether this is the only process, or the first of those that ``torchrun`` or ``accelerate launch`` started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def print_warnings(out: Console, warnings: Iterable[str]) -> None:

@@ -12,6 +12,7 @@ from mla_converters.cli.common import (
     NewFolder,
     ReportFile,
     check_output,
+    is_main_process,
     loss_rows,
     print_next,
     quiet_transformers,
@@ -57,6 +58,8 @@ def heal(
 
     quiet_transformers()
     report = run(model, out, options, force=force)
+    if not is_main_process():
+        return
     write_report(json_file, report)
     _print_report(model, report)
 
@@ -64,10 +67,11 @@ def heal(
 def _print_report(model: Path, report: ConversionReport) -> None:
     healing = report.healing
     assert healing is not None, "heal has just written it"
-    table = Table(title=f"{model} healed", show_header=False)
+    table = Table(title=f"{model} trained", show_header=False)
     table.add_row("steps", f"{healing.steps:,} of {healing.batch_size} x {healing.window} tokens")
-    kl = healing.kl_held_out
-    table.add_row("KL from the source, text held out", f"{kl.before:.4f} before, {kl.after:.4f} after")
+    for name, loss in (("KL from the teacher", healing.kl_held_out), ("Loss on the text", healing.lm_held_out)):
+        if loss is not None:
+            table.add_row(f"{name}, text held out", f"{loss.before:.4f} before, {loss.after:.4f} after")
     for name, value in loss_rows(report).items():
         table.add_row(name, value)
     table.add_row("time, peak memory", f"{report.seconds:.0f} s, {(report.peak_rss_bytes or 0) / 1e9:.2f} GB")

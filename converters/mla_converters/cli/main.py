@@ -9,6 +9,7 @@ import typer
 
 from mla_converters.cli import bench, card, convert, heal, plan, verify
 from mla_converters.cli import eval as evaluation
+from mla_converters.cli.common import is_main_process
 from mla_converters.errors import ConversionError, StoppedError
 
 # typer carries a click of its own, whose errors it shows only through this base of one of them.
@@ -54,7 +55,8 @@ def main() -> None:
 
 
 def _complain(sentence: str) -> None:
-    print(f"vllm-mla: error: {' '.join(sentence.split())}", file=sys.stderr)
+    if is_main_process():
+        print(f"vllm-mla: error: {' '.join(sentence.split())}", file=sys.stderr)
 
 
 def _usage(error: Any) -> int:

@@ -1,12 +1,38 @@
 """The options of ``vllm-mla heal``."""
 
-from typing import Annotated
+import re
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, field_validator
 
+from mla_converters.errors import OptionError
 from mla_converters.options.base import Flag
 from mla_converters.options.common import Device, Seed, TrustedCode
-from mla_converters.options.text import ORIGINS, SELF
+from mla_converters.options.text import MIXED_ORIGINS, SELF, parse_weighted
+
+Loss = Literal["kl", "lm"]
+LOSSES: tuple[Loss, ...] = ("kl", "lm")
+TRAINING, MEMORY = "Training", "Memory and devices"
+
+
+def parse_loss(text: str) -> dict[str, float]:
+    """The weight of each loss: ``kl``, ``lm``, or a weighted sum such as ``kl:0.8,lm:0.2``.
+
+    Raises:
+        OptionError: the text is no such sum.
+    """
+    weights: dict[str, float] = {}
+    for part in text.split(","):
+        match = re.fullmatch(r"(kl|lm)(?::(\d*\.?\d+))?", part.strip())
+        if not match or match[1] in weights or float(match[2] or 1) == 0:
+            raise OptionError(f"--loss is {text!r}, but must be kl, lm, or a weighted sum such as kl:0.8,lm:0.2.")
+        weights[match[1]] = float(match[2] or 1)
+    return weights
+
+
+def _loss(text: str) -> str:
+    parse_loss(text)
+    return text
 
 
 class HealOptions(TrustedCode, Device, Seed):
@@ -14,31 +40,81 @@ class HealOptions(TrustedCode, Device, Seed):
 
     Attributes:
         source: the model's source; None for the source that the model names.
-        text: text files, or ``self`` or ``chat`` for text that the source writes.
+        teacher: a model with the same tokenizer whose predictions are learnt; None for the source.
+        text: text files, ``hub:`` data sets, ``self`` or ``chat``, each with a weight after a colon or without.
         tokens: limit on the number of tokens; one window in 32 is held out.
-        steps: number of steps of Adam; None for one pass over the windows, or two if the conversion lost much.
         length: tokens in a window, at most the source's context; None for 256 to 1,024, depending on how much the
             conversion lost.
-        batch_size: windows in a step.
+        train: the weights that change: those of the attentions, all, or low-rank changes of the attentions' matrices.
+        loss: the KL divergence from the teacher's predictions, the loss of a language model on the text, or a sum.
+        temperature: of both models' predictions in the KL divergence.
+        lora_rank: rank of the low-rank changes.
+        hidden_steps: number of steps at the beginning in which the hidden states of all layers are learnt instead.
+        steps: number of steps of Adam; None for one pass over the windows, or two if the conversion lost much.
+        batch_size: windows in a step, over all processes.
         learning_rate: learning rate as a fraction of each matrix's root mean square; None to derive it from how much
             the conversion lost.
-        device: the device of both models; None for the GPU, if there is one.
+        dtype: of the computation, while trained weights are float32; None for bfloat16 on devices that have it.
+        device_batch_size: windows that one device computes at a time; None for all of its share of a step.
+        gradient_checkpointing: whether each layer is computed twice, so that less has to be kept.
+        fsdp: whether weights, gradients and moments are sharded over the processes (FSDP2).
+        device: the device of all models; None for the GPU, if there is one.
     """
 
     source: Annotated[str | None, Flag(default="what MODEL says it was")] = Field(
         None, description="What MODEL was converted from."
     )
-    text: Annotated[tuple[str, ...], Flag(panel="Text")] = Field((SELF,), min_length=1, description=ORIGINS)
+    teacher: Annotated[str | None, Flag(default="the source")] = Field(
+        None, description="Larger model with the same tokenizer, to learn from instead."
+    )
+    text: Annotated[tuple[str, ...], Flag(panel="Text")] = Field((SELF,), min_length=1, description=MIXED_ORIGINS)
     tokens: Annotated[int, Flag(panel="Text")] = Field(
         65536, description="How many tokens at most, in windows; one in 32 is held out to measure."
     )
     length: Annotated[int | None, Flag(panel="Text", default="256 to 1024, from how much was lost")] = Field(
         None, ge=1, description="Tokens in a window, at most the source's context."
     )
-    steps: Annotated[int | None, Flag(panel="Training", default="each window once, or twice if much was lost")] = Field(
+    train: Annotated[Literal["attention", "all", "lora"], Flag(panel=TRAINING)] = Field(
+        "attention",
+        description="Weights to train: those of the attentions, all, or low-rank changes of the attentions (peft).",
+    )
+    loss: Annotated[str, Flag(panel=TRAINING, metavar="kl|lm|SUM"), BeforeValidator(_loss)] = Field(
+        "kl", description="kl: predict what the teacher predicts; lm: predict the text; or a sum like kl:0.8,lm:0.2."
+    )
+    temperature: Annotated[float, Flag(panel=TRAINING)] = Field(
+        1.0, gt=0, description="Temperature of both models' predictions in kl."
+    )
+    lora_rank: Annotated[int, Flag(panel=TRAINING)] = Field(16, ge=1, description="Rank of --train lora.")
+    steps: Annotated[int | None, Flag(panel=TRAINING, default="each window once, or twice if much was lost")] = Field(
         None, ge=1, description="Steps of Adam."
     )
-    batch_size: Annotated[int, Flag(panel="Training")] = Field(1, ge=1, description="Windows in a step.")
-    learning_rate: Annotated[float | None, Flag(panel="Training", default="from how much was lost")] = Field(
+    batch_size: Annotated[int, Flag(panel=TRAINING)] = Field(
+        1, ge=1, description="Windows in a step, over all processes."
+    )
+    learning_rate: Annotated[float | None, Flag(panel=TRAINING, default="from how much was lost")] = Field(
         None, gt=0, description="Learning rate as a fraction of each matrix's root mean square; cosine decay."
     )
+    dtype: Annotated[Literal["float32", "bfloat16"] | None, Flag(panel=MEMORY, default="bfloat16 where it is fast")] = (
+        Field(None, description="Dtype of the computation; trained weights are float32.")
+    )
+    device_batch_size: Annotated[int | None, Flag(panel=MEMORY, default="its share of --batch-size")] = Field(
+        None, ge=1, description="Windows that one device computes at a time; the gradients of a step add up."
+    )
+    gradient_checkpointing: Annotated[bool, Flag(panel=MEMORY)] = Field(
+        False, description="Compute each layer twice, and keep less."
+    )
+    fsdp: Annotated[bool, Flag(panel=MEMORY)] = Field(
+        False, description="Shard weights, gradients and moments over the processes (FSDP2)."
+    )
+
+    @field_validator("text")
+    @classmethod
+    def _weights_are_numbers(cls, text: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in text:
+            parse_weighted(origin)
+        return text
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """The weight of each loss that counts."""
+        return parse_loss(self.loss)

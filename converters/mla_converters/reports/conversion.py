@@ -71,7 +71,7 @@ class SourceCard(Part):
 
 
 class Divergence(Part):
-    """KL divergence from the source on held-out text before and after training, in nats per token."""
+    """A loss on held-out text before and after training, in nats per token."""
 
     before: float
     after: float
@@ -85,7 +85,11 @@ class Healing(Part):
         text: names of files, or ``self`` or ``chat``.
         tokens: number of tokens in all texts.
         window, steps, batch_size, learning_rate, seed: settings of the training; a window is in tokens.
-        kl_held_out: the loss on held-out text before and after.
+        train: the weights that were trained: ``attention``, ``all`` or ``lora``.
+        loss: the loss: ``kl``, ``lm`` or a weighted sum.
+        teacher: the model that taught; None for the source, or for none.
+        kl_held_out: the divergence from the teacher on held-out text before and after; None without a teacher.
+        lm_held_out: the loss of a language model on held-out text before and after; None where it did not count.
         versions: versions of the packages.
     """
 
@@ -97,7 +101,11 @@ class Healing(Part):
     batch_size: int
     learning_rate: float
     seed: int
-    kl_held_out: Divergence
+    train: str = "attention"
+    loss: str = "kl"
+    teacher: str | None = None
+    kl_held_out: Divergence | None = None
+    lm_held_out: Divergence | None = None
     versions: dict[str, str]
 
 

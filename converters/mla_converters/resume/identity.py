@@ -13,6 +13,8 @@ from mla_converters.checkpoints.locate import local_path
 from mla_converters.checkpoints.source import Source
 from mla_converters.options import WRITTEN, ConvertOptions, HealOptions, MethodOptions, OptionsModel, option_name
 from mla_converters.options.base import as_json
+from mla_converters.options.text import parse_weighted
+from mla_converters.text.documents import has_documents
 
 VERSIONS = {
     "vllm-mla-plugin": vllm_mla_plugin.__version__,
@@ -66,11 +68,17 @@ def _options_identity(options: OptionsModel) -> dict[str, Any]:
 
 
 def _texts_identity(kind: str, origins: tuple[str, ...]) -> dict[str, str]:
+    names = (parse_weighted(origin)[0] for origin in origins)
     return {
-        f"{kind} {origin}": hashlib.sha256(Path(origin).read_bytes()).hexdigest()[:16]
-        for origin in origins
-        if origin not in WRITTEN and Path(origin).is_file()
+        f"{kind} {name}": _text_identity(Path(name)) for name in names if name not in WRITTEN and Path(name).is_file()
     }
+
+
+def _text_identity(file: Path) -> str:
+    """The content of a text; of documents, which may be larger than memory, size and time."""
+    if has_documents(str(file)):
+        return _describe(file)
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
 def _describe(file: Path) -> str:

@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from accelerate import PartialState
 from filelock import FileLock, Timeout
 
 from mla_converters.errors import ConversionError, StoppedError, UnfinishedError
@@ -42,6 +44,29 @@ class Work:
         record = self.record(name)
         streams = record.begin(lambda: {name: compute()})
         if not record.done:
+            record.done = 1
+            record.save()
+        return streams[name]
+
+    def mapped(self, name: str, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """The same for a tensor that may be larger than memory: it stays in its file, and processes share it."""
+        path = self.folder / f"{name}.npy"
+        if not path.exists():
+            partial = path.with_suffix(".partial")
+            with partial.open("wb") as file:
+                np.save(file, compute().numpy())
+            os.replace(partial, path)
+        return torch.from_numpy(np.load(path, mmap_mode="c"))
+
+    def remembered_together(self, name: str, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """The same for what all processes of a run compute together, and all of them get."""
+        state = PartialState()
+        state.wait_for_everyone()
+        record = self.record(name)
+        known = record.path is not None and record.path.exists()
+        state.wait_for_everyone()
+        streams = record.begin(lambda: {name: compute()})
+        if state.is_main_process and not known:
             record.done = 1
             record.save()
         return streams[name]
@@ -135,6 +160,11 @@ def work_folder(out: Path, force: bool, identity: dict[str, Any]) -> Iterator[Wo
         except OSError as error:
             raise UnfinishedError(f"{out} could not be written: {error.strerror or error}. {_go_on(folder)}") from error
         _remove(folder)
+
+
+def joined_work(out: Path) -> Work:
+    """The work in which another process of the same run has begun to write ``out``."""
+    return Work(work_place(out.resolve() if out.is_symlink() or not out.name else out))
 
 
 def _is_ours(folder: Path) -> bool:

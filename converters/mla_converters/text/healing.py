@@ -1,5 +1,6 @@
 """Token windows to train on: from text files, or written by the model."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -7,9 +8,12 @@ from rich.progress import Progress
 
 from mla_converters.checkpoints.source import Source
 from mla_converters.errors import ConversionError
+from mla_converters.options.text import parse_weighted
+from mla_converters.text.documents import Documents, has_documents
 from mla_converters.text.origins import read_texts, text_windows
 
 HELD_OUT = 32  # one window in 32 is held out, and not trained on
+MOST_HELD_OUT = 128  # windows; more would take time, and tell no more
 WRITTEN_LENGTH = 256  # tokens of a text that the model writes; short, because twice as many half as long teach more
 LEAST = 2  # windows: one to train on, and one to hold out
 
@@ -27,44 +31,60 @@ def training_windows(
 
     Args:
         source: the model.
-        origins: UTF-8 text files, which are cut into windows from end to end, or ``self`` or ``chat`` for text that the
-            model writes.
-        tokens: limit on the tokens of all texts together. Each text gets an equal share; a shorter file is used whole.
+        origins: UTF-8 text files, which are cut into windows from end to end; documents, see
+            :mod:`mla_converters.text.documents`; or ``self`` or ``chat`` for text that the model writes. Each may have
+            a weight after a colon.
+        tokens: limit on the tokens of all texts together. Each text gets a share by its weight; a shorter text is used
+            whole.
         length: tokens in a window; the model's context if that is less.
         seed: decides which windows of a longer file are used, and which text is sampled.
         progress: shows the progress.
         device: where the model writes text.
 
     Returns:
-        ``[windows, length]`` int64. The windows of each text are in random order. The texts are interleaved so that
+        ``[windows, length]`` int32. The windows of each text are in random order. The texts are interleaved so that
         every prefix mixes them in their overall proportion; the held-out prefix is therefore representative.
 
     Raises:
         ConversionError: a text cannot be read, there is too little text, or the model has no chat template.
     """
     length = min(length, source.config.max_position_embeddings)
-    share = tokens // len(origins) // length
-    if share * len(origins) < LEAST:
-        needed = length * max(LEAST, len(origins))
+    names, weights = zip(*map(parse_weighted, origins), strict=True)
+    counts = [int(tokens * weight / sum(weights)) // length for weight in weights]
+    if not all(counts) or sum(counts) < LEAST:
+        needed = max(LEAST * length, math.ceil(length * sum(weights) / min(weights)))
         raise ConversionError(
             f"--tokens is {tokens}, but must be at least {needed}, because windows have {length} tokens."
         )
-    texts = read_texts(source, origins)
+    texts = [
+        Documents(name, source.tokenizer, source.config.vocab_size)
+        if has_documents(name)
+        else read_texts(source, [name])[0]
+        for name in names
+    ]
     generator = torch.Generator().manual_seed(seed)
-    of_each = text_windows(source, texts, share, length, _cut, generator, progress, device, WRITTEN_LENGTH)
+    of_each = [
+        text.windows(count, length, seed, progress)
+        if isinstance(text, Documents)
+        else text_windows(source, [text], count, length, _cut, generator, progress, device, WRITTEN_LENGTH)[0].int()
+        for text, count in zip(texts, counts, strict=True)
+    ]
     windows = torch.cat([of_one[torch.randperm(len(of_one), generator=generator)] for of_one in of_each])
     if len(windows) < LEAST:
         raise ConversionError(
             f"--text gives {len(windows)} windows of {length} tokens, but {LEAST} are needed: give more text, or a "
             "smaller --length."
         )
-    along = torch.cat([(torch.arange(len(of_one)) + 0.5) / len(of_one) for of_one in of_each])
+    along = torch.cat([(torch.arange(len(of_one)) + 0.5) / len(of_one) for of_one in of_each if len(of_one)])
     return windows[along.argsort(stable=True)]
 
 
 def hold_out(windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Divide windows ``[windows, tokens]``: those to train on, and one in :data:`HELD_OUT` to measure the result."""
-    count = -(-len(windows) // HELD_OUT)
+    """Divide windows ``[windows, tokens]``: those to train on, and one in :data:`HELD_OUT` to measure the result.
+
+    At most :data:`MOST_HELD_OUT` are held out.
+    """
+    count = min(-(-len(windows) // HELD_OUT), MOST_HELD_OUT)
     return windows[count:], windows[:count]
 
 

@@ -1,102 +1,92 @@
-"""Training a converted model to give its source's predictions (knowledge distillation, arXiv 1503.02531)."""
-
-from collections.abc import Iterator
-from contextlib import contextmanager
+"""Training a converted model: on a teacher's predictions (knowledge distillation, arXiv 1503.02531), or on text."""
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import FunctionCtx
 from transformers import PreTrainedModel
 
-from mla_converters.support.devices import calibration_autocast
-from mla_converters.training.parametrization import parts_apart
-
-CHUNK = 512  # positions whose logits exist at the same time
+from mla_converters.training.losses import Teaching, Weights, WholeVocabulary, prediction_loss
+from mla_converters.training.processes import mean_over_windows
+from mla_converters.training.teachers import BothAttentions, as_teacher
+from mla_converters.training.trained import trained_parameters
 
 
 class Distillation(nn.Module):
-    """A student beside its teacher; the loss is ``KL(teacher || student)`` (arXiv 1503.02531, section 2, at
-    temperature 1).
+    """A student beside its teacher.
 
-    Only the trained parameters are registered, so that Trainer saves no others and its checkpoints stay small.
+    All weights of both are registered, so that they can be sharded. Tensors that both have are there once.
 
     Args:
-        student: the converted model; only its ``trained`` parameters change.
-        teacher: its source.
-        trained: the parameters of the student to train.
+        student: the converted model; only its trainable weights change.
+        weights: of the loss.
+        attentions: the layers' attentions, if the teacher is the student with the attentions of its source.
+        teacher: another model that teaches.
     """
 
-    def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel, trained: list[nn.Parameter]) -> None:
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        weights: Weights | None = None,
+        *,
+        attentions: list[BothAttentions] | None = None,
+        teacher: PreTrainedModel | None = None,
+    ) -> None:
         super().__init__()
-        self.trained = nn.ParameterList(trained)
-        self._models = (student, teacher)  # in a tuple, because modules would be registered
+        self.student = student
+        self.teacher = None if teacher is None else teacher.requires_grad_(False).eval()
+        self.weights = weights or Weights()
+        self._attentions = attentions or []
+        for module in self.modules():
+            if hasattr(module, "attention_dropout"):
+                module.attention_dropout = 0.0  # the teacher has none, and the same steps must give the same weights
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """The weights that training changes."""
+        return trained_parameters(self.student)
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The layers of all models."""
+        return [layer for model in (self.student, self.teacher) if model is not None for layer in model.model.layers]
 
     def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Compute ``loss``, the mean over all positions of token ids ``[windows, tokens]``, in nats."""
-        student, teacher = self._models
-        with torch.no_grad():
-            expected = teacher.model(input_ids=input_ids, use_cache=False).last_hidden_state
-        hidden = student.model(input_ids=input_ids, use_cache=False).last_hidden_state
-        return {"loss": _Divergence.apply(hidden, expected, student.lm_head, teacher.lm_head) / input_ids.numel()}
+        """Compute ``loss`` on token ids ``[windows, tokens]``, in nats, and its ``parts``: divergence, loss on text."""
+        teaching = self._teaching(input_ids) if self.weights.kl else None
+        hidden = self.student.model(input_ids=input_ids, use_cache=False).last_hidden_state
+        loss, parts = prediction_loss(hidden, self.student.lm_head.weight, input_ids, teaching, self.weights)
+        return {"loss": loss, "parts": parts}
 
+    @torch.no_grad()
+    def _teaching(self, input_ids: torch.Tensor) -> Teaching:
+        teacher = self.student if self.teacher is None else self.teacher
+        with as_teacher(self._attentions):
+            states = teacher.model(input_ids=input_ids, use_cache=False).last_hidden_state
+        return WholeVocabulary(states.flatten(0, 1), teacher.lm_head.weight)
 
-class _Divergence(torch.autograd.Function):
-    """``KL(teacher || student)`` from hidden states ``[windows, tokens, D]``, summed over positions, nats.
-
-    Logits are by far the largest tensors, so only those of one chunk exist at a time. The gradient to the hidden states
-    is computed while the chunk's logits exist, and kept, because it is small. Nothing is therefore computed twice.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx, hidden: torch.Tensor, expected: torch.Tensor, student: nn.Module, teacher: nn.Module
-    ) -> torch.Tensor:
-        trains = ctx.needs_input_grad[0]
-        total, gradients = hidden.new_zeros((), dtype=torch.float32), []
-        chunks = (tensor.flatten(0, 1).split(CHUNK) for tensor in (hidden, expected))
-        for states, target_states in zip(*chunks, strict=True):
-            target = teacher(target_states).float().log_softmax(-1)
-            with torch.set_grad_enabled(trains):
-                states = states.detach().requires_grad_(trains)
-                predicted = student(states).float().log_softmax(-1)
-                loss = F.kl_div(predicted, target, reduction="sum", log_target=True)
-            if trains:
-                gradients += torch.autograd.grad(loss, states)
-            total += loss.detach()
-        if trains:
-            ctx.save_for_backward(torch.cat(gradients).view(hidden.shape))
-        return total
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        return outer * gradient, None, None, None
-
-
-@contextmanager
-def distillation(student: PreTrainedModel, teacher: PreTrainedModel) -> Iterator[Distillation]:
-    """Make the student's attentions trainable inside a ``with`` block.
-
-    Tensors that are equal in both models are shared, so that memory holds them only once.
-    """
-    own = dict(student.named_parameters())
-    for name, parameter in teacher.named_parameters():
-        if name in own and torch.equal(parameter, own[name]):
-            parameter.data = own[name].data
-    attentions = [layer.self_attn for layer in student.model.layers]
-    for model in (student, teacher):
-        model.requires_grad_(False).eval()
-    with parts_apart(attentions):
-        trained = [parameter.requires_grad_() for attention in attentions for parameter in attention.parameters()]
-        for parameter in trained:
-            parameter.data = parameter.data.float()  # because steps are smaller than the resolution of bfloat16
-        yield Distillation(student, teacher, trained)
+    def train(self, mode: bool = True) -> "Distillation":
+        """Set the mode of the student; the teacher stays in evaluation mode."""
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
 
 
 @torch.no_grad()
-def held_out_kl(model: Distillation, windows: torch.Tensor, device: str) -> float:
-    """Mean ``KL(teacher || student)`` over token ids ``[windows, tokens]``, in nats per token."""
-    with calibration_autocast(device):
-        losses = [model(window[None].to(device))["loss"].item() for window in windows]
-    return sum(losses) / len(losses)
+def held_out_loss(model: Distillation, windows: torch.Tensor, device: str, dtype: torch.dtype) -> torch.Tensor:
+    """The loss, the divergence and the loss on the text, means over token ids ``[windows, tokens]`` in nats, float64.
+
+    All processes compute them together.
+
+    Args:
+        model: the model; sharded or not.
+        windows: equal in all processes.
+        device: the device of this process.
+        dtype: of matrix products.
+    """
+
+    def measure(window: torch.Tensor) -> torch.Tensor:
+        result = model(window[None].to(device))
+        return torch.cat((result["loss"][None], result["parts"]))
+
+    with torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype != torch.float32):
+        return mean_over_windows(windows, measure)

@@ -55,7 +55,15 @@ class Heads(nn.Module):
 
 @contextmanager
 def parts_apart(attentions: Sequence[nn.Module]) -> Iterator[None]:
-    """Split each projection into blocks that get their own learning rate, inside a ``with`` block.
+    """Split the projections of attentions inside a ``with`` block; see :func:`split_projections`."""
+    split = split_projections(attentions)
+    yield
+    for projection in split:
+        parametrize.remove_parametrizations(projection, "weight")
+
+
+def split_projections(attentions: Sequence[nn.Module]) -> list[nn.Module]:
+    """Split each projection into blocks that get their own learning rate.
 
     The weights of these blocks differ in scale:
 
@@ -67,6 +75,9 @@ def parts_apart(attentions: Sequence[nn.Module]) -> Iterator[None]:
 
     Args:
         attentions: modules with ``nope_dim``, ``rope_dim`` and ``v_dim``.
+
+    Returns:
+        The projections that were split.
     """
     split = []
     for attention in attentions:
@@ -85,6 +96,4 @@ def parts_apart(attentions: Sequence[nn.Module]) -> Iterator[None]:
             projection = getattr(attention, name)
             parametrize.register_parametrization(projection, "weight", part)
             split.append(projection)
-    yield
-    for projection in split:
-        parametrize.remove_parametrizations(projection, "weight")
+    return split

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from mla_converters.training.sharding import whole
+
 # Least squared size by which a token's error is divided, relative to the mean over all tokens.
 FLOOR = 1e-3
 
@@ -20,9 +22,14 @@ def relative_weights(targets: torch.Tensor) -> torch.Tensor:
     return 1 / size.clamp(min=FLOOR * size.mean())
 
 
+def root_mean_square(weight: torch.Tensor) -> float:
+    """The root mean square of a tensor, which may be sharded."""
+    return whole(weight.detach().float().square().mean()).sqrt().item()
+
+
 def relative_rates(parameters: Iterable[nn.Parameter], rate: float) -> list[dict[str, Any]]:
     """Groups for an optimizer in which each tensor's learning rate is ``rate`` times its root mean square.
 
     Rates are relative because the scales of the projections into a latent and out of it are arbitrary.
     """
-    return [{"params": [weight], "lr": rate * weight.detach().square().mean().sqrt().item()} for weight in parameters]
+    return [{"params": [weight], "lr": rate * root_mean_square(weight)} for weight in parameters]

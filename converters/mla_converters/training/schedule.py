@@ -2,7 +2,10 @@
 
 import math
 
-RATE = 0.002  # learning rate for a model that is 1 nat per token from its source, in steps of 512 tokens
+RATE = 0.002  # learning rate for a model that is 1 nat per token from its teacher, in steps of 512 tokens
+TEXT_RATE = 0.0005  # learning rate on text alone, in steps of 512 tokens
+MOST_TOKENS = 8192  # in a step; the rate for more is the same
+SCALES = {"attention": 1.0, "all": 0.5, "lora": 1.0}  # of the rate, by what is trained
 LONGEST, SHORTEST = 1024, 256  # tokens in a window
 LITTLE = 0.2  # nats per token; with at most this loss each window is seen once, and with more it is seen twice
 
@@ -27,7 +30,7 @@ def suited_length(divergence: float) -> int:
     return length
 
 
-def suited_passes(divergence: float) -> int:
+def suited_passes(divergence: float | None) -> int:
     """How often a model that is ``divergence`` nats per token from its source should see each window.
 
     Measured:
@@ -40,12 +43,14 @@ def suited_passes(divergence: float) -> int:
     0.48               2% lower (windows of 512 seen twice, of 1,024 seen once)
     1.1                5% lower
     ================== ==========================================================
+
+    Without a teacher (None), once.
     """
-    return 2 if divergence > LITTLE else 1
+    return 2 if divergence is not None and divergence > LITTLE else 1
 
 
-def suited_rate(divergence: float, tokens: int) -> float:
-    """A learning rate for a model that is ``divergence`` nats per token from its source, in steps of ``tokens`` tokens.
+def suited_rate(divergence: float | None, tokens: int, train: str = "attention") -> float:
+    """A learning rate for a model that is ``divergence`` nats per token from its teacher.
 
     The rate grows with the divergence, because weights have further to go. It shrinks with fewer tokens in a step,
     because their gradient is less certain. Measured:
@@ -59,5 +64,11 @@ def suited_rate(divergence: float, tokens: int) -> float:
     1.8                256          0.002 is better than 0.0014
     1.8                128          0.0014 works; 0.002 fails
     ================== ============ ==============================================
+
+    Args:
+        divergence: nats per token; None if there is no teacher.
+        tokens: in a step.
+        train: the weights that are trained.
     """
-    return RATE * math.sqrt(divergence * tokens / 512)
+    rate = TEXT_RATE if divergence is None else RATE * math.sqrt(divergence)
+    return SCALES[train] * rate * math.sqrt(min(tokens, MOST_TOKENS) / 512)

@@ -1,30 +1,83 @@
-"""Training with transformers' Trainer on one device, which goes on from the last checkpoint of an earlier run."""
+"""Training with transformers' Trainer, which goes on from the last checkpoint of an earlier run."""
 
 import errno
+import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch.distributed.fsdp import FSDPModule
+from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from mla_converters.options import HealOptions
-from mla_converters.support.devices import native_bfloat16
+from mla_converters.errors import ConversionError, UnfinishedError
+from mla_converters.training.checkpoints import BYTES, load_training, save_training
 from mla_converters.training.distillation import Distillation
-from mla_converters.training.relative import relative_rates
+from mla_converters.training.trained import learning_rates
 
 WARMUP = 5  # steps
 SAVES = 20  # checkpoints in a run, so that an interruption loses at most a twentieth of the steps
-SAVED_BYTES = 12  # bytes per trained weight in a checkpoint: the weight and Adam's two moments, in float32
 COMPLETE = "trainer_state.json"  # the file that Trainer writes last in a checkpoint
+SCHEDULE = "scheduler.pt"
+BETAS = (0.9, 0.975)  # of Adam
 
 
-class _Steps(TrainerCallback):
-    """Reports each step and its loss."""
+@dataclass(frozen=True)
+class Schedule:
+    """How a model is trained.
+
+    Attributes:
+        steps: of Adam.
+        rate: learning rate as a fraction of each matrix's root mean square; cosine decay.
+        at_a_time: windows that each device computes at a time.
+        accumulated: how often it does that in a step.
+        seed: decides the order of the windows.
+        dtype: of matrix products.
+        checkpointing: whether layers are computed twice, so that less has to be kept.
+    """
+
+    steps: int
+    rate: float
+    at_a_time: int
+    accumulated: int
+    seed: int
+    dtype: torch.dtype
+    checkpointing: bool = False
+
+
+class Ordered(Dataset):
+    """The windows of all steps in their order, which does not depend on the number of processes.
+
+    All windows are seen before any is seen again.
+
+    Args:
+        windows: the arguments of :meth:`Distillation.forward` for each window.
+        count: windows of all steps.
+        seed: decides the order.
+    """
+
+    def __init__(self, windows: Sequence[dict[str, Any]], count: int, seed: int) -> None:
+        self._windows = windows
+        passes = range(-(-count // len(windows)))
+        orders = [torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed + i)) for i in passes]
+        self._order = torch.cat(orders)[:count]
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self._windows[int(self._order[index])]
+
+
+class _Watch(TrainerCallback):
+    """Reports each step and its loss, and stops a training whose loss is no number."""
 
     def __init__(self, advance: Callable[[int, float], None]) -> None:
         self._advance = advance
@@ -32,47 +85,112 @@ class _Steps(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: object, logs: dict | None = None, **kwargs: object
     ) -> None:
-        if logs and "loss" in logs:
-            self._advance(state.global_step, logs["loss"])
+        if not logs or "loss" not in logs:
+            return
+        if not math.isfinite(logs["loss"]):
+            _stop(state.global_step, Path(str(args.output_dir)))
+        self._advance(state.global_step, logs["loss"])
+
+
+def _stop(step: int, folder: Path) -> None:
+    """Refuse to go on. A checkpoint is kept, unless there was little more than warm-up before it."""
+    kept = _last_checkpoint(folder)
+    what = f"the loss of step {step} is not a finite number"
+    if kept is None or step <= WARMUP:
+        raise ConversionError(f"Training made the model worse: {what}. Lower --learning-rate.")
+    raise UnfinishedError(
+        f"Training stopped, because {what}. Its last checkpoint is {kept}. If the same happens again, lower "
+        "--learning-rate and start again."
+    )
 
 
 class OneDevice(TrainingArguments):
-    """Trainer's arguments, limited to one device, because by default Trainer uses all GPUs."""
+    """Trainer's arguments, limited to one device a process, because by default Trainer uses all GPUs."""
 
     @property
     def n_gpu(self) -> int:
         return min(1, super().n_gpu)
 
+    @property
+    def place_model_on_device(self) -> bool:
+        return False  # it is there already
+
+
+class _Trainer(Trainer):
+    """Trainer with relative learning rates, a fixed order of windows, and checkpoints of trained weights only.
+
+    Args:
+        rate: see :class:`Schedule`.
+    """
+
+    def __init__(self, *arguments: Any, rate: float, **named: Any) -> None:
+        self._rate = rate
+        super().__init__(*arguments, **named)
+        if isinstance(self.model, FSDPModule):
+            # accelerate would otherwise wrap the model again; so it only sets the precision.
+            self.accelerator.prepare_model(self.model, device_placement=False, evaluation_mode=True)
+
+    def create_optimizer(self, *_: object) -> torch.optim.Optimizer:
+        self.optimizer = torch.optim.Adam(learning_rates(self.model.student, self._rate), betas=BETAS)
+        return self.optimizer
+
+    def _get_train_sampler(self, *_: object) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write nothing: the weights are in the same files as the moments."""
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        save_training(self.model, self._adam, Path(output_dir))
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULE)
+
+    def _load_from_checkpoint(self, *_: object, **__: object) -> None:
+        """Load nothing yet: the weights are in the same files as the moments."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        load_training(self.model, self._adam, Path(checkpoint), self.state.global_step)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULE, weights_only=True))
+        for group, rate in zip(self._adam.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+
+    @property
+    def _adam(self) -> torch.optim.Optimizer:
+        """The optimizer itself, whose state accelerate's wrapper only shows."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
 
 def train(
     model: Distillation,
-    windows: torch.Tensor,
-    steps: int,
-    rate: float,
-    options: HealOptions,
+    windows: Sequence[dict[str, Any]],
+    schedule: Schedule,
     device: str,
     folder: Path,
     advance: Callable[[int, float], None],
 ) -> None:
-    """Train; if an earlier run left a checkpoint in ``folder``, go on from it.
+    """Train; if an earlier run left a checkpoint in ``folder``, go on from it. All processes call this together.
 
     Args:
         model: changed in place.
-        windows: ``[windows, tokens]`` token ids to train on; all are seen before any is seen again.
-        steps: number of steps of Adam.
-        rate: learning rate as a fraction of each matrix's root mean square; cosine decay.
-        options: batch size and seed.
-        device: the device of both models.
-        folder: the folder of Trainer's checkpoints.
+        windows: the arguments of :meth:`Distillation.forward` for each window.
+        schedule: steps, rate, batches.
+        device: the device of this process.
+        folder: the folder of Trainer's checkpoints, which all processes see.
         advance: called with the number of steps done and the loss of the last one.
 
     Raises:
         OSError: the disk is full.
+        UnfinishedError: the loss is no number any more. The last checkpoint before that is kept.
+        ConversionError: the same, where there was no checkpoint yet.
     """
+    steps = schedule.steps
     arguments = OneDevice(
         output_dir=str(folder),
         max_steps=steps,
-        per_device_train_batch_size=options.batch_size,
+        per_device_train_batch_size=schedule.at_a_time,
+        gradient_accumulation_steps=schedule.accumulated,
         lr_scheduler_type="cosine",
         warmup_steps=min(WARMUP, steps - 1),
         max_grad_norm=0,  # off, because a norm over tensors of arbitrary scale says nothing
@@ -84,25 +202,23 @@ def train(
         disable_tqdm=True,
         report_to="none",
         remove_unused_columns=False,
-        seed=options.seed,
-        bf16=native_bfloat16(device),
+        seed=schedule.seed,
+        bf16=schedule.dtype == torch.bfloat16,
         use_cpu=torch.device(device).type == "cpu",
+        ddp_find_unused_parameters=False,
     )
-    trainer = Trainer(
-        model,
-        arguments,
-        train_dataset=[{"input_ids": window} for window in windows],
-        optimizers=(
-            torch.optim.Adam(relative_rates(model.parameters(), rate), betas=(0.9, 0.975)),
-            None,
-        ),
-        callbacks=[_Steps(advance)],
-    )
+    if schedule.checkpointing:
+        model.student.gradient_checkpointing_enable({"use_reentrant": False})
+    processes = arguments.world_size
+    count = steps * schedule.at_a_time * schedule.accumulated * processes
+    trainer = _Trainer(model, arguments, train_dataset=Ordered(windows, count, schedule.seed), rate=schedule.rate)
     trainer.remove_callback(PrinterCallback)
+    if trainer.is_world_process_zero():
+        trainer.add_callback(_Watch(advance))
     try:
         trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
-    except (SafetensorError, RuntimeError) as error:  # a full disk may raise either
-        if shutil.disk_usage(folder).free < SAVED_BYTES * sum(weight.numel() for weight in model.parameters()):
+    except (SafetensorError, RuntimeError, OSError) as error:  # a full disk may raise any of them
+        if shutil.disk_usage(folder).free < BYTES * sum(weight.numel() for weight in model.trained):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
         raise
 
