@@ -74,6 +74,7 @@ def heal(
         progress_bars(quiet) as progress,
         open_source(name, revision, options.trust_remote_code, report.rope_scaling) as teacher,
     ):
+        _refuse_quantised(model, config, teacher)
         _check_pair(model, config, teacher)
         checkpoint = Checkpoint(model)
         identity = healing_identity(model, teacher, options.model_copy(update={"device": device}))
@@ -108,6 +109,16 @@ def _recorded_source(model: Path, report: ConversionReport) -> tuple[str, str | 
             f"{model} was converted from {report.source}, which is gone: say where with --source."
         ) from error
     return report.source, report.revision
+
+
+def _refuse_quantised(model: Path, config: dict[str, Any], source: Source) -> None:
+    """Refuse quantised weights, through which training does not pass."""
+    if source.quantisation is not None or config.get("quantization_config"):
+        quantised = model if source.quantisation is None else source.name
+        raise ConversionError(
+            f"{quantised} has quantised weights, through which healing does not train: convert the unquantised model, "
+            "heal that, and quantise after."
+        )
 
 
 def _check_pair(model: Path, config: dict[str, Any], source: Source) -> None:

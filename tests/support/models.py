@@ -46,6 +46,7 @@ class RandomModel:
     kv_heads: int = 2
     head_dim: int = 16
     hidden: int = 64
+    intermediate: int = 48
     layers: int = 2
     bias: bool = False
     tied: bool = False
@@ -63,7 +64,7 @@ class RandomModel:
             self.family,
             vocab_size=self.vocab,
             hidden_size=self.hidden,
-            intermediate_size=48,
+            intermediate_size=self.intermediate,
             num_hidden_layers=self.layers,
             num_attention_heads=self.heads,
             num_key_value_heads=self.kv_heads,

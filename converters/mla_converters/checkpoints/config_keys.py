@@ -22,7 +22,7 @@ UNDERSTOOD = {
     "attention_bias": "each bias is a tensor, and every tensor is accounted for",
     "mlp_bias": "each bias is a tensor, and every tensor is accounted for",
     "qkv_bias": "each bias is a tensor, and every tensor is accounted for",
-    "quantization_config": "refused by find_family, unless it is empty",
+    "quantization_config": "read by find_quantisation",
     DUAL_CHUNK: "left out of OUT with a warning",
 }
 """Keys that other code reads although not every family's class names them, with that code."""

@@ -117,7 +117,7 @@ def find_family(config: dict) -> Family:
     """The family of a source, by its ``config.json``.
 
     Raises:
-        ConversionError: the source is of no family that can be converted, uses MLA already, or is quantised.
+        ConversionError: the source is of no family that can be converted, or uses MLA already.
     """
     architectures = architecture_names(config)
     name = architectures[0] if architectures else config.get("model_type", "none named")
@@ -132,11 +132,6 @@ def find_family(config: dict) -> Family:
         raise ConversionError(
             f"config.json says architecture {name} but model_type {config.get('model_type')!r}, "
             f"where {family.model_type!r} was expected."
-        )
-    if quantization := config.get("quantization_config"):
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
-        raise ConversionError(
-            f"The source's weights are quantised ({method}): convert the unquantised model and quantise after."
         )
     return family
 

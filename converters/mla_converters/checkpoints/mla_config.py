@@ -45,6 +45,8 @@ def mla_config(
     kept = {name: value for name, value in source.raw_config.items() if not name.startswith("_") and name not in STALE}
     if "attention_bias" in kept:  # which Mistral ignores, and an MLA model would not
         kept["attention_bias"] = "o_proj.bias" in source.attention_names(0)
+    if source.quantisation is not None:
+        kept["quantization_config"] = source.quantisation.carried(source.config.num_hidden_layers)
     return kept | {
         "architectures": [source.family.mla_architecture],
         "model_type": source.family.mla_model_type,

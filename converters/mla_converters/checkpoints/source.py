@@ -24,6 +24,7 @@ from mla_converters.checkpoints.tokenizer import load_tokenizer
 from mla_converters.errors import ConversionError
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+LAYERS = "model.layers."
 
 
 class Source:
@@ -40,6 +41,7 @@ class Source:
         family: the source's family.
         raw_config: its ``config.json``.
         config: its transformers configuration.
+        quantisation: how its weights are quantised; None if they are not.
         unknown_keys: keys of its configuration that were not understood, and that may or may not matter.
         warnings: what the user should know of it.
     """
@@ -51,6 +53,7 @@ class Source:
         self.folder = stored.folder
         configuration = stored.configuration
         self.family, self.config, self.raw_config = configuration.family, configuration.config, configuration.raw
+        self.quantisation = configuration.quantisation
         self.unknown_keys, self.warnings = configuration.unknown_keys, list(configuration.warnings)
         self._tensors, self._unpacked = stored.tensors, stored.unpacked
         self._settle_head()
@@ -174,6 +177,34 @@ class Source:
     def other_names(self, index: int) -> list[str]:
         """Names of a layer's tensors outside its attention, as below ``model.layers.N.``."""
         return [name for name in self.layer_names(index) if not name.startswith("self_attn.")]
+
+    def carried_names(self, index: int | None = None) -> list[str]:
+        """Names of the stored tensors that OUT keeps as they are: those of a layer outside its attention, or with None
+        those of no layer."""
+        if index is None:
+            names = [name for name in self.names() if not name.startswith(LAYERS)]
+        else:
+            names = [f"{LAYERS}{index}.{name}" for name in self.other_names(index)]
+        return [part for name in names for part in self._tensors.parts(name)]
+
+    def carried(self, name: str) -> torch.Tensor:
+        """Read one of the tensors that OUT keeps; see :meth:`tensor`."""
+        return self._tensors.stored.tensor(name)
+
+    def carried_meta(self, name: str) -> torch.Tensor:
+        """The shape and dtype of a tensor that OUT keeps, on the meta device."""
+        return self._tensors.stored.meta(name)
+
+    def carried_saving(self) -> int:
+        """Bytes by which the tensors that OUT keeps are smaller than as plain floats."""
+        names = [name for name in self.names() if ".self_attn." not in name and self._tensors.parts(name) != [name]]
+        kept = [self.carried_meta(part) for name in names for part in self._tensors.parts(name)]
+        plain = [self.meta(name) for name in names]
+        return sum(tensor.nbytes for tensor in plain) - sum(tensor.nbytes for tensor in kept)
+
+    def is_quantised(self, name: str) -> bool:
+        """Whether a stored tensor belongs to a quantised module."""
+        return name not in self._tensors or self._tensors.parts(name) != [name]
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

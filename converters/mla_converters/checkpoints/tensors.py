@@ -25,6 +25,15 @@ class Tensors(Protocol):
         """Names of all tensors, sorted."""
         ...
 
+    @property
+    def stored(self) -> "Tensors":
+        """The tensors that OUT has where it carries these over."""
+        ...
+
+    def parts(self, name: str) -> list[str]:
+        """Names in :attr:`stored` of the tensors that hold a tensor's numbers."""
+        ...
+
     def own_name(self, name: str) -> str:
         """The format's own name of a tensor that is there or is missing, for messages."""
         ...
@@ -101,5 +110,9 @@ def tensor_problems(tensors: Tensors, skeleton: PreTrainedModel) -> list[str]:
 
 def is_finite(tensor: torch.Tensor) -> bool:
     """Whether a tensor is free of NaN and infinity."""
+    if not tensor.is_floating_point():
+        return True
+    if tensor.dtype.itemsize == 1:
+        tensor = tensor.to(torch.bfloat16)  # torch does not compare floats of 8 bits
     # NaN is both the least and the greatest of what it is among: one pass, and no copy.
     return not tensor.numel() or all(torch.isfinite(extreme) for extreme in torch.aminmax(tensor))
