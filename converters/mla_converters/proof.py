@@ -151,7 +151,8 @@ def _predictions(
     """Log-probabilities ``[tokens, vocabulary]`` float32."""
     hidden = final_hidden(model, tensors, experts, ids, device, watch)
     tied = model.config.tie_word_embeddings
-    return log_probabilities(hidden, tensors.tensor("model.embed_tokens.weight" if tied else "lm_head.weight")).cpu()
+    head = tensors.tensor("model.embed_tokens.weight" if tied else "lm_head.weight")
+    return log_probabilities(hidden, head, model.config).cpu()
 
 
 def _perplexity(predictions: torch.Tensor, ids: torch.Tensor) -> float:

@@ -53,11 +53,11 @@ def understand(raw: dict[str, Any], name: str, rope_scaling: dict[str, Any] | No
         config = CONFIG_MAPPING[family.model_type].from_dict(deepcopy(raw))
     except Exception as error:  # transformers validates with many exception types
         raise ConversionError(f"{name} is not a valid configuration: {error}") from error
-    check_config(config)
+    check_config(config, family)
     unknown, warnings = account_for_keys(raw, type(config))
     if rope_scaling is not None:
         config = scale_rope(config, rope_scaling)
         raw = with_rope_of(raw, config)
-        check_config(config)
+        check_config(config, family)
     warnings = warnings + (quantisation.warnings if quantisation else [])
     return Configuration(raw, name, family, config, quantisation, unknown, warnings)

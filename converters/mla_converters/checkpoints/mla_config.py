@@ -43,7 +43,12 @@ def mla_config(
         format: the packed format of every layer's cache; None if it is not packed.
     """
     kept = {name: value for name, value in source.raw_config.items() if not name.startswith("_") and name not in STALE}
-    if "attention_bias" in kept:  # which Mistral ignores, and an MLA model would not
+    if kept.get("num_nextn_predict_layers"):  # layers that are left out
+        kept["num_nextn_predict_layers"] = 0
+    if "attention_bias" in kept and source.family.biases == (
+        "attention_bias",
+        "attention_bias",
+    ):  # which Mistral ignores, and an MLA model would not
         kept["attention_bias"] = "o_proj.bias" in source.attention_names(0)
     if source.quantisation is not None:
         kept["quantization_config"] = source.quantisation.carried(source.config.num_hidden_layers)

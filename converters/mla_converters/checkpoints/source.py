@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from mla_converters.checkpoints.attention_layout import AttentionLayout
 from mla_converters.checkpoints.families import source_head_dim
 from mla_converters.checkpoints.folder import write_folder
 from mla_converters.checkpoints.locate import local_path, model_file
@@ -118,14 +119,31 @@ class Source:
 
     @cached_property
     def rope(self) -> tuple[torch.Tensor, float]:
-        """RoPE: ``[d / 2]`` frequencies in float32, and the attention factor on cos and sin."""
+        """RoPE: ``[rotary / 2]`` frequencies in float32, and the attention factor on cos and sin."""
         rotary = type(self.skeleton().model.rotary_emb)(self.config)
         return rotary.inv_freq.float(), float(rotary.attention_scaling)
 
-    @property
+    @cached_property
+    def layout(self) -> AttentionLayout:
+        """How it lays out its attention."""
+        return AttentionLayout(
+            self.config.num_attention_heads,
+            self.config.num_key_value_heads,
+            self.head_dim,
+            rotary_dim=2 * len(self.rope[0]),
+            interleaved=self.family.interleaved,
+        )
+
+    def frequencies(self, index: int) -> torch.Tensor:
+        """``[d / 2]`` RoPE frequencies of a layer in radians per position, float32; 0 for what never turns."""
+        with_rope = getattr(self.config, "no_rope_layers", None)  # 1 for a layer with RoPE, in spite of the name
+        frequencies = self.layout.frequencies(self.rope[0])
+        return frequencies if with_rope is None or with_rope[index] else torch.zeros_like(frequencies)
+
+    @cached_property
     def softmax_scale(self) -> float:
         """Factor on the scores, the RoPE attention factor included."""
-        return self.head_dim**-0.5 * self.rope[1] ** 2
+        return self.skeleton().model.layers[0].self_attn.scaling * self.rope[1] ** 2
 
     @cached_property
     def shape(self) -> Shape:
@@ -166,8 +184,16 @@ class Source:
         return self.tensor(f"model.layers.{index}.{name}")
 
     def attention_weights(self, index: int) -> dict[str, torch.Tensor]:
-        """The tensors of a layer's attention, named as below ``self_attn.``."""
-        return {name: self.layer_tensor(index, f"self_attn.{name}") for name in self.attention_names(index)}
+        """The tensors of a layer's attention in the common layout, named as below ``self_attn.``; see
+        :class:`AttentionLayout`."""
+        return self.layout.canonical(
+            {name: self.layer_tensor(index, f"self_attn.{name}") for name in self.attention_names(index)}
+        )
+
+    def attention_meta(self, index: int) -> dict[str, torch.Tensor]:
+        """Shapes and dtypes of the same, on the meta device."""
+        names = self.attention_names(index)
+        return self.layout.canonical({name: self.meta(f"{LAYERS}{index}.self_attn.{name}") for name in names})
 
     def attention_names(self, index: int) -> list[str]:
         """Names of the tensors of a layer's attention, as below ``self_attn.``."""

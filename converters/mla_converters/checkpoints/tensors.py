@@ -79,8 +79,11 @@ def check_tensors(tensors: Tensors, skeleton: PreTrainedModel, config_name: str)
     Raises:
         ConversionError: they differ.
     """
+    # Further layers, with which the model can predict a second token. transformers leaves them out, too.
+    layers, more = skeleton.config.num_hidden_layers, getattr(skeleton.config, "num_nextn_predict_layers", 0) or 0
+    left_out = tuple(f"model.layers.{index}." for index in range(layers, layers + more))
     for name in tensors.names():
-        if name.endswith("rotary_emb.inv_freq"):
+        if name.endswith("rotary_emb.inv_freq") or name.startswith(left_out):
             tensors.ignore(name)
     problems = tensor_problems(tensors, skeleton)
     if problems:

@@ -31,7 +31,7 @@ def planned_tensors(
     """
     tensors = {name: source.carried_meta(name) for name in source.carried_names()}
     for index, budget in enumerate(budgets):
-        attention = {name: source.meta(f"{LAYERS}{index}.self_attn.{name}") for name in source.attention_names(index)}
+        attention = source.attention_meta(index)
         maps = _meta_map(source.config.num_key_value_heads, source.head_dim, nope_dim, budget)
         converted = mla_weights(attention, maps)
         for name, tensor in converted.items():
