@@ -39,7 +39,7 @@ def traits(family: Family) -> str:
         "interleaved pairs" if family.interleaved else "",
         "biases" if True in biases else "",
     ]
-    return ", ".join(word for word in words if word) or "–"
+    return ", ".join(word for word in words if word) or "none"
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
@@ -54,7 +54,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     ]
     for family in FAMILIES.values():
         row = rows.get(family.model_type, {})
-        worst, date = (row.get(name, "–") for name in ("largest_difference_of_log_probabilities", "date"))
+        worst, date = (row.get(name, "not yet") for name in ("largest_difference_of_log_probabilities", "date"))
         models = MODELS[family.model_type]
         lines.append(f"| `{family.architecture}` | {models} | {traits(family)} | {worst} | {date} |")
     return "\n".join(lines) + "\n"

@@ -58,6 +58,10 @@ VARIANTS = {
     "seed-oss-mqa-head-80": RandomModel("seed_oss", kv_heads=1, head_dim=80, bias=True),
     "qwen2-moe": RandomModel("qwen2_moe", heads=9, kv_heads=3, experts=QWEN2_EXPERTS, layers=3),
     "smollm3-nine-heads": RandomModel("smollm3", heads=9, kv_heads=3, layers=4, tied=True, experts=UNPADDED),
+    "smollm3-yarn": RandomModel("smollm3", layers=4, rope=YARN, experts=UNPADDED),
+    "glm4-moe-yarn": RandomModel(
+        "glm4_moe", head_dim=48, rope=YARN | {"partial_rotary_factor": 0.5}, experts=GLM_EXPERTS
+    ),
     "granite-head-48": RandomModel("granite", heads=3, kv_heads=3, head_dim=48, experts=MULTIPLIERS),
     "olmo2": RandomModel("olmo2", heads=9, kv_heads=3, head_dim=48),
     "olmo2-mqa-head-80": RandomModel("olmo2", kv_heads=1, head_dim=80),
@@ -74,7 +78,7 @@ VARIANTS = {
 
 
 NORMS = (Qwen3RMSNorm, Qwen3MoeRMSNorm, Olmo2RMSNorm, Glm4MoeRMSNorm, MiniMaxM2RMSNorm)
-NORMALISED = ("qwen3", "olmo2", "glm4-moe-qk", "minimax")
+NORMALISED = ("qwen3", "olmo2", "glm4-moe-qk", "glm4-moe-yarn", "minimax")
 
 
 def norm_in_own_dtype(self: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:

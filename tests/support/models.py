@@ -124,9 +124,10 @@ def converted_layers(source: Source, conversion: LayerConversion) -> Iterator[di
         yield conversion.convert(layer, streams).weights
 
 
+ONE_EXPERT = MIXTRAL_EXPERTS | {"num_experts_per_tok": 1}
 # One model of every family, of sizes that vLLM's own attention takes: it is built before MLA replaces it.
 FAMILY_MODELS = {
-    "llama": RandomModel(heads=9, kv_heads=3, head_dim=32, hidden=96, bias=True),
+    "llama": RandomModel(heads=9, kv_heads=3, head_dim=32, hidden=144, bias=True),
     "mistral": RandomModel("mistral", heads=9, kv_heads=3, head_dim=32),
     "qwen2": RandomModel("qwen2", heads=9, kv_heads=3, head_dim=32),
     "qwen3": RandomModel("qwen3", kv_heads=1, head_dim=80, tied=True),
@@ -142,6 +143,6 @@ FAMILY_MODELS = {
     "glm4": RandomModel("glm4", heads=9, kv_heads=3, head_dim=32, bias=True, rope=PARTIAL, experts=UNPADDED),
     "glm4_moe": RandomModel("glm4_moe", kv_heads=1, head_dim=80, layers=3, rope=PARTIAL, experts=GLM_EXPERTS),
     "minimax_m2": RandomModel(
-        "minimax_m2", heads=9, kv_heads=3, head_dim=32, rope=PARTIAL, experts=MIXTRAL_EXPERTS | UNPADDED
+        "minimax_m2", heads=9, kv_heads=3, head_dim=32, rope=PARTIAL, experts=ONE_EXPERT | UNPADDED
     ),
 }

@@ -66,7 +66,7 @@ class Family:
         fused_qkv: whether the source has one projection ``qkv_proj`` for queries, keys and values.
         partial_rotary: whether transformers' class can turn a part of each head only.
         interleaved: whether RoPE turns dimensions ``2 i`` and ``2 i + 1`` as a pair, not the halves of the rotary part.
-        defaults: fields of the configuration that have another default with MLA.
+        defaults: fields of the configuration that have another default with MLA, or that only vLLM reads.
         tp_plan: whether transformers can share out the converted model over ranks.
         vllm: vLLM's class whose attention MLA replaces, as ``"module:Class"`` in ``vllm.model_executor.models``; or one
             of this plugin's modules in :mod:`vllm_mla_plugin.models`.
@@ -184,6 +184,8 @@ FAMILIES = {
             qk_norm="all",
             partial_rotary=True,
             experts=ExpertNames("block_sparse_moe", W1_W3_W2),
+            # vLLM reads these, which transformers' class does not have.
+            defaults={"rotary_dim": None, "scoring_func": "sigmoid", "use_routing_bias": True},
             vllm="minimax_m2:MiniMaxM2ForCausalLM",
         ),
     )

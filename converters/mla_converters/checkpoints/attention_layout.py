@@ -37,14 +37,17 @@ class AttentionLayout:
         """``[d / 2]`` frequencies from those of the rotary part."""
         return torch.nn.functional.pad(turned, (0, self.head_dim // 2 - len(turned)))
 
-    def canonical(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def canonical(
+        self, weights: dict[str, torch.Tensor], factors: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
         """A layer's attention in the common layout.
 
         Args:
             weights: as stored, under their names below ``self_attn.``.
+            factors: ``[d]``, multiplied to the components of queries and keys in the common layout; None for no factor.
 
         Returns:
-            ``q_proj``, ``k_proj``, ``v_proj``, ``o_proj``, and norms if there are some.
+            ``q_proj``, ``k_proj``, ``v_proj``, ``o_proj``, and norms if there are some; what is multiplied is float64.
         """
         canonical: dict[str, torch.Tensor] = {}
         for name, tensor in weights.items():
@@ -56,11 +59,15 @@ class AttentionLayout:
             else:
                 canonical[name] = tensor
         order = self.order()
-        if order.equal(torch.arange(self.head_dim)):
+        if factors is None and order.equal(torch.arange(self.head_dim)):
             return canonical
-        return {
-            name: tensor.unflatten(0, (-1, self.head_dim))[:, order].flatten(0, 1)
-            if name.startswith(("q_", "k_"))
-            else tensor
-            for name, tensor in canonical.items()
-        }
+        # The norm divides by the size of its input, so that a factor before it would have no effect.
+        multiplied = ("q_norm.", "k_norm.") if "k_norm.weight" in canonical else ("q_", "k_")
+        for name, tensor in canonical.items():
+            if not name.startswith(("q_", "k_")):
+                continue
+            heads = tensor.unflatten(0, (-1, self.head_dim))[:, order]
+            if factors is not None and name.startswith(multiplied):
+                heads = heads.double() * factors.view(-1, *(1,) * (heads.dim() - 2))
+            canonical[name] = heads.flatten(0, 1)
+        return canonical

@@ -4,6 +4,7 @@ from typing import Any
 
 from mla_converters.checkpoints.config_keys import DUAL_CHUNK
 from mla_converters.checkpoints.source import Source
+from mla_converters.checkpoints.tensors import SECOND_TOKEN
 from mla_converters.latent.cache_size import CacheBudget
 from vllm_mla_plugin.checkpoint.cache_formats import CacheFormat
 from vllm_mla_plugin.checkpoint.latent_cache import latent_cache_json
@@ -43,8 +44,7 @@ def mla_config(
         format: the packed format of every layer's cache; None if it is not packed.
     """
     kept = {name: value for name, value in source.raw_config.items() if not name.startswith("_") and name not in STALE}
-    if kept.get("num_nextn_predict_layers"):  # layers that are left out
-        kept["num_nextn_predict_layers"] = 0
+    kept |= dict.fromkeys(kept.keys() & set(SECOND_TOKEN), 0)  # layers that are left out
     if "attention_bias" in kept and source.family.biases == (
         "attention_bias",
         "attention_bias",

@@ -186,9 +186,11 @@ class Source:
     def attention_weights(self, index: int) -> dict[str, torch.Tensor]:
         """The tensors of a layer's attention in the common layout, named as below ``self_attn.``; see
         :class:`AttentionLayout`."""
-        return self.layout.canonical(
-            {name: self.layer_tensor(index, f"self_attn.{name}") for name in self.attention_names(index)}
-        )
+        weights = {name: self.layer_tensor(index, f"self_attn.{name}") for name in self.attention_names(index)}
+        # The attention factor, which is a part of the softmax scale, is not for components that never turn.
+        still = self.frequencies(index).repeat(2) == 0
+        factors = torch.where(still, 1 / self.rope[1], 1.0) if self.rope[1] != 1 and still.any() else None
+        return self.layout.canonical(weights, factors)
 
     def attention_meta(self, index: int) -> dict[str, torch.Tensor]:
         """Shapes and dtypes of the same, on the meta device."""

@@ -9,6 +9,8 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from mla_converters.errors import ConversionError
 
+SECOND_TOKEN = ("num_nextn_predict_layers", "num_mtp_modules")
+"""Keys of a configuration that count layers with which a model predicts a second token."""
 SHOWN = 5  # problems that a message names
 
 
@@ -80,7 +82,8 @@ def check_tensors(tensors: Tensors, skeleton: PreTrainedModel, config_name: str)
         ConversionError: they differ.
     """
     # Further layers, with which the model can predict a second token. transformers leaves them out, too.
-    layers, more = skeleton.config.num_hidden_layers, getattr(skeleton.config, "num_nextn_predict_layers", 0) or 0
+    layers = skeleton.config.num_hidden_layers
+    more = sum(getattr(skeleton.config, name, None) or 0 for name in SECOND_TOKEN)
     left_out = tuple(f"model.layers.{index}." for index in range(layers, layers + more))
     for name in tensors.names():
         if name.endswith("rotary_emb.inv_freq") or name.startswith(left_out):
