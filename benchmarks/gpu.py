@@ -25,7 +25,7 @@ from transformers import LlamaConfig
 from benchmarks.common import RESULTS, plain_parser, write_result
 from mla_converters.bench.run import bench
 from mla_converters.options import MOST, BenchOptions, Workload
-from vllm_mla_plugin.checkpoint.config import LlamaMLAConfig
+from vllm_mla_plugin.checkpoint.config import CONFIG_CLASSES
 
 LLAMA_2_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
 LLAMA_3_8B = LLAMA_2_7B | {"intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256}
@@ -77,7 +77,7 @@ def write_configs(case: Case, layers: int | None, folder: Path) -> None:
         shape["num_hidden_layers"] = layers
     mla = {"kv_lora_rank": case.latent, "qk_rope_head_dim": case.rope, "qk_nope_head_dim": 128, "v_head_dim": 128}
     LlamaConfig(**shape, architectures=["LlamaForCausalLM"]).save_pretrained(folder / "source")
-    LlamaMLAConfig(**shape, **mla, architectures=["LlamaMLAForCausalLM"]).save_pretrained(folder / "mla")
+    CONFIG_CLASSES["llama_mla"](**shape, **mla, architectures=["LlamaMLAForCausalLM"]).save_pretrained(folder / "mla")
 
 
 def workload(row: dict[str, Any]) -> Workload:

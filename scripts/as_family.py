@@ -12,6 +12,18 @@ from safetensors.torch import load_file, save_file
 
 from vllm_mla_plugin.checkpoint.families import FAMILIES
 
+FIELDS = {
+    "granite": {
+        "embedding_multiplier": 1.0,
+        "attention_multiplier": 64**-0.5,
+        "residual_multiplier": 1.0,
+        "logits_scaling": 1.0,
+    },
+    "smollm3": {"no_rope_layers": [1] * 30},
+    "seed_oss": {"attention_bias": False, "attention_out_bias": False},
+}
+"""With which families compute what SmolLM2 does."""
+
 
 def as_family(source: Path, model_type: str, folder: Path, experts: int = 2, gate_scale: float = 0.0) -> Path:
     """Copy a model's folder and make the copy a model of another family.
@@ -27,11 +39,19 @@ def as_family(source: Path, model_type: str, folder: Path, experts: int = 2, gat
     shutil.copytree(source, folder)
     config = json.loads((folder / "config.json").read_text())
     config |= {"architectures": [family.architecture], "model_type": model_type, "sliding_window": None}
+    config |= FIELDS.get(model_type, {})
     tensors = load_file(folder / "model.safetensors")
     if model_type == "qwen2":
         for name, tensor in list(tensors.items()):
             if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
                 tensors[name.replace("weight", "bias")] = torch.zeros(len(tensor))
+    if family.fused_qkv:
+        for name in [name for name in tensors if name.endswith(("q_proj.weight", "gate_proj.weight"))]:
+            whole, parts = ("qkv", "qkv") if "q_proj" in name else ("gate_up", ("gate", "up"))
+            start = name[: name.rindex(".", 0, -len(".weight")) + 1]
+            tensors[f"{start}{whole}_proj.weight"] = torch.cat(
+                [tensors.pop(f"{start}{part}_proj.weight") for part in parts]
+            )
     if family.experts is not None:
         # Families call the same fields by different names. Mixtral always does what norm_topk_prob asks for.
         if model_type == "mixtral":

@@ -1,6 +1,6 @@
 """The two MLA self-attentions on vLLM's MLA attention layer: one for models without QK-norm, one for models with it.
 
-QK-norm normalises each head's query and key before RoPE.
+QK-norm normalises queries and keys before RoPE: each head alone, or all heads of a token together.
 """
 
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 from vllm.config import CacheConfig, get_current_vllm_config
-from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
 from vllm.model_executor.layers.attention import MLAAttention
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import (
@@ -46,6 +46,12 @@ def is_quantised(quant_config: QuantizationConfig | None, input_size: int, name:
     return not isinstance(layer.quant_method, UnquantizedLinearMethod)
 
 
+def mean_over_ranks(mean: torch.Tensor) -> torch.Tensor:
+    """The mean of a number of all tensor-parallel ranks, each of which has as many heads."""
+    ranks = get_tensor_model_parallel_world_size()
+    return mean if ranks == 1 else tensor_model_parallel_all_reduce(mean) / ranks
+
+
 class MLASelfAttention(nn.Module):
     """Drop-in for ``LlamaAttention``: same constructor, MLA inside (DeepSeek-V2, section 2.1).
 
@@ -58,8 +64,8 @@ class MLASelfAttention(nn.Module):
     Args:
         config: an MLA configuration (:class:`vllm_mla_plugin.checkpoint.config.MLAFields`).
         num_heads: query heads over all tensor-parallel ranks.
-        bias: whether ``q_proj`` and ``kv_a_proj_with_mqa`` have a bias.
-        bias_o_proj: whether ``o_proj`` has one.
+        bias, bias_o_proj: not used, because vLLM's Llama does not know every family's; the configuration says which
+            projections have a bias.
         prefix: the module's name. It contains the number of the layer, which decides the sizes of the cache.
 
     Raises:
@@ -98,6 +104,7 @@ class MLASelfAttention(nn.Module):
         self.v_dim = config.v_head_dim
         self.num_heads = num_heads // get_tensor_model_parallel_world_size()
 
+        bias, bias_o_proj = config.attention_biases
         self.make_projections(config, num_heads, bias, quant_config, prefix)
         self.kv_b_proj = ColumnParallelLinear(
             self.latent_dim,
@@ -290,7 +297,9 @@ class QKNormMLASelfAttention(MLASelfAttention):
         sizes = [num_heads * (self.v_dim + self.rope_dim), kv_width]
         self.make_input_projections(sizes, hidden, bias, quant_config, prefix)
         self.eps = config.rms_norm_eps
-        self.k_norm = RMSNorm(self.v_dim, eps=config.rms_norm_eps)
+        self.over_heads = config.qk_norm == "all"
+        self.norm_width = kv_width if self.over_heads else self.v_dim
+        self.k_norm = RMSNorm(self.norm_width, eps=config.rms_norm_eps)
         self.kv_a_proj_with_mqa = ReplicatedLinear(
             kv_width + hidden,
             self.latent_dim + self.rope_dim,
@@ -301,6 +310,6 @@ class QKNormMLASelfAttention(MLASelfAttention):
 
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         q, k = self.project_input(hidden_states)
-        k = self.k_norm(k.unflatten(-1, (-1, self.v_dim))).flatten(1)
+        k = self.k_norm(k.unflatten(-1, (-1, self.norm_width))).flatten(1)
         cached = self.kv_a_proj_with_mqa(torch.cat((k, hidden_states), dim=-1))[0]
-        return norm_queries(q, self.v_dim, self.nope_dim, self.eps), cached
+        return norm_queries(q, self.v_dim, self.nope_dim, self.eps, self.over_heads, mean_over_ranks), cached

@@ -36,6 +36,6 @@ def register_with_vllm() -> None:
     for family in FAMILIES.values():
         if family.mla_architecture not in registered:
             ModelRegistry.register_model(family.mla_architecture, family.vllm_model)
-    for config_class in CONFIG_CLASSES:
-        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-        MODEL_ARCH_CONFIG_CONVERTORS[config_class.model_type] = MLAModelArchConfigConvertor
+    for model_type, config_class in CONFIG_CLASSES.items():
+        AutoConfig.register(model_type, config_class, exist_ok=True)
+        MODEL_ARCH_CONFIG_CONVERTORS[model_type] = MLAModelArchConfigConvertor

@@ -14,7 +14,7 @@ from mla_converters.checkpoints.carry import carry_side_files
 from mla_converters.checkpoints.families import active_window, window_refusal
 from mla_converters.checkpoints.locate import local_path
 from mla_converters.checkpoints.mla_config import mla_config, per_layer_sizes
-from mla_converters.checkpoints.source import Source, open_source
+from mla_converters.checkpoints.source import LAYERS, Source, open_source
 from mla_converters.checkpoints.writer import Shards
 from mla_converters.errors import ConversionError
 from mla_converters.latent.cache_size import CacheBudget
@@ -35,7 +35,7 @@ from mla_converters.reports.conversion import (
 from mla_converters.resume.identity import VERSIONS, conversion_identity
 from mla_converters.resume.layer_pass import Record, Streams
 from mla_converters.resume.work_folder import Work, work_folder
-from mla_converters.streaming.planned import LAYERS, planned_tensors
+from mla_converters.streaming.planned import planned_tensors
 from mla_converters.support.devices import usable_device
 from mla_converters.support.dtypes import DTYPES
 from mla_converters.support.progress import progress_bars
@@ -141,7 +141,7 @@ def _disk_bytes(source: Source, method: Method, cache: AskedCache, options: Conv
     """What the conversion takes on disk, by the estimate that ``plan`` shows."""
     dtype = DTYPES[options.dtype] if options.dtype else source.dtype()
     shape = replace(source.shape, weight_bytes=dtype.itemsize)
-    return method.cost(shape, cache, options.calibration_tokens).disk_bytes
+    return method.cost(shape, cache, options.calibration_tokens).disk_bytes - source.carried_saving()
 
 
 def _calibrate(
@@ -180,9 +180,8 @@ def _write_weights(
     """
     if shards.allocate():
         record.forget()
-    for name in source.names():
-        if not name.startswith(LAYERS):
-            shards.write(name, source.tensor(name))
+    for name in source.carried_names():
+        shards.write(name, source.carried(name))
     count = source.config.num_hidden_layers
 
     def start() -> Streams:
@@ -204,8 +203,8 @@ def _write_weights(
 def _write_layer(shards: Shards, source: Source, index: int, converted: ConvertedLayer) -> None:
     for name, tensor in converted.weights.items():
         shards.write(f"{LAYERS}{index}.self_attn.{name}", tensor)
-    for name in source.other_names(index):
-        shards.write(f"{LAYERS}{index}.{name}", source.layer_tensor(index, name))
+    for name in source.carried_names(index):
+        shards.write(name, source.carried(name))
 
 
 def _rounded(measured: list[Measured]) -> list[LayerMeasures]:

@@ -118,6 +118,7 @@ def _begin(model: Path, out: Path, options: HealOptions, device: str, force: boo
         raise ConversionError(f"OUT is {out}, which is MODEL: give a folder of its own.")
     name, revision = (options.source, None) if options.source else _recorded_source(model, report)
     source = stack.enter_context(open_source(name, revision, options.trust_remote_code, report.rope_scaling))
+    _refuse_quantised(model, config, source)
     _check_pair(model, config, source)
     teacher = _teacher(options, source, stack)
     if not state.is_main_process:
@@ -172,6 +173,16 @@ def _recorded_source(model: Path, report: ConversionReport) -> tuple[str, str | 
             f"{model} was converted from {report.source}, which is gone: say where with --source."
         ) from error
     return report.source, report.revision
+
+
+def _refuse_quantised(model: Path, config: dict[str, Any], source: Source) -> None:
+    """Refuse quantised weights, through which training does not pass."""
+    if source.quantisation is not None or config.get("quantization_config"):
+        quantised = model if source.quantisation is None else source.name
+        raise ConversionError(
+            f"{quantised} has quantised weights, through which healing does not train: convert the unquantised model, "
+            "heal that, and quantise after."
+        )
 
 
 def _check_pair(model: Path, config: dict[str, Any], source: Source) -> None:

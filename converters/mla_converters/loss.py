@@ -42,12 +42,15 @@ def measured_loss(source: Source, folder: Path, windows: torch.Tensor, device: s
     experts, advance = source.family.experts, lambda *_: progress.advance(task)
     hidden = partial(final_hidden, experts=experts, ids=windows, device=device, watch=advance)
     theirs, own = hidden(source.skeleton(), source), hidden(skeleton, checkpoint)
-    heads = output_head(source.config, source), output_head(config, checkpoint)
+    of_source, of_own = (
+        partial(log_probabilities, head=output_head(settings, tensors), config=settings)
+        for settings, tensors in ((source.config, source), (config, checkpoint))
+    )
     following = windows.long().roll(-1, dims=1)
     following[:, -1] = NOTHING
     kl, agreed, losses = 0.0, 0, torch.zeros(2, dtype=torch.float64)
     for ids, *states in zip(*(each.flatten(0, 1).split(CHUNK) for each in (following, theirs, own)), strict=True):
-        expected, got = (log_probabilities(each[None], head) for each, head in zip(states, heads, strict=True))
+        expected, got = of_source(states[0][None]), of_own(states[1][None])
         kl += F.kl_div(got, expected, log_target=True, reduction="sum").item()
         agreed += int((got.argmax(-1) == expected.argmax(-1)).sum())
         targets = ids.to(expected.device)

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import vllm_mla_plugin.hf  # noqa: F401 - registers the MLA models with transformers
 from mla_converters.cards.describe import describe_model
+from mla_converters.checkpoints.quantised.tensors import dequantised
 from mla_converters.checkpoints.reader import Checkpoint
 from mla_converters.checkpoints.side_files import has_tokenizer
 from mla_converters.checkpoints.source import Source
@@ -96,7 +97,8 @@ def prove(source: Source, folder: Path, report: ConversionReport, device: str) -
     Raises:
         ConversionError: the converted model does not compute what the report says.
     """
-    checkpoint, config = Checkpoint(folder), AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder)
+    checkpoint = dequantised(Checkpoint(folder), source.quantisation, config)
     ids, is_text = _probe(source, config.max_position_embeddings)
     experts = source.family.experts
     seen: dict[int, tuple[dict[str, Any], torch.Tensor]] = {}
@@ -167,7 +169,7 @@ def _predictions(
 ) -> torch.Tensor:
     """Log-probabilities ``[tokens, vocabulary]`` float32."""
     hidden = final_hidden(model, tensors, experts, ids, device, watch)
-    return log_probabilities(hidden, output_head(model.config, tensors)).cpu()
+    return log_probabilities(hidden, output_head(model.config, tensors), model.config).cpu()
 
 
 def _perplexity(predictions: torch.Tensor, ids: torch.Tensor) -> float:

@@ -11,6 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 import vllm_mla_plugin.hf  # noqa: F401 - registers the MLA models with transformers
 from mla_converters.checkpoints.manifest import manifest_problems
 from mla_converters.checkpoints.models import Model, converted_config, find_model, read_config
+from mla_converters.checkpoints.quantised.config import find_quantisation
+from mla_converters.checkpoints.quantised.tensors import dequantised
 from mla_converters.checkpoints.reader import Checkpoint
 from mla_converters.checkpoints.rope_scaling import scale_rope
 from mla_converters.checkpoints.tensors import tensor_problems
@@ -78,7 +80,8 @@ def _tensors(folder: Path, config: PretrainedConfig) -> Check:
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     try:
-        checkpoint = Checkpoint(folder)
+        quantisation = find_quantisation(config.to_dict())
+        checkpoint = dequantised(Checkpoint(folder), quantisation, config)
     except ConversionError as error:
         return Check(name="tensors", problems=[str(error)])
     problems = tensor_problems(checkpoint, skeleton)

@@ -9,7 +9,22 @@ from safetensors import safe_open
 from support.commands import convert
 from support.files import CALIBRATION
 from support.latent import attend
-from support.models import LLAMA3, MIXTRAL_EXPERTS, QWEN3_EXPERTS, YARN, RandomModel, load
+from support.models import (
+    GLM_EXPERTS,
+    LLAMA3,
+    MIXTRAL_EXPERTS,
+    MULTIPLIERS,
+    PARTIAL,
+    QWEN2_EXPERTS,
+    QWEN3_EXPERTS,
+    UNPADDED,
+    YARN,
+    RandomModel,
+    load,
+)
+from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeRMSNorm
+from transformers.models.minimax_m2.modeling_minimax_m2 import MiniMaxM2RMSNorm
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm
 
@@ -39,8 +54,31 @@ VARIANTS = {
     "qwen3-moe": RandomModel("qwen3_moe", head_dim=32, layers=3, experts=QWEN3_EXPERTS),
     "qwen3-moe-mqa-head-48": RandomModel("qwen3_moe", kv_heads=1, head_dim=48, tied=True, experts=QWEN3_EXPERTS),
     "mixtral": RandomModel("mixtral", experts=MIXTRAL_EXPERTS),
+    "arcee-biases": RandomModel("arcee", heads=9, kv_heads=3, hidden=144, bias=True, experts={"mlp_bias": True}),
+    "seed-oss-mqa-head-80": RandomModel("seed_oss", kv_heads=1, head_dim=80, bias=True),
+    "qwen2-moe": RandomModel("qwen2_moe", heads=9, kv_heads=3, experts=QWEN2_EXPERTS, layers=3),
+    "smollm3-nine-heads": RandomModel("smollm3", heads=9, kv_heads=3, layers=4, tied=True, experts=UNPADDED),
+    "smollm3-yarn": RandomModel("smollm3", layers=4, rope=YARN, experts=UNPADDED),
+    "glm4-moe-yarn": RandomModel(
+        "glm4_moe", head_dim=48, rope=YARN | {"partial_rotary_factor": 0.5}, experts=GLM_EXPERTS
+    ),
+    "granite-head-48": RandomModel("granite", heads=3, kv_heads=3, head_dim=48, experts=MULTIPLIERS),
+    "olmo2": RandomModel("olmo2", heads=9, kv_heads=3, head_dim=48),
+    "olmo2-mqa-head-80": RandomModel("olmo2", kv_heads=1, head_dim=80),
+    "phi3-nine-heads": RandomModel("phi3", heads=9, kv_heads=3, experts=UNPADDED),
+    "phi3-partial": RandomModel("phi3", kv_heads=1, head_dim=80, rope=PARTIAL, experts=UNPADDED),
+    "glm4-biases": RandomModel("glm4", heads=9, kv_heads=3, head_dim=48, bias=True, rope=PARTIAL, experts=UNPADDED),
+    "glm4-moe-qk-norm": RandomModel("glm4_moe", head_dim=48, layers=3, rope=PARTIAL, experts=GLM_EXPERTS),
+    "glm4-moe-bias": RandomModel(
+        "glm4_moe", heads=9, kv_heads=3, bias=True, rope=PARTIAL, experts=GLM_EXPERTS | {"use_qk_norm": False}
+    ),
+    "minimax-m2": RandomModel("minimax_m2", heads=9, kv_heads=3, head_dim=32, rope=PARTIAL, experts=MIXTRAL_EXPERTS),
     "mixtral-nine-heads-80": RandomModel("mixtral", heads=9, kv_heads=3, head_dim=80, experts=MIXTRAL_EXPERTS),
 }
+
+
+NORMS = (Qwen3RMSNorm, Qwen3MoeRMSNorm, Olmo2RMSNorm, Glm4MoeRMSNorm, MiniMaxM2RMSNorm)
+NORMALISED = ("qwen3", "olmo2", "glm4-moe-qk", "glm4-moe-yarn", "minimax")
 
 
 def norm_in_own_dtype(self: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -51,10 +89,10 @@ def norm_in_own_dtype(self: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_exact_equals_source(variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits agree to 1e-9 in float64 (1e-4 in float32), also beyond the original context of scaled RoPE."""
-    monkeypatch.setattr(Qwen3RMSNorm, "forward", norm_in_own_dtype)
-    monkeypatch.setattr(Qwen3MoeRMSNorm, "forward", norm_in_own_dtype)
+    for norm in NORMS:
+        monkeypatch.setattr(norm, "forward", norm_in_own_dtype)
     model = VARIANTS[variant]
-    if "qwen3" in variant:
+    if variant.startswith(NORMALISED):
         # The weight of the queries' norm is multiplied into other weights. In float32, these would be off by 4e-8.
         model = replace(model, dtype=torch.float64)
     source = model.save(tmp_path / "source")

@@ -18,6 +18,19 @@ from mla_converters.methods.transmla.run import transmla
 from scripts.as_family import as_family
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["phi3", "granite", "smollm3", "seed_oss"])
+def test_same_conversion(family: str, smollm2: Path, tmp_path: Path) -> None:
+    """At half of the cache, the family's conversion equals Llama's."""
+    source = as_family(smollm2, family, tmp_path / "source")
+    windows = torch.randint(0, 49152, (2, 512), generator=torch.Generator().manual_seed(1))
+    got, expected = (first_layers(folder, windows, 2) for folder in (source, smollm2))
+    for layer, reference in zip(got, expected, strict=True):
+        assert layer.keys() == reference.keys()
+        for name, tensor in reference.items():
+            assert torch.equal(layer[name], tensor), name
+
+
 @pytest.mark.engine
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "mixtral"])

@@ -1,5 +1,6 @@
 """Converted models in vLLM on a GPU, with each feature once. Skipped without a GPU."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from support.commands import SPLIT, convert
 from support.engine import run_engine
 from support.files import CALIBRATION
 from support.models import RandomModel, load
+from support.quantised_sources import quantise_source
 
 pytestmark = pytest.mark.gpu
 
@@ -120,6 +122,20 @@ def test_prefix_caching(model: Path) -> None:
     result = run_engine(model, [PROMPTS[2], PROMPTS[2]], **job)
     assert result["cached_tokens"][0] == 0 and result["cached_tokens"][1] >= 64
     assert result["tokens"][0] == result["tokens"][1]
+
+
+# No GPU has run this yet. vLLM also rounds activations to FP8, whose rounding of 3% a number this bound allows.
+FP8_ROUNDING = 0.1
+
+
+@pytest.mark.parametrize("name", ["fp8-tensor", "fp8-block-128", "fp8-channel"])
+def test_fp8_source(name: str, tmp_path: Path) -> None:
+    """A source in FP8 keeps its quantised MLPs. The log-probabilities are those of the dequantised weights."""
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("fp8 needs compute capability 8.9")
+    quantised, plain = quantise_source(replace(MODEL, intermediate=384).save(tmp_path / "source"), name, tmp_path)
+    out, twin = (convert(folder, tmp_path / f"{folder.name}-mla", *CALIBRATED, *SPLIT) for folder in (quantised, plain))
+    assert_close_to_transformers(twin, run(out), FP8_ROUNDING)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -34,6 +34,26 @@ QWEN3_EXPERTS = {
     "moe_intermediate_size": 24,
     "mlp_only_layers": [0],
 }
+QWEN2_EXPERTS = QWEN3_EXPERTS | {"shared_expert_intermediate_size": 40}
+GLM_EXPERTS = {
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 2,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+    "n_group": 2,
+    "topk_group": 1,
+    "routed_scaling_factor": 1.5,
+    "use_qk_norm": True,
+}
+MULTIPLIERS = {
+    "embedding_multiplier": 5.0,
+    "attention_multiplier": 0.1,
+    "residual_multiplier": 0.3,
+    "logits_scaling": 4.0,
+}
+PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+UNPADDED = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
 MIXTRAL_EXPERTS = {"num_local_experts": 3, "num_experts_per_tok": 2}
 
 
@@ -46,6 +66,7 @@ class RandomModel:
     kv_heads: int = 2
     head_dim: int = 16
     hidden: int = 64
+    intermediate: int = 48
     layers: int = 2
     bias: bool = False
     tied: bool = False
@@ -63,7 +84,7 @@ class RandomModel:
             self.family,
             vocab_size=self.vocab,
             hidden_size=self.hidden,
-            intermediate_size=48,
+            intermediate_size=self.intermediate,
             num_hidden_layers=self.layers,
             num_attention_heads=self.heads,
             num_key_value_heads=self.kv_heads,
@@ -101,3 +122,27 @@ def converted_layers(source: Source, conversion: LayerConversion) -> Iterator[di
     streams = conversion.start()
     for layer in source_layers(source, "cpu"):
         yield conversion.convert(layer, streams).weights
+
+
+ONE_EXPERT = MIXTRAL_EXPERTS | {"num_experts_per_tok": 1}
+# One model of every family, of sizes that vLLM's own attention takes: it is built before MLA replaces it.
+FAMILY_MODELS = {
+    "llama": RandomModel(heads=9, kv_heads=3, head_dim=32, hidden=144, bias=True),
+    "mistral": RandomModel("mistral", heads=9, kv_heads=3, head_dim=32),
+    "qwen2": RandomModel("qwen2", heads=9, kv_heads=3, head_dim=32),
+    "qwen3": RandomModel("qwen3", kv_heads=1, head_dim=80, tied=True),
+    "qwen3_moe": RandomModel("qwen3_moe", heads=9, kv_heads=3, head_dim=32, layers=3, experts=QWEN3_EXPERTS),
+    "mixtral": RandomModel("mixtral", heads=9, kv_heads=3, head_dim=32, hidden=96, experts=MIXTRAL_EXPERTS),
+    "arcee": RandomModel("arcee", heads=9, kv_heads=3, hidden=288, head_dim=32, bias=True),
+    "seed_oss": RandomModel("seed_oss", kv_heads=1, head_dim=80, bias=True),
+    "qwen2_moe": RandomModel("qwen2_moe", heads=9, kv_heads=3, head_dim=32, layers=3, experts=QWEN2_EXPERTS),
+    "smollm3": RandomModel("smollm3", heads=9, kv_heads=3, head_dim=32, layers=4, tied=True, experts=UNPADDED),
+    "granite": RandomModel("granite", heads=3, kv_heads=3, head_dim=32, hidden=96, experts=MULTIPLIERS),
+    "olmo2": RandomModel("olmo2", heads=9, kv_heads=3, head_dim=32),
+    "phi3": RandomModel("phi3", heads=9, kv_heads=3, hidden=288, head_dim=32, rope=PARTIAL, experts=UNPADDED),
+    "glm4": RandomModel("glm4", heads=9, kv_heads=3, head_dim=32, bias=True, rope=PARTIAL, experts=UNPADDED),
+    "glm4_moe": RandomModel("glm4_moe", kv_heads=1, head_dim=80, layers=3, rope=PARTIAL, experts=GLM_EXPERTS),
+    "minimax_m2": RandomModel(
+        "minimax_m2", heads=9, kv_heads=3, head_dim=32, rope=PARTIAL, experts=ONE_EXPERT | UNPADDED
+    ),
+}

@@ -78,7 +78,7 @@ CONFIGS = {
         "supported are: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM",
     ),
     "mla": ({"kv_lora_rank": 512}, "uses MLA already"),
-    "quantised": ({"quantization_config": {"quant_method": "gptq"}}, "quantised (gptq)"),
+    "quantised": ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantised (bitsandbytes)"),
     "dynamic": (
         {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
         "RoPE type 'dynamic' cannot be converted",

@@ -13,7 +13,10 @@ import typer
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
+from benchmarks.common import result
 from mla_converters.cli.main import app
+from scripts.family_table import PAGE, with_table
+from vllm_mla_plugin.checkpoint.families import FAMILIES
 
 ROOT = Path(__file__).parents[2]
 HOME = "https://github.com/vllm-mla-plugin/vllm-mla-plugin"
@@ -175,3 +178,12 @@ def test_picture_has_every_room() -> None:
         if path.name[0] not in "_." and path.suffix in ("", ".py")
     }
     assert rooms <= set(re.findall(r"\w+", picture))
+
+
+def test_table_of_families() -> None:
+    """It is the one that its script writes, and every family was served."""
+    rows = result("served_families")["families"]
+    assert with_table(PAGE.read_text(), rows) == PAGE.read_text(), "run python -m scripts.check_families --table"
+    assert list(rows) == [family.model_type for family in FAMILIES.values()]
+    assert all(row["largest_difference_of_log_probabilities"] < 1e-3 for row in rows.values())
+    assert all(row["tokens_that_transformers_chooses"] == "64 of 64" for row in rows.values())

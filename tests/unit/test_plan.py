@@ -322,7 +322,7 @@ def test_refused_sources(refused: Refused, tmp_path: Path) -> None:
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown": ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, "is not supported; supported are"),
     "mla": ({"kv_lora_rank": 512}, "uses MLA already"),
-    "quantised": ({"quantization_config": {"quant_method": "gptq"}}, "quantised (gptq)"),
+    "quantised": ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantised (bitsandbytes)"),
     "dynamic": ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "RoPE type 'dynamic'"),
     "uneven": ({"num_key_value_heads": 5}, "config.json is wrong"),
     "type": ({"hidden_size": "big"}, "not a valid configuration"),

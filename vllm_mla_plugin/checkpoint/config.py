@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from transformers import LlamaConfig, MistralConfig, MixtralConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from vllm_mla_plugin.checkpoint.cache_formats import CacheFormat
-from vllm_mla_plugin.checkpoint.families import FAMILIES
+from vllm_mla_plugin.checkpoint.families import FAMILIES, Family, QKNorm
 from vllm_mla_plugin.checkpoint.latent_cache import parse_latent_cache
 
 MLA_TP_PLAN = {
@@ -35,7 +35,7 @@ class MLAFields:
         v_head_dim: per-head width of the values.
         softmax_scale: factor on attention scores: ``head_dim ** -0.5`` of the source, times the
             square of its RoPE attention factor (YaRN).
-        qk_norm: whether the family normalises each head's query and key before RoPE.
+        family: of the source.
         converted_rope_parameters: the source's ``rope_parameters``, from which the checkpoint's ``rope_freqs`` were
             made; None in checkpoints of version 0.1.0.
         latent_cache: how the cache is packed, as :func:`~vllm_mla_plugin.checkpoint.latent_cache.latent_cache_json`
@@ -55,7 +55,7 @@ class MLAFields:
     qk_nope_head_dim: int = 128
     v_head_dim: int = 128
     softmax_scale: float | None = None
-    qk_norm: ClassVar[bool] = False
+    family: ClassVar[Family]
     converted_rope_parameters: dict[str, Any] | None = None
     latent_cache: dict[str, Any] | None = None
     mla_conversion: dict[str, Any] | None = None
@@ -77,8 +77,14 @@ class MLAFields:
     @property
     def attention_biases(self) -> tuple[bool, bool]:
         """Whether queries, keys and values have a bias, and whether the output has one."""
-        bias: bool = getattr(self, "attention_bias", False)
-        return bias, bias
+        inputs, output = (getattr(self, bias, False) if isinstance(bias, str) else bias for bias in self.family.biases)
+        return inputs, output
+
+    @property
+    def qk_norm(self) -> QKNorm | None:
+        """How queries and keys are normalised before RoPE; None if they are not."""
+        key = self.family.qk_norm_key
+        return self.family.qk_norm if key is None or getattr(self, key) else None
 
     def check_rope(self) -> None:
         """Refuse another RoPE than that of the conversion, which cannot have any effect: each layer's frequencies are
@@ -110,54 +116,22 @@ class MLAFields:
         return parse_latent_cache(self.latent_cache, [self.cached_sizes(index) for index in range(layers)])[layer]
 
 
-class LlamaMLAConfig(MLAFields, LlamaConfig):
-    """Llama with MLA (``model_type`` ``llama_mla``)."""
-
-    model_type = "llama_mla"
-    base_model_tp_plan: ClassVar[dict[str, str]] = MLA_TP_PLAN
-
-
-class MistralMLAConfig(MLAFields, MistralConfig):
-    """Mistral with MLA (``model_type`` ``mistral_mla``); never with an active sliding window."""
-
-    model_type = "mistral_mla"
-    base_model_tp_plan: ClassVar[dict[str, str]] = MLA_TP_PLAN
-    sliding_window: int | None = None
-
-
-class Qwen2MLAConfig(MLAFields, Qwen2Config):
-    """Qwen2 and Qwen2.5 with MLA (``model_type`` ``qwen2_mla``)."""
-
-    model_type = "qwen2_mla"
-    base_model_tp_plan: ClassVar[dict[str, str]] = MLA_TP_PLAN
-    attention_biases: ClassVar[tuple[bool, bool]] = (True, False)
-    qkv_bias: bool = True  # read by vLLM's Llama layer
+def _config_class(family: Family) -> type[PretrainedConfig]:
+    """The configuration of a family with MLA: the source's class, with the fields of :class:`MLAFields`."""
+    source = CONFIG_MAPPING[family.model_type]
+    names = {
+        "__module__": __name__,
+        "__doc__": f"{family.name} with MLA (``model_type`` ``{family.mla_model_type}``).",
+        "__annotations__": dict.fromkeys(family.defaults, Any),
+        "model_type": family.mla_model_type,
+        "base_model_tp_plan": MLA_TP_PLAN if family.tp_plan else None,
+        "family": family,
+        **family.defaults,
+    }
+    return type(f"{family.name}MLAConfig", (MLAFields, source), names)
 
 
-class Qwen3MLAConfig(MLAFields, Qwen3Config):
-    """Qwen3 with MLA (``model_type`` ``qwen3_mla``)."""
-
-    model_type = "qwen3_mla"
-    base_model_tp_plan: ClassVar[None] = None
-    qk_norm: ClassVar[bool] = True
-
-
-class Qwen3MoeMLAConfig(MLAFields, Qwen3MoeConfig):
-    """Qwen3-MoE with MLA (``model_type`` ``qwen3_moe_mla``)."""
-
-    model_type = "qwen3_moe_mla"
-    base_model_tp_plan: ClassVar[None] = None
-    qk_norm: ClassVar[bool] = True
-
-
-class MixtralMLAConfig(MLAFields, MixtralConfig):
-    """Mixtral with MLA (``model_type`` ``mixtral_mla``); never with an active sliding window."""
-
-    model_type = "mixtral_mla"
-    base_model_tp_plan: ClassVar[None] = None
-    sliding_window: int | None = None
-
-
-_BY_MODEL_TYPE = {config_class.model_type: config_class for config_class in MLAFields.__subclasses__()}
-CONFIG_CLASSES = tuple(_BY_MODEL_TYPE[family.mla_model_type] for family in FAMILIES.values())
-"""The configuration class of every family, in the order of the table."""
+CONFIG_CLASSES = {family.mla_model_type: _config_class(family) for family in FAMILIES.values()}
+"""The configuration class of every family, by its ``model_type``."""
+# By name too, because vLLM pickles configurations.
+globals().update({config_class.__name__: config_class for config_class in CONFIG_CLASSES.values()})

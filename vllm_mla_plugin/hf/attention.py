@@ -52,7 +52,7 @@ class MLASelfAttention(nn.Module):
         self.latent_dim, self.rope_dim = config.cached_sizes(layer_idx)
         self.v_dim = config.v_head_dim
         self.scaling = config.softmax_scale
-        self.attention_dropout = config.attention_dropout
+        self.attention_dropout = getattr(config, "attention_dropout", 0.0)
         bias, bias_o_proj = config.attention_biases
         hidden, heads = config.hidden_size, config.num_attention_heads
         self.make_projections(config, bias)
@@ -135,7 +135,7 @@ class MLASelfAttention(nn.Module):
 class QKNormMLASelfAttention(MLASelfAttention):
     """MLA for models with QK-norm: the latent is a linear map of normalised keys and of the layer's input.
 
-    The norm of each head's query and key comes before anything is cached, so it is computed as in the source.
+    The norm of queries and keys comes before anything is cached, so it is computed as in the source.
 
     - ``kv_a_proj_with_mqa`` maps ``[k; x]`` to the row to cache. The source's projection to values is folded into the
       part for ``x``.
@@ -148,14 +148,17 @@ class QKNormMLASelfAttention(MLASelfAttention):
         heads, kv_width = config.num_attention_heads, config.num_key_value_heads * self.v_dim
         self.q_proj = nn.Linear(config.hidden_size, heads * (self.v_dim + self.rope_dim), bias=bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=bias)
-        self.k_norm = Qwen3RMSNorm(self.v_dim, eps=config.rms_norm_eps)
+        self.over_heads = config.qk_norm == "all"
+        self.norm_width = kv_width if self.over_heads else self.v_dim
+        self.k_norm = Qwen3RMSNorm(self.norm_width, eps=config.rms_norm_eps)
         self.kv_a_proj_with_mqa = nn.Linear(kv_width + config.hidden_size, self.latent_dim + self.rope_dim, bias=bias)
 
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         q = self.q_proj(hidden_states).unflatten(-1, (-1, self.v_dim + self.rope_dim))
-        k = self.k_norm(self.k_proj(hidden_states).unflatten(-1, (-1, self.v_dim))).flatten(-2)
+        k = self.k_norm(self.k_proj(hidden_states).unflatten(-1, (-1, self.norm_width))).flatten(-2)
         cached = self.kv_a_proj_with_mqa(torch.cat((k, hidden_states), dim=-1))
-        return norm_queries(q, self.v_dim, self.nope_dim, self.config.rms_norm_eps), cached
+        q = norm_queries(q, self.v_dim, self.nope_dim, self.config.rms_norm_eps, self.over_heads)
+        return q, cached
 
 
 class MLAModel:

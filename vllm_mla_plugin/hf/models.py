@@ -1,49 +1,22 @@
 """The MLA models in transformers: the source's class, whose every ``self_attn`` :class:`MLAModel` replaces by MLA."""
 
-from transformers import (
-    LlamaForCausalLM,
-    MistralForCausalLM,
-    MixtralForCausalLM,
-    Qwen2ForCausalLM,
-    Qwen3ForCausalLM,
-    Qwen3MoeForCausalLM,
-)
+import transformers
+from transformers import PreTrainedModel
 
-from vllm_mla_plugin.checkpoint import config
+from vllm_mla_plugin.checkpoint.config import CONFIG_CLASSES
+from vllm_mla_plugin.checkpoint.families import FAMILIES, Family
 from vllm_mla_plugin.hf.attention import MLAModel
 
 
-class LlamaMLAForCausalLM(MLAModel, LlamaForCausalLM):
-    """Llama with MLA."""
-
-    config_class = config.LlamaMLAConfig
-
-
-class MistralMLAForCausalLM(MLAModel, MistralForCausalLM):
-    """Mistral with MLA."""
-
-    config_class = config.MistralMLAConfig
+def _model_class(family: Family) -> type[PreTrainedModel]:
+    names = {
+        "__module__": __name__,
+        "__doc__": f"{family.name} with MLA.",
+        "config_class": CONFIG_CLASSES[family.mla_model_type],
+    }
+    return type(family.mla_architecture, (MLAModel, getattr(transformers, family.architecture)), names)
 
 
-class Qwen2MLAForCausalLM(MLAModel, Qwen2ForCausalLM):
-    """Qwen2 and Qwen2.5 with MLA."""
-
-    config_class = config.Qwen2MLAConfig
-
-
-class Qwen3MLAForCausalLM(MLAModel, Qwen3ForCausalLM):
-    """Qwen3 with MLA."""
-
-    config_class = config.Qwen3MLAConfig
-
-
-class Qwen3MoeMLAForCausalLM(MLAModel, Qwen3MoeForCausalLM):
-    """Qwen3-MoE with MLA."""
-
-    config_class = config.Qwen3MoeMLAConfig
-
-
-class MixtralMLAForCausalLM(MLAModel, MixtralForCausalLM):
-    """Mixtral with MLA."""
-
-    config_class = config.MixtralMLAConfig
+MODEL_CLASSES = {family.mla_model_type: _model_class(family) for family in FAMILIES.values()}
+"""The class of every family, by its ``model_type``."""
+globals().update({model_class.__name__: model_class for model_class in MODEL_CLASSES.values()})

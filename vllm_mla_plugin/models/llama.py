@@ -1,7 +1,7 @@
 """Llama with MLA in vLLM: vLLM's Llama with another self-attention.
 
-It also serves the families that differ from Llama only in what their configuration says: Mistral, whose sliding window
-is never converted; Qwen2, whose queries, keys and values have biases; and Qwen3, which has QK-norm.
+It also serves the families that are a Llama to vLLM once MLA is in the place of their attention: Mistral, Qwen2, Qwen3,
+Seed-OSS, SmolLM3 (whose layers without RoPE have frequencies of zero) and Phi-3 (whose MLP comes fused).
 """
 
 from typing import ClassVar
@@ -33,9 +33,6 @@ class LlamaMLAModel(LlamaModel):
     """Llama's decoder stack. Llama's own mapper folds ``q_proj`` into ``qkv_proj``; this one leaves it as it is."""
 
     hf_to_vllm_mapper = WeightsMapper(
-        orig_to_new_substr={
-            ".block_sparse_moe.": ".mlp.",  # Mixtral's name
-        },
         orig_to_new_stacked={
             ".mlp.gate_proj": (".mlp.gate_up_proj", 0),
             ".mlp.up_proj": (".mlp.gate_up_proj", 1),
@@ -49,6 +46,7 @@ class LlamaMLAForCausalLM(ChecksAdapters, LlamaForCausalLM):
     hf_to_vllm_mapper = LlamaMLAModel.hf_to_vllm_mapper
     packed_modules_mapping = {"gate_up_proj": ["gate_proj", "up_proj"]}  # noqa: RUF012
     decoder_layer: ClassVar[type[nn.Module]] = LlamaMLADecoderLayer
+    model_class: ClassVar[type[LlamaMLAModel]] = LlamaMLAModel
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=self.decoder_layer)
@@ -60,4 +58,4 @@ class LlamaMLAForCausalLM(ChecksAdapters, LlamaForCausalLM):
     def _init_model(
         self, vllm_config: VllmConfig, prefix: str = "", layer_type: type[nn.Module] = LlamaMLADecoderLayer
     ) -> LlamaMLAModel:
-        return LlamaMLAModel(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
+        return self.model_class(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)

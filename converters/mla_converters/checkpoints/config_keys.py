@@ -22,10 +22,24 @@ UNDERSTOOD = {
     "attention_bias": "each bias is a tensor, and every tensor is accounted for",
     "mlp_bias": "each bias is a tensor, and every tensor is accounted for",
     "qkv_bias": "each bias is a tensor, and every tensor is accounted for",
-    "quantization_config": "refused by find_family, unless it is empty",
+    "quantization_config": "read by find_quantisation",
     DUAL_CHUNK: "left out of OUT with a warning",
 }
 """Keys that other code reads although not every family's class names them, with that code."""
+ASSUMED: dict[str, dict[str, Any]] = {
+    "minimax_m2": {
+        "use_qk_norm": True,
+        "qk_norm_type": "per_layer",
+        "use_routing_bias": True,
+        "layernorm_full_attention_beta": 1.0,
+        "layernorm_linear_attention_beta": 1.0,
+        "layernorm_mlp_beta": 1.0,
+    },
+}
+"""What a family's class in transformers computes without a key that says so, by ``model_type``."""
+READ_ELSEWHERE = {
+    "minimax_m2": {"rotary_dim": "transformers puts it into rope_parameters"},
+}
 WITHOUT_EFFECT = {
     "auto_map": "Python code for the same model, which is not run",
     "custom_pipelines": "Python code for the same model, which is not run",
@@ -129,6 +143,15 @@ def account_for_keys(raw: dict[str, Any], config_class: type[PretrainedConfig]) 
     """
     known = _known(config_class)
     strange = {name: value for name, value in raw.items() if name not in known and not _without_effect(name)}
+    model_type = config_class.model_type
+    assumed = ASSUMED.get(model_type, {})
+    strange = {
+        name: value
+        for name, value in strange.items()
+        if not (name in READ_ELSEWHERE.get(model_type, {}) or (name in assumed and value == assumed[name]))
+        # 1 for attention in each layer
+        and not (name == "attn_type_list" and isinstance(value, list) and set(value) == {1})
+    }
     strange |= _strange_rope_parameters(raw)
     unknown = []
     for name, value in strange.items():

@@ -117,7 +117,7 @@ def find_family(config: dict) -> Family:
     """The family of a source, by its ``config.json``.
 
     Raises:
-        ConversionError: the source is of no family that can be converted, uses MLA already, or is quantised.
+        ConversionError: the source is of no family that can be converted, or uses MLA already.
     """
     architectures = architecture_names(config)
     name = architectures[0] if architectures else config.get("model_type", "none named")
@@ -133,15 +133,10 @@ def find_family(config: dict) -> Family:
             f"config.json says architecture {name} but model_type {config.get('model_type')!r}, "
             f"where {family.model_type!r} was expected."
         )
-    if quantization := config.get("quantization_config"):
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
-        raise ConversionError(
-            f"The source's weights are quantised ({method}): convert the unquantised model and quantise after."
-        )
     return family
 
 
-def check_config(config: PretrainedConfig) -> None:
+def check_config(config: PretrainedConfig, family: Family) -> None:
     """Refuse variants of a supported family that MLA cannot represent.
 
     Raises:
@@ -149,6 +144,8 @@ def check_config(config: PretrainedConfig) -> None:
     """
     for name, largest in LARGEST.items():
         value = getattr(config, name, None)
+        if name == "sliding_window" and value == 0:  # transformers' Qwen2-MoE without a window
+            continue
         if (value is not None or name in REQUIRED) and (type(value) is not int or not 1 <= value <= largest):
             raise ConversionError(
                 f"config.json has {name} {value!r}, where a number from 1 to {largest:,} was expected."
@@ -167,8 +164,11 @@ def check_config(config: PretrainedConfig) -> None:
             f"RoPE type {rope_type!r} cannot be converted, because its frequencies are not constant or not known "
             f"here; supported are: {', '.join(SUPPORTED_ROPE)}."
         )
-    if config.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ConversionError("The source rotates only part of each head (partial_rotary_factor), not supported yet.")
+    if config.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0 and not family.partial_rotary:
+        raise ConversionError(
+            f"config.json has a partial_rotary_factor, which {family.architecture} does not have in transformers: "
+            "config.json is wrong."
+        )
     if source_head_dim(config) % 2:
         raise ConversionError(f"The source's head size is {source_head_dim(config)}; RoPE needs an even one.")
     if config.num_attention_heads % config.num_key_value_heads:

@@ -135,7 +135,9 @@ def refuse_other_tasks(folder: Path, config: Mapping[str, Any]) -> None:
             f"The source ({name or 'an embedding model'}) gives embeddings or scores and does not generate text, so "
             "it has no KV cache to shrink: serve it as it is."
         )
-    quantised = {kind for file, kind in QUANTISED_BY.items() if (folder / file).exists()}
+    quantised = set()
+    if not config.get("quantization_config"):
+        quantised = {kind for file, kind in QUANTISED_BY.items() if (folder / file).exists()}
     if isinstance(config.get("quantization"), Mapping):
         quantised.add("MLX")
     if quantised:

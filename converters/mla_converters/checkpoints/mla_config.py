@@ -4,6 +4,7 @@ from typing import Any
 
 from mla_converters.checkpoints.config_keys import DUAL_CHUNK
 from mla_converters.checkpoints.source import Source
+from mla_converters.checkpoints.tensors import SECOND_TOKEN
 from mla_converters.latent.cache_size import CacheBudget
 from vllm_mla_plugin.checkpoint.cache_formats import CacheFormat
 from vllm_mla_plugin.checkpoint.latent_cache import latent_cache_json
@@ -43,8 +44,14 @@ def mla_config(
         format: the packed format of every layer's cache; None if it is not packed.
     """
     kept = {name: value for name, value in source.raw_config.items() if not name.startswith("_") and name not in STALE}
-    if "attention_bias" in kept:  # which Mistral ignores, and an MLA model would not
+    kept |= dict.fromkeys(kept.keys() & set(SECOND_TOKEN), 0)  # layers that are left out
+    if "attention_bias" in kept and source.family.biases == (
+        "attention_bias",
+        "attention_bias",
+    ):  # which Mistral ignores, and an MLA model would not
         kept["attention_bias"] = "o_proj.bias" in source.attention_names(0)
+    if source.quantisation is not None:
+        kept["quantization_config"] = source.quantisation.carried(source.config.num_hidden_layers)
     return kept | {
         "architectures": [source.family.mla_architecture],
         "model_type": source.family.mla_model_type,

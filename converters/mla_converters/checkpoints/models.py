@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 import vllm_mla_plugin.hf  # noqa: F401 - registers the MLA models with transformers
 from mla_converters.checkpoints.families import architecture_names, source_head_dim
-from mla_converters.checkpoints.loadable import loadable
+from mla_converters.checkpoints.loadable import from_pretrained
 from mla_converters.checkpoints.locate import local_path, not_on_the_hub
 from mla_converters.checkpoints.source import open_source
 from mla_converters.errors import ConversionError
@@ -155,15 +155,14 @@ def load_model(model: Model, dtype: torch.dtype, device: str) -> torch.nn.Module
         ConversionError: there are no safetensors weights, or they do not fill the model.
     """
     try:
-        with loadable(model.path) as path:
-            network, info = AutoModelForCausalLM.from_pretrained(
-                path,
-                config=model.config,
-                dtype=dtype,
-                use_safetensors=True,
-                output_loading_info=True,
-                trust_remote_code=model.trust_remote_code,
-            )
+        network, info = from_pretrained(
+            model.path,
+            model.config,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=model.trust_remote_code,
+        )
         network.to(device)
     except Exception as error:  # transformers raises whatever the files provoke
         reason = str(error).strip().split("\n")[0]

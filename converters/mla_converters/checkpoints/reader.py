@@ -19,6 +19,14 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 NUMBERED = re.compile(r"model-\d{1,5}-of-(?P<count>\d{1,5})\.safetensors")
 FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = FLOAT_DTYPES | {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
+"""The dtypes that can be carried over; those of quantised weights are no floats of 16 bits or more."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +101,15 @@ class Checkpoint:
         """Names of all tensors, sorted."""
         return sorted(self._tensors)
 
+    @property
+    def stored(self) -> "Checkpoint":
+        """Itself."""
+        return self
+
+    def parts(self, name: str) -> list[str]:
+        """The name itself."""
+        return [name]
+
     def own_name(self, name: str) -> str:
         """The name itself, because safetensors files use the names of a Hugging Face checkpoint."""
         return name
@@ -115,7 +132,7 @@ class Checkpoint:
 
     def meta(self, name: str) -> torch.Tensor:
         """A tensor's shape and dtype, without reading it."""
-        return torch.empty(self._tensors[name].shape, dtype=self.dtype(name), device="meta")
+        return torch.empty(self._tensors[name].shape, dtype=DTYPES.get(self._tensors[name].dtype), device="meta")
 
     def tensor(self, name: str) -> torch.Tensor:
         """Read one tensor.

@@ -41,7 +41,8 @@ def scale_rope(config: PretrainedConfig, scaling: dict[str, Any]) -> PretrainedC
     if scaling["rope_type"] in WITH_ORIGINAL:
         scaling[ORIGINAL] = original
     config = deepcopy(config)
-    config.rope_parameters = {"rope_theta": before["rope_theta"], **scaling}
+    kept = {name: before[name] for name in ("rope_theta", "partial_rotary_factor") if name in before}
+    config.rope_parameters = {**kept, **scaling}
     config.max_position_embeddings = int(scaling["factor"] * original)
     return config
 

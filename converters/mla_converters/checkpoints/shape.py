@@ -134,6 +134,8 @@ def shape_of(config: PretrainedConfig, skeleton: torch.nn.Module, weight_bytes: 
         weight_bytes: of one parameter.
     """
     attention = skeleton.model.layers[0].self_attn
+    fused = getattr(attention, "qkv_proj", None)
+    inputs = [attention.q_proj, attention.k_proj, attention.v_proj] if fused is None else [fused]
     return Shape(
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
@@ -147,8 +149,8 @@ def shape_of(config: PretrainedConfig, skeleton: torch.nn.Module, weight_bytes: 
         layer_parameters=max(_used_parameters(layer, config) for layer in skeleton.model.layers),
         attention_parameters=_count(attention),
         mlp_width=max(0 if has_experts(layer) else config.intermediate_size for layer in skeleton.model.layers),
-        qkv_parameters=sum(map(_count, (attention.q_proj, attention.k_proj, attention.v_proj))),
-        qkv_bias=attention.q_proj.bias is not None,
+        qkv_parameters=sum(map(_count, inputs)),
+        qkv_bias=inputs[0].bias is not None,
         qk_norm=hasattr(attention, "k_norm"),
         weight_bytes=weight_bytes,
     )
@@ -164,7 +166,7 @@ def _used_parameters(layer: torch.nn.Module, config: PretrainedConfig) -> int:
     if not has_experts(layer):
         return _count(layer)
     experts = _count(layer.mlp.experts)
-    return _count(layer) - experts + experts * config.num_experts_per_tok // config.num_experts
+    return _count(layer) - experts + experts * config.num_experts_per_tok // layer.mlp.experts.num_experts
 
 
 def _count(module: torch.nn.Module) -> int:

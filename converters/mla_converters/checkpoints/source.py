@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from mla_converters.checkpoints.attention_layout import AttentionLayout
 from mla_converters.checkpoints.families import source_head_dim
 from mla_converters.checkpoints.folder import write_folder
 from mla_converters.checkpoints.locate import local_path, model_file
@@ -24,6 +25,7 @@ from mla_converters.checkpoints.tokenizer import load_tokenizer
 from mla_converters.errors import ConversionError
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+LAYERS = "model.layers."
 
 
 class Source:
@@ -40,6 +42,7 @@ class Source:
         family: the source's family.
         raw_config: its ``config.json``.
         config: its transformers configuration.
+        quantisation: how its weights are quantised; None if they are not.
         unknown_keys: keys of its configuration that were not understood, and that may or may not matter.
         warnings: what the user should know of it.
     """
@@ -51,6 +54,7 @@ class Source:
         self.folder = stored.folder
         configuration = stored.configuration
         self.family, self.config, self.raw_config = configuration.family, configuration.config, configuration.raw
+        self.quantisation = configuration.quantisation
         self.unknown_keys, self.warnings = configuration.unknown_keys, list(configuration.warnings)
         self._tensors, self._unpacked = stored.tensors, stored.unpacked
         self._settle_head()
@@ -115,14 +119,31 @@ class Source:
 
     @cached_property
     def rope(self) -> tuple[torch.Tensor, float]:
-        """RoPE: ``[d / 2]`` frequencies in float32, and the attention factor on cos and sin."""
+        """RoPE: ``[rotary / 2]`` frequencies in float32, and the attention factor on cos and sin."""
         rotary = type(self.skeleton().model.rotary_emb)(self.config)
         return rotary.inv_freq.float(), float(rotary.attention_scaling)
 
-    @property
+    @cached_property
+    def layout(self) -> AttentionLayout:
+        """How it lays out its attention."""
+        return AttentionLayout(
+            self.config.num_attention_heads,
+            self.config.num_key_value_heads,
+            self.head_dim,
+            rotary_dim=2 * len(self.rope[0]),
+            interleaved=self.family.interleaved,
+        )
+
+    def frequencies(self, index: int) -> torch.Tensor:
+        """``[d / 2]`` RoPE frequencies of a layer in radians per position, float32; 0 for what never turns."""
+        with_rope = getattr(self.config, "no_rope_layers", None)  # 1 for a layer with RoPE, in spite of the name
+        frequencies = self.layout.frequencies(self.rope[0])
+        return frequencies if with_rope is None or with_rope[index] else torch.zeros_like(frequencies)
+
+    @cached_property
     def softmax_scale(self) -> float:
         """Factor on the scores, the RoPE attention factor included."""
-        return self.head_dim**-0.5 * self.rope[1] ** 2
+        return self.skeleton().model.layers[0].self_attn.scaling * self.rope[1] ** 2
 
     @cached_property
     def shape(self) -> Shape:
@@ -163,8 +184,18 @@ class Source:
         return self.tensor(f"model.layers.{index}.{name}")
 
     def attention_weights(self, index: int) -> dict[str, torch.Tensor]:
-        """The tensors of a layer's attention, named as below ``self_attn.``."""
-        return {name: self.layer_tensor(index, f"self_attn.{name}") for name in self.attention_names(index)}
+        """The tensors of a layer's attention in the common layout, named as below ``self_attn.``; see
+        :class:`AttentionLayout`."""
+        weights = {name: self.layer_tensor(index, f"self_attn.{name}") for name in self.attention_names(index)}
+        # The attention factor, which is a part of the softmax scale, is not for components that never turn.
+        still = self.frequencies(index).repeat(2) == 0
+        factors = torch.where(still, 1 / self.rope[1], 1.0) if self.rope[1] != 1 and still.any() else None
+        return self.layout.canonical(weights, factors)
+
+    def attention_meta(self, index: int) -> dict[str, torch.Tensor]:
+        """Shapes and dtypes of the same, on the meta device."""
+        names = self.attention_names(index)
+        return self.layout.canonical({name: self.meta(f"{LAYERS}{index}.self_attn.{name}") for name in names})
 
     def attention_names(self, index: int) -> list[str]:
         """Names of the tensors of a layer's attention, as below ``self_attn.``."""
@@ -174,6 +205,34 @@ class Source:
     def other_names(self, index: int) -> list[str]:
         """Names of a layer's tensors outside its attention, as below ``model.layers.N.``."""
         return [name for name in self.layer_names(index) if not name.startswith("self_attn.")]
+
+    def carried_names(self, index: int | None = None) -> list[str]:
+        """Names of the stored tensors that OUT keeps as they are: those of a layer outside its attention, or with None
+        those of no layer."""
+        if index is None:
+            names = [name for name in self.names() if not name.startswith(LAYERS)]
+        else:
+            names = [f"{LAYERS}{index}.{name}" for name in self.other_names(index)]
+        return [part for name in names for part in self._tensors.parts(name)]
+
+    def carried(self, name: str) -> torch.Tensor:
+        """Read one of the tensors that OUT keeps; see :meth:`tensor`."""
+        return self._tensors.stored.tensor(name)
+
+    def carried_meta(self, name: str) -> torch.Tensor:
+        """The shape and dtype of a tensor that OUT keeps, on the meta device."""
+        return self._tensors.stored.meta(name)
+
+    def carried_saving(self) -> int:
+        """Bytes by which the tensors that OUT keeps are smaller than as plain floats."""
+        names = [name for name in self.names() if ".self_attn." not in name and self._tensors.parts(name) != [name]]
+        kept = [self.carried_meta(part) for name in names for part in self._tensors.parts(name)]
+        plain = [self.meta(name) for name in names]
+        return sum(tensor.nbytes for tensor in plain) - sum(tensor.nbytes for tensor in kept)
+
+    def is_quantised(self, name: str) -> bool:
+        """Whether a stored tensor belongs to a quantised module."""
+        return name not in self._tensors or self._tensors.parts(name) != [name]
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

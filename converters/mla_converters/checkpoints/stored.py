@@ -12,6 +12,7 @@ from mla_converters.checkpoints.kinds import (
     refuse_other_tasks,
     refuse_other_tensors,
 )
+from mla_converters.checkpoints.quantised.tensors import dequantised
 from mla_converters.checkpoints.reader import Checkpoint
 from mla_converters.checkpoints.tensors import Tensors
 from mla_converters.support.json_files import read_json_object
@@ -51,7 +52,8 @@ def stored_in_folder(folder: Path, name: str, rope_scaling: dict[str, Any] | Non
     raw = read_json_object(config_file)
     refuse_other_tasks(folder, raw)
     configuration = understand(raw, str(config_file), rope_scaling)
-    tensors = Checkpoint(folder, configuration.family.experts)
+    checkpoint = Checkpoint(folder, configuration.family.experts)
+    tensors = dequantised(checkpoint, configuration.quantisation, configuration.config)
     refuse_other_tensors(tensors.names())
     return Stored(configuration, tensors, folder, unpacked=None)
 

@@ -9,6 +9,8 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from mla_converters.errors import ConversionError
 
+SECOND_TOKEN = ("num_nextn_predict_layers", "num_mtp_modules")
+"""Keys of a configuration that count layers with which a model predicts a second token."""
 SHOWN = 5  # problems that a message names
 
 
@@ -23,6 +25,15 @@ class Tensors(Protocol):
 
     def names(self) -> list[str]:
         """Names of all tensors, sorted."""
+        ...
+
+    @property
+    def stored(self) -> "Tensors":
+        """The tensors that OUT has where it carries these over."""
+        ...
+
+    def parts(self, name: str) -> list[str]:
+        """Names in :attr:`stored` of the tensors that hold a tensor's numbers."""
         ...
 
     def own_name(self, name: str) -> str:
@@ -70,8 +81,12 @@ def check_tensors(tensors: Tensors, skeleton: PreTrainedModel, config_name: str)
     Raises:
         ConversionError: they differ.
     """
+    # Further layers, with which the model can predict a second token. transformers leaves them out, too.
+    layers = skeleton.config.num_hidden_layers
+    more = sum(getattr(skeleton.config, name, None) or 0 for name in SECOND_TOKEN)
+    left_out = tuple(f"model.layers.{index}." for index in range(layers, layers + more))
     for name in tensors.names():
-        if name.endswith("rotary_emb.inv_freq"):
+        if name.endswith("rotary_emb.inv_freq") or name.startswith(left_out):
             tensors.ignore(name)
     problems = tensor_problems(tensors, skeleton)
     if problems:
@@ -101,5 +116,9 @@ def tensor_problems(tensors: Tensors, skeleton: PreTrainedModel) -> list[str]:
 
 def is_finite(tensor: torch.Tensor) -> bool:
     """Whether a tensor is free of NaN and infinity."""
+    if not tensor.is_floating_point():
+        return True
+    if tensor.dtype.itemsize == 1:
+        tensor = tensor.to(torch.bfloat16)  # torch does not compare floats of 8 bits
     # NaN is both the least and the greatest of what it is among: one pass, and no copy.
     return not tensor.numel() or all(torch.isfinite(extreme) for extreme in torch.aminmax(tensor))

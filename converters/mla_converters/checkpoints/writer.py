@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 
-from mla_converters.checkpoints.reader import FLOAT_DTYPES, INDEX
+from mla_converters.checkpoints.reader import DTYPES, INDEX
 from mla_converters.checkpoints.tensors import is_finite
 from mla_converters.errors import ConversionError
 from mla_converters.support.json_files import write_json
 
 SHARD_BYTES = 5 * 10**9
 ALIGNMENT = 8  # bytes; where data begins, in the format's specification
-DTYPE_NAMES = {dtype: name for name, dtype in FLOAT_DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)

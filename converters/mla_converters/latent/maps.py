@@ -39,8 +39,9 @@ def mla_weights(source: dict[str, torch.Tensor], maps: LatentMap) -> dict[str, t
 
     Args:
         source: ``q_proj.weight`` ``[H * d, D]``, ``k_proj.weight`` and ``v_proj.weight``
-            ``[g * d, D]``, ``o_proj.weight`` and possibly biases; ``q_norm.weight`` and ``k_norm.weight`` ``[d]``
-            if queries and keys are normalised; any float dtype.
+            ``[g * d, D]``, ``o_proj.weight`` and possibly biases; ``q_norm.weight`` and ``k_norm.weight`` if queries
+            and keys are normalised, ``[d]`` for each head or ``[H * d]`` and ``[g * d]`` for all together; any float
+            dtype.
         maps: the layer's conversion.
 
     Returns:
@@ -76,7 +77,7 @@ def mla_weights(source: dict[str, torch.Tensor], maps: LatentMap) -> dict[str, t
 
 
 def _qk_norm_weights(source: dict[str, torch.Tensor], maps: LatentMap) -> dict[str, torch.Tensor]:
-    """Fold ``maps`` into a layer that normalises each head's query and key (QK-norm).
+    """Fold ``maps`` into a layer that normalises queries and keys (QK-norm).
 
     The norm is not linear, but folding approximates nothing, because the norm comes before the cache:
 
@@ -95,11 +96,11 @@ def _qk_norm_weights(source: dict[str, torch.Tensor], maps: LatentMap) -> dict[s
     kv_heads, head_dim, _ = maps.latent_to_value.shape
     heads = source["q_proj.weight"].shape[0] // head_dim
     key_map, value_map = maps.kv_to_latent.split(kv_heads * head_dim, dim=1)
-    norm = source["q_norm.weight"].to(value_map)
+    norm = source["q_norm.weight"].to(value_map).view(-1, 1, head_dim)  # [1 or H, 1, d]
     query_to_rope = _by_head(maps.query_to_rope, heads) * norm  # [H, r, d]
     key_up, value_up = _by_head(maps.latent_to_key, heads), _by_head(maps.latent_to_value, heads)
     if key_up.shape[1]:
-        key_up = norm[:, None] * (_by_head(maps.query_to_nope, heads).mT @ key_up)  # [H, d, R]
+        key_up = norm.mT * (_by_head(maps.query_to_nope, heads).mT @ key_up)  # [H, d, R]
     kept = ("k_proj.", "k_norm.", "o_proj.")
     weights = {name: tensor for name, tensor in source.items() if name.startswith(kept)} | {
         "kv_b_proj.weight": torch.cat((key_up, value_up), dim=1).flatten(0, 1),

@@ -20,6 +20,7 @@ class LatentAttention(nn.Module):
         scale: factor on the scores.
         device, dtype: the device and the dtype of the computation.
         qk_norm_eps: ``eps`` of the norm of queries and keys; None for a model without QK-norm.
+        norm_over_heads: whether that norm is of all heads together, not of each.
         cache_format: the packed format through which all tokens are read; None for a cache that rounds nothing.
     """
 
@@ -35,6 +36,7 @@ class LatentAttention(nn.Module):
         dtype: torch.dtype = torch.float32,
         *,
         qk_norm_eps: float | None = None,
+        norm_over_heads: bool = False,
         cache_format: CacheFormat | None = None,
     ) -> None:
         super().__init__()
@@ -45,6 +47,7 @@ class LatentAttention(nn.Module):
         self.v_dim = weights["o_proj.weight"].shape[1] // heads
         self.nope_dim = len(weights["kv_b_proj.weight"]) // heads - self.v_dim
         self.qk_norm_eps = qk_norm_eps
+        self.norm_over_heads = norm_over_heads
         for name in PROJECTIONS:
             if f"{name}.weight" not in weights:
                 continue
@@ -58,7 +61,8 @@ class LatentAttention(nn.Module):
             projection.load_state_dict(tensors, assign=True)
             self.add_module(name, projection)
         if qk_norm_eps is not None:
-            self.k_norm = nn.RMSNorm(self.v_dim, eps=qk_norm_eps, device="meta")
+            self.norm_width = len(weights["k_norm.weight"])
+            self.k_norm = nn.RMSNorm(self.norm_width, eps=qk_norm_eps, device="meta")
             self.k_norm.weight = nn.Parameter(weights["k_norm.weight"].detach().to(device, dtype, copy=True))
         self.register_buffer("rope_freqs", weights["rope_freqs"].to(device, torch.float32, copy=True))
         self.cache_format = cache_format
@@ -79,9 +83,10 @@ class LatentAttention(nn.Module):
 
     def heads_output(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
         """What ``o_proj`` reads ``[windows, queries, H * d]``; arguments as for :meth:`forward`."""
-        q = self.q_proj(x if positions is None else x[:, positions]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        q = self.q_proj(x if positions is None else x[:, positions]).unflatten(-1, (self.heads, -1))
         if self.qk_norm_eps is not None:
-            q = norm_queries(q.float(), self.v_dim, self.nope_dim, self.qk_norm_eps)
+            q = norm_queries(q.float(), self.v_dim, self.nope_dim, self.qk_norm_eps, self.norm_over_heads)
+        q = q.transpose(1, 2)
         latent, k_rope = self._read(self._to_cache(x))
         kv = self.kv_b_proj(latent).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k_nope, v = kv.split([self.nope_dim, self.v_dim], dim=-1)
@@ -100,7 +105,7 @@ class LatentAttention(nn.Module):
         """The numbers to cache ``[windows, tokens, R + r]``, before RoPE, with their mean."""
         if self.qk_norm_eps is not None:
             # In float32, as transformers computes norms.
-            k = self.k_norm(self.k_proj(x).float().unflatten(-1, (-1, self.v_dim))).flatten(-2)
+            k = self.k_norm(self.k_proj(x).float().unflatten(-1, (-1, self.norm_width))).flatten(-2)
             x = torch.cat((k, x), dim=-1)
         return self.kv_a_proj_with_mqa(x)
 

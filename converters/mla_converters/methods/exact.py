@@ -6,6 +6,8 @@ The rotary key that all heads share holds the rotary keys of all KV heads side b
 block of its own KV head. The latent holds the values.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from mla_converters.checkpoints.shape import Shape
@@ -53,7 +55,7 @@ def exact_map(kv_heads: int, head_dim: int, freqs: torch.Tensor) -> LatentMap:
     )
 
 
-def packed_exact(source: Source, maps: LatentMap, format: CacheFormat, seed: int) -> LayerConversion:
+def packed_exact(source: Source, maps: Callable[[int], LatentMap], format: CacheFormat, seed: int) -> LayerConversion:
     """The conversion with a packed cache. Means are measured on random tokens, because the method has no text."""
 
     def start() -> Streams:
@@ -62,8 +64,9 @@ def packed_exact(source: Source, maps: LatentMap, format: CacheFormat, seed: int
 
     def convert(layer: SourceLayer, streams: Streams) -> ConvertedLayer:
         hidden = streams["random"]
-        weights, attention = with_mean(layer, mla_weights(layer.attention_weights, maps), format, hidden)
-        measured = measure(layer, hidden, maps, layer.moments(hidden).kv, attention)
+        own = maps(layer.index)
+        weights, attention = with_mean(layer, mla_weights(layer.attention_weights, own), format, hidden)
+        measured = measure(layer, hidden, own, layer.moments(hidden).kv, attention)
         layer.advance(hidden, layer.attend)
         return ConvertedLayer(weights, measured)
 
@@ -106,9 +109,14 @@ class Exact:
 
     def prepare(self, job: Job) -> Prepared:
         source, budgets = job.source, [job.budget] * job.source.config.num_hidden_layers
-        maps = exact_map(source.config.num_key_value_heads, source.head_dim, source.rope[0])
+
+        def maps(index: int) -> LatentMap:
+            return exact_map(source.config.num_key_value_heads, source.head_dim, source.frequencies(index))
+
         format = self.cache(source.shape, job.sizes).format
         if format is not None:
             return Prepared(budgets, packed_exact(source, maps, format, job.seed), format)
-        conversion = LayerConversion(dict, lambda layer, _: ConvertedLayer(mla_weights(layer.attention_weights, maps)))
+        conversion = LayerConversion(
+            dict, lambda layer, _: ConvertedLayer(mla_weights(layer.attention_weights, maps(layer.index)))
+        )
         return Prepared(budgets, conversion)

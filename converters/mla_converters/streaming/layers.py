@@ -12,7 +12,7 @@ from mla_converters.checkpoints.source import Source
 from mla_converters.latent.attention import gqa_attention
 from mla_converters.latent.module import LatentAttention
 from mla_converters.latent.moments import LayerMoments
-from mla_converters.streaming.whole_model import layer_weights
+from mla_converters.streaming.whole_model import layer_weights, scaled_logits
 from mla_converters.support.devices import calibration_autocast, native_bfloat16
 from vllm_mla_plugin.checkpoint.cache_formats import CacheFormat
 
@@ -35,7 +35,17 @@ def sampled_positions(tokens: int, count: int) -> torch.Tensor:
 
 def embed(source: Source, windows: torch.Tensor) -> torch.Tensor:
     """The first layer's input ``[windows, tokens, D]``, float32, for token ids ``[windows, tokens]``."""
-    return nn.functional.embedding(windows, source.tensor("model.embed_tokens.weight")).float()
+    embedded = nn.functional.embedding(windows, source.tensor("model.embed_tokens.weight")).float()
+    return embedded * getattr(source.config, "embedding_multiplier", 1.0)
+
+
+def split_projections(attention: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Put three projections of the shapes of ``weights`` in the place of a fused one, on the meta device."""
+    del attention.qkv_proj
+    for name in ("q_proj", "k_proj", "v_proj"):
+        rows, columns = weights[f"{name}.weight"].shape
+        bias = f"{name}.bias" in weights
+        attention.add_module(name, nn.Linear(columns, rows, bias=bias, device="meta").requires_grad_(False))
 
 
 class SourceLayer:
@@ -43,8 +53,9 @@ class SourceLayer:
 
     Attributes:
         index: its number.
-        attention_weights: the tensors of its attention as stored, under their names below ``self_attn.``.
-        freqs: ``[d / 2]`` RoPE frequencies, float32 on ``device``.
+        attention_weights: the tensors of its attention in the common layout, under their names below ``self_attn.``.
+        freqs: ``[d / 2]`` RoPE frequencies, float32 on ``device``; 0 for what never turns.
+        norms: the names of its norms.
         scale: factor on the scores.
         heads, kv_heads, head_dim: ``H``, ``g`` and ``d``.
     """
@@ -52,7 +63,8 @@ class SourceLayer:
     def __init__(self, source: Source, index: int, module: nn.Module, device: str) -> None:
         self.index = index
         self.attention_weights = source.attention_weights(index)
-        self.freqs = source.rope[0].to(device)
+        self.freqs = source.frequencies(index).to(device)
+        self.norms = source.family.norms
         self.scale = source.softmax_scale
         self.heads = source.config.num_attention_heads
         self.kv_heads = source.config.num_key_value_heads
@@ -67,6 +79,8 @@ class SourceLayer:
     def _module(self) -> nn.Module:
         """transformers' layer with its weights, which are loaded when calibration text first runs through it."""
         module = self._unloaded.requires_grad_(False)  # before loading: the attention's may be inference tensors
+        if self._source.family.fused_qkv:
+            split_projections(module.self_attn, self.attention_weights)
         weights = {f"self_attn.{name}": tensor for name, tensor in self.attention_weights.items()}
         weights |= _other_weights(self._source, self.index, module, self.device)
         module.load_state_dict(
@@ -82,19 +96,48 @@ class SourceLayer:
 
     def normed(self, hidden: torch.Tensor) -> torch.Tensor:
         """The attention's input: the layer's input ``[windows, tokens, D]`` after its norm."""
-        return self._module.input_layernorm(hidden.to(self.device))
+        return self._normed(self.norms.before_attention, hidden.to(self.device))
+
+    def _normed(self, name: str | None, x: torch.Tensor) -> torch.Tensor:
+        return x if name is None else getattr(self._module, name)(x)
+
+    def plus(self, hidden: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """The residual stream after the attention: ``hidden`` and the attention's output, both
+        ``[windows, tokens, D]``."""
+        return hidden + self._added(self.norms.after_attention, output)
+
+    def _added(self, norm: str | None, output: torch.Tensor) -> torch.Tensor:
+        """What an output adds to the residual stream."""
+        return self._normed(norm, output) * self.residual_multiplier
+
+    @property
+    def residual_multiplier(self) -> float:
+        """Factor on everything that is added to the residual stream."""
+        return getattr(self._module, "residual_multiplier", 1.0)
+
+    def _over_heads(self, norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """Normalise queries or keys ``[windows, tokens, heads, d]``, each head or all together."""
+        if not self.norm_over_heads:
+            return norm(x)
+        return norm(x.flatten(-2)).view(x.shape)
+
+    @property
+    def norm_over_heads(self) -> bool:
+        """Whether QK-norm is of all heads together."""
+        return self._source.family.qk_norm == "all"
 
     def queries(self, x: torch.Tensor) -> torch.Tensor:
         """Queries ``[windows, H, tokens, d]`` of normed inputs, after QK-norm and before RoPE."""
         attention = self._module.self_attn
         q = attention.q_proj(x).unflatten(-1, (-1, self.head_dim))
-        return (q if self.qk_norm_eps is None else attention.q_norm(q)).transpose(1, 2)
+        return (q if self.qk_norm_eps is None else self._over_heads(attention.q_norm, q)).transpose(1, 2)
 
     def keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values, each ``[windows, g, tokens, d]``, of normed inputs; keys after QK-norm and before RoPE."""
         attention = self._module.self_attn
         k, v = (projection(x).unflatten(-1, (-1, self.head_dim)) for projection in (attention.k_proj, attention.v_proj))
-        return (k if self.qk_norm_eps is None else attention.k_norm(k)).transpose(1, 2), v.transpose(1, 2)
+        k = k if self.qk_norm_eps is None else self._over_heads(attention.k_norm, k)
+        return k.transpose(1, 2), v.transpose(1, 2)
 
     @property
     def qk_norm_eps(self) -> float | None:
@@ -108,10 +151,10 @@ class SourceLayer:
         return self.output(gqa_attention(q, *self.keys_values(x), self.freqs, self.scale, positions))
 
     def mlp(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The MLP's output for the residual stream ``[windows, tokens, D]`` after the attention."""
-        x = self._module.post_attention_layernorm(hidden.to(self.device))
+        """What the MLP adds to the residual stream ``[windows, tokens, D]`` after the attention."""
+        x = self._normed(self.norms.before_mlp, hidden.to(self.device))
         with calibration_autocast(self.device):
-            return self._module.mlp(x)
+            return self._added(self.norms.after_mlp, self._module.mlp(x))
 
     def output(self, values: torch.Tensor) -> torch.Tensor:
         """The attention's output ``[windows, queries, D]`` from the heads' outputs ``[windows, H, queries, d]``."""
@@ -132,7 +175,13 @@ class SourceLayer:
                 None if ``weights`` hold the mean, or the format takes none out.
         """
         attention = LatentAttention(
-            weights, self.heads, self.scale, self.device, qk_norm_eps=self.qk_norm_eps, cache_format=cache_format
+            weights,
+            self.heads,
+            self.scale,
+            self.device,
+            qk_norm_eps=self.qk_norm_eps,
+            norm_over_heads=self.norm_over_heads,
+            cache_format=cache_format,
         )
         if hidden is not None:
             attention.measure_mean(self.normed(hidden))
@@ -180,7 +229,7 @@ class SourceLayer:
         """Add outputs ``[1, tokens, D]``, each of which is computed when it is added."""
         with calibration_autocast(self.device):
             for batch, output in zip(hidden.split(1), outputs, strict=True):
-                batch += output.to(batch)
+                batch += self._added(self.norms.after_attention, output).to(batch)
 
     @torch.inference_mode()
     def add_mlp(self, hidden: torch.Tensor) -> None:
@@ -219,7 +268,7 @@ def logits(source: Source, hidden: list[torch.Tensor], device: str) -> Iterator[
     head = source.tensor("model.embed_tokens.weight" if tied else "lm_head.weight").to(device, torch.float32)
     for states in hidden:
         with calibration_autocast(device):
-            yield nn.functional.linear(norm(states.to(device)), head).float()
+            yield scaled_logits(nn.functional.linear(norm(states.to(device)), head).float(), source.config)
 
 
 def source_layers(source: Source, device: str, first: int = 0) -> Iterator[SourceLayer]:

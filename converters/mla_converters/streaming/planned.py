@@ -2,12 +2,12 @@
 
 import torch
 
-from mla_converters.checkpoints.source import Source
+from mla_converters.checkpoints.source import LAYERS, Source
 from mla_converters.latent.cache_size import CacheBudget
 from mla_converters.latent.maps import LatentMap, mla_weights
 from vllm_mla_plugin.checkpoint.cache_formats import CacheFormat
 
-LAYERS = "model.layers."
+SELF_ATTENTION = ".self_attn."
 FREQS = "rope_freqs"
 MEAN = "cache_mean"
 
@@ -25,24 +25,30 @@ def planned_tensors(
         source: the model.
         budgets: cache sizes of each layer.
         nope_dim: ``qk_nope_head_dim``.
-        dtype: dtype of the written weights. None keeps the dtype of each tensor, and gives converted projections the
-            dtype of the projections that they are made of.
+        dtype: dtype of the written weights, except for those of quantised modules. None keeps the dtype of each
+            tensor, and gives converted projections the dtype of the projections that they are made of.
         format: the packed format of the cache; None if it is not packed.
     """
-    tensors = {name: source.meta(name) for name in source.names() if not name.startswith(LAYERS)}
+    tensors = {name: source.carried_meta(name) for name in source.carried_names()}
     for index, budget in enumerate(budgets):
-        attention = {name: source.meta(f"{LAYERS}{index}.self_attn.{name}") for name in source.attention_names(index)}
+        attention = source.attention_meta(index)
         maps = _meta_map(source.config.num_key_value_heads, source.head_dim, nope_dim, budget)
         converted = mla_weights(attention, maps)
         for name, tensor in converted.items():
             tensors[f"{LAYERS}{index}.self_attn.{name}"] = tensor.to(_converted_dtype(name, attention))
         if format is not None and format.mean:
             tensors[f"{LAYERS}{index}.self_attn.{MEAN}"] = torch.empty(2, budget.width, device="meta")
-        for name in source.other_names(index):
-            tensors[f"{LAYERS}{index}.{name}"] = source.meta(f"{LAYERS}{index}.{name}")
+        tensors |= {name: source.carried_meta(name) for name in source.carried_names(index)}
     if dtype is None:
         return tensors
-    return {name: tensor if name.endswith((FREQS, MEAN)) else tensor.to(dtype) for name, tensor in tensors.items()}
+    return {name: tensor if _is_kept(source, name) else tensor.to(dtype) for name, tensor in tensors.items()}
+
+
+def _is_kept(source: Source, name: str) -> bool:
+    """Whether a tensor of the converted checkpoint keeps its dtype whatever the user wants."""
+    if SELF_ATTENTION in name:
+        return name.endswith((FREQS, MEAN))
+    return source.is_quantised(name)
 
 
 def _meta_map(kv_heads: int, head_dim: int, nope_dim: int, budget: CacheBudget) -> LatentMap:

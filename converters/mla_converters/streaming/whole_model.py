@@ -111,10 +111,15 @@ def _drop(module: nn.Module, *_: object) -> None:
 
 
 @torch.inference_mode()
-def log_probabilities(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+def log_probabilities(hidden: torch.Tensor, head: torch.Tensor, config: PretrainedConfig) -> torch.Tensor:
     """``[tokens, vocabulary]`` float32 from hidden states ``[1, tokens, D]`` and the output head's weight."""
     parts = [nn.functional.linear(hidden[0], rows.to(hidden)) for rows in head.split(HEAD_ROWS)]
-    return torch.cat(parts, dim=-1).log_softmax(-1)
+    return scaled_logits(torch.cat(parts, dim=-1), config).log_softmax(-1)
+
+
+def scaled_logits(logits: torch.Tensor, config: PretrainedConfig) -> torch.Tensor:
+    """Logits as the model gives them; Granite divides what its head gives."""
+    return logits / getattr(config, "logits_scaling", 1.0)
 
 
 def output_head(config: PretrainedConfig, tensors: Tensors) -> torch.Tensor:

@@ -4,9 +4,9 @@ import inspect
 
 import torch
 from rich.progress import Progress
-from transformers import AutoModelForCausalLM, Cache, DynamicLayer
+from transformers import Cache, DynamicLayer
 
-from mla_converters.checkpoints.loadable import loadable
+from mla_converters.checkpoints.loadable import from_pretrained
 from mla_converters.checkpoints.source import Source
 from mla_converters.errors import ConversionError
 from mla_converters.support.devices import native_bfloat16
@@ -85,8 +85,7 @@ def sampled_texts(
     Raises:
         ConversionError: the model's logits are not numbers.
     """
-    with loadable(source.model_folder) as path:
-        model = AutoModelForCausalLM.from_pretrained(path, config=source.config, dtype=sampling_dtype(device))
+    model = from_pretrained(source.model_folder, source.config, dtype=sampling_dtype(device))
     # transformers 5.24 renames the argument.
     argument = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     model.to(device)

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from mla_converters.streaming.whole_model import scaled_logits
 from mla_converters.training.losses import Teaching, Weights, WholeVocabulary, prediction_loss
 from mla_converters.training.processes import mean_over_windows
 from mla_converters.training.teachers import BothAttentions, as_teacher
@@ -52,7 +53,7 @@ class Distillation(nn.Module):
     def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """Compute ``loss`` on token ids ``[windows, tokens]``, in nats, and its ``parts``: divergence, loss on text."""
         teaching = self._teaching(input_ids) if self.weights.kl else None
-        hidden = self.student.model(input_ids=input_ids, use_cache=False).last_hidden_state
+        hidden = _last_hidden(self.student, input_ids)
         loss, parts = prediction_loss(hidden, self.student.lm_head.weight, input_ids, teaching, self.weights)
         return {"loss": loss, "parts": parts}
 
@@ -60,7 +61,7 @@ class Distillation(nn.Module):
     def _teaching(self, input_ids: torch.Tensor) -> Teaching:
         teacher = self.student if self.teacher is None else self.teacher
         with as_teacher(self._attentions):
-            states = teacher.model(input_ids=input_ids, use_cache=False).last_hidden_state
+            states = _last_hidden(teacher, input_ids)
         return WholeVocabulary(states.flatten(0, 1), teacher.lm_head.weight)
 
     def train(self, mode: bool = True) -> "Distillation":
@@ -69,6 +70,12 @@ class Distillation(nn.Module):
         if self.teacher is not None:
             self.teacher.eval()
         return self
+
+
+def _last_hidden(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
+    """What the output head reads ``[windows, tokens, D]``. Where a model scales its logits, these are scaled instead,
+    which is the same, because the head is linear."""
+    return scaled_logits(model.model(input_ids=input_ids, use_cache=False).last_hidden_state, model.config)
 
 
 @torch.no_grad()

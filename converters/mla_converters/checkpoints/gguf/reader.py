@@ -37,6 +37,15 @@ class GgufTensors:
         """Names of all tensors, sorted."""
         return sorted(self._places)
 
+    @property
+    def stored(self) -> "GgufTensors":
+        """Itself: OUT has the dequantised numbers."""
+        return self
+
+    def parts(self, name: str) -> list[str]:
+        """The name itself."""
+        return [name]
+
     def own_name(self, name: str) -> str:
         """The name that the file gives a tensor, or would give it."""
         return self._places[name].name if name in self._places else self._names.own(name)

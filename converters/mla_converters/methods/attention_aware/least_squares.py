@@ -67,7 +67,7 @@ def fit_output(
 
     Args:
         attention: the converted attention, changed in place.
-        layer: the source's layer.
+        layer: the source's layer, without a norm between its attention and the residual stream.
         examples: text as it passes through the converted model, and possibly random tokens.
         seed: the seed of the directions on which ridges are compared.
 
@@ -85,7 +85,7 @@ def fit_output(
         left = tokens - tokens // HELD_OUT
         outputs.append([])
         for hidden, expected in zip(some.hidden.split(1), some.expected.split(1), strict=True):
-            target = (expected - hidden)[0].to(layer.device)
+            target = (expected - hidden)[0].to(layer.device) / layer.residual_multiplier
             with calibration_autocast(layer.device):
                 heads = attention.heads_output(layer.normed(hidden))
                 output = attention.o_proj(heads)[0].float()

@@ -80,7 +80,7 @@ def refit_layer(
             if torch.equal(target, last):  # the layer adds nothing, so there is nothing to fit
                 continue
             with calibration_autocast(layer.device):
-                output = last + attention(layer.normed(inputs), torch.arange(end - queries, end))
+                output = layer.plus(last, attention(layer.normed(inputs), torch.arange(end - queries, end)))
             if through_mlp:
                 output = output + layer.mlp(output)
             loss = ((output - target).square().sum(-1) * relative_weights(target - last)).mean()
