@@ -18,8 +18,8 @@ from mla_converters.checkpoints.reader import Checkpoint
 from mla_converters.checkpoints.side_files import has_tokenizer
 from mla_converters.checkpoints.source import Source
 from mla_converters.errors import ConversionError
-from mla_converters.loss import measured_loss
 from mla_converters.reports.conversion import ConversionReport, SelfCheck
+from mla_converters.streaming.loss import measured_loss
 from mla_converters.streaming.whole_model import Tensors, final_hidden, log_probabilities, output_head
 from mla_converters.support.json_files import write_json
 from vllm_mla_plugin.checkpoint.families import ExpertNames

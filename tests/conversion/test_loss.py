@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM
 
 from mla_converters.cards.card import read_report
 from mla_converters.checkpoints.source import open_source
-from mla_converters.loss import measured_loss
+from mla_converters.reports.verdicts import VERDICTS, verdict
+from mla_converters.streaming.loss import measured_loss
 from mla_converters.text.calibration import calibration_windows
 from mla_converters.text.held_out import GRAM, held_out_windows
-from mla_converters.verdicts import VERDICTS, verdict
 
 HALF = ("--calibration", CALIBRATION, "--calibration-tokens", 1024, "--refit-steps", 0, "--cache-ratio", 0.5)
 UNPACKED = ("--latent-bits", 16)

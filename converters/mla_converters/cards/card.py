@@ -16,8 +16,8 @@ from mla_converters.errors import ConversionError
 from mla_converters.options import CHAT, SELF
 from mla_converters.reports.conversion import WRITER, ConversionReport, Healing
 from mla_converters.reports.evaluation import EvaluationReport
+from mla_converters.reports.verdicts import verdict
 from mla_converters.support.json_files import read_json_object
-from mla_converters.verdicts import verdict
 
 CARD = "README.md"
 PLOT = "per_layer.png"

@@ -13,8 +13,8 @@ from rich.console import Console
 from mla_converters.errors import ConversionError, OptionError
 from mla_converters.reports.base import Report
 from mla_converters.reports.conversion import ConversionReport
+from mla_converters.reports.verdicts import verdict
 from mla_converters.support.packages import require
-from mla_converters.verdicts import verdict
 
 NewFolder = Annotated[Path, typer.Argument(help="Folder to create. It appears when it is complete.")]
 ReportFile = Annotated[

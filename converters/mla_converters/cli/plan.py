@@ -152,7 +152,7 @@ def _cost_table(cost: PlannedConversion, chosen: Recommendation) -> Table:
         table.add_row(f"Time, --method {method}", _duration(seconds))
     tokens = f"{cost.calibration_tokens:,}"
     table.add_row(f"Sampling {tokens} tokens, --calibration self or chat", _duration(cost.sampling_core_seconds))
-    table.add_row("Proof of the converted model", _duration(cost.proof_core_seconds))
+    table.add_row("Proof and loss of the converted model", _duration(cost.proof_core_seconds))
     for calibration, peak in cost.peak_memory_bytes.items():
         table.add_row(f"Peak memory, --calibration {calibration.replace('file', 'FILE')}", f"{peak / 1e9:,.1f} GB")
     table.add_row("Disk", f"{cost.peak_disk_bytes / 1e9:,.2f} GB")

@@ -9,11 +9,13 @@ from mla_converters.checkpoints.shape import Shape
 from mla_converters.latent.cache_size import CacheBudget
 from mla_converters.methods.base import Cost
 from mla_converters.resume.layer_pass import record_bytes
+from mla_converters.streaming.loss import CHUNK
 
 CALIBRATION = 1.6e-11  # core-seconds per token and parameter, for each layer that the token passes through
 DECOMPOSITION = 2.5e-10  # core-seconds per cubed width of the matrix; includes the products around it
 READ_AND_WRITE = 3e-9  # core-seconds per byte of weights
 RUNTIME_BYTES = 700 * 10**6  # Python with torch, transformers and a tokenizer, and free memory that the allocator keeps
+LOGITS = 4  # float32 tensors of the size of a chunk's logits that exist at the peak
 MOMENT_MATRICES = 8  # float64 matrices of the size of a layer's second moments that exist at the peak
 CONVERTED_BYTES = 16  # bytes per number of a converted attention: float64, or float32 with gradient, momentum and more
 
@@ -49,7 +51,8 @@ def conversion_cost(
     - the seconds of the search, and those of other work;
     - ``DECOMPOSITION * decompositions * (2 * g * d) ** 3``.
 
-    Memory is the sum of Python with its packages, and the larger of the embedding and one layer. A layer takes:
+    Memory is the sum of Python with its packages, and the larger of one layer and what the output needs: the embedding
+    or, where a loss is measured, the heads of both models and the logits of a few tokens. A layer takes:
 
     - its weights as stored, and a float32 copy of its attention's weights;
     - the hidden states ``[tokens, D]`` in float32;
@@ -79,9 +82,12 @@ def conversion_cost(
         + CONVERTED_BYTES * converted_numbers(shape, budget)
         + passes.bytes
     )
+    heads = shape.weight_bytes * shape.embedding_parameters
+    if passes.tokens:  # what was lost is measured on text, with the output heads of both models
+        heads = 2 * heads + LOGITS * 4 * CHUNK * shape.embedding_parameters // shape.hidden
     return Cost(
         core_seconds=shape.layers * per_layer + READ_AND_WRITE * weights,
-        memory_bytes=RUNTIME_BYTES + max(layer, shape.weight_bytes * shape.embedding_parameters),
+        memory_bytes=RUNTIME_BYTES + max(layer, heads),
         disk_bytes=weights + record_bytes(passes.tokens, shape.hidden),
         weights_bytes=weights,
         warnings=warnings,

@@ -90,7 +90,7 @@ class PlannedConversion(Part):
         peak_disk_bytes: peak disk space.
         peak_memory_bytes: peak memory for each kind of calibration text: ``file`` or ``self``.
         core_seconds: seconds on one core, for each method.
-        proof_core_seconds: for the proof of the converted model.
+        proof_core_seconds: for the proof of the converted model, and for measuring what it lost.
         sampling_core_seconds: seconds on one core in which the model writes the calibration text, if it does.
     """
 

@@ -13,7 +13,7 @@ from mla_converters.options import AttentionAwareOptions, Ingredient
 SEARCH = 1e-3  # core-seconds per layer and number in a token's queries (``H * d``), for statistics and searches
 FORMAT_SEARCH = 4e-3  # the same for each layer on which formats of a packed cache are compared
 ROUNDING = 3e-8  # core-seconds per number that is packed and read again
-ATTENTION = 1.4e-11  # core-seconds per token, earlier token, head, and number of its query and its value
+ATTENTION = 0.9e-11  # core-seconds per token, earlier token, head, and number of its query and its value
 REFIT = 4.5e-10  # core-seconds per compared token and attention parameter; includes the keys that the token reads
 STEP_TOKENS = BATCH * QUERIES  # tokens whose outputs one step of the refit compares
 BATCH_TOKENS = BATCH * WINDOW  # tokens that one step of the refit may read
@@ -53,8 +53,8 @@ def attention_aware_cost(options: AttentionAwareOptions, shape: Shape, cache: As
     elif fits:
         seconds = OUTPUT_FIT * (tokens + random) * read * (read + shape.hidden) + OUTPUT_FIT_SOLVED * read**3
         converted = converted_numbers(shape, budget)
-        extra = max(0, 4 * converted + OUTPUT_FIT_BYTES * read**2 - CONVERTED_BYTES * converted)
-        attended = 2 * tokens + random
+        extra = max(0, 4 * converted + OUTPUT_FIT_BYTES * read**2 - CONVERTED_BYTES * converted) + 4 * tokens * read
+        attended = tokens + random
         converted_tokens += attended
     seconds += ATTENTION * attended * WINDOW * shape.query_heads * 2 * budget.qk_rope_head_dim
     if cache.format is not None:
@@ -73,8 +73,8 @@ def attention_aware_cost(options: AttentionAwareOptions, shape: Shape, cache: As
 
 
 def _format_search(shape: Shape) -> float:
-    """Core-seconds of the search for a packed format: some windows pass through all layers twice, and formats are
-    compared on a few layers."""
-    tokens = 2 * (ATTENTION_WINDOWS + 1) * WINDOW
+    """Core-seconds of the search for a packed format: some windows pass through all layers, and formats are compared
+    on a few layers."""
+    tokens = (ATTENTION_WINDOWS + 1) * WINDOW
     passes = CALIBRATION * tokens * shape.layer_parameters * shape.layers
     return passes + FORMAT_SEARCH * min(LAYERS, shape.layers) * shape.query_heads * shape.head_dim
