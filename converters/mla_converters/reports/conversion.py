@@ -131,7 +131,9 @@ class SelfCheck(Part):
 
 
 class Loss(Part):
-    """What a conversion lost on text that it was not calibrated or trained on, see :mod:`mla_converters.streaming.loss`.
+    """What a conversion lost on text that it was not calibrated or trained on.
+
+    See :mod:`mla_converters.streaming.loss`.
 
     Attributes:
         tokens: number of tokens.
