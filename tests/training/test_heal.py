@@ -27,10 +27,10 @@ from support.disk import fill
 from support.files import CALIBRATION, ROOT
 from support.models import MIXTRAL_EXPERTS, QWEN3_EXPERTS, RandomModel, load
 
-from mla_converters import heal as healing
 from mla_converters.checkpoints.models import Model, find_model
 from mla_converters.checkpoints.source import open_source
 from mla_converters.evaluation.hf_engine import kl_per_token
+from mla_converters.heal import run as healing
 from mla_converters.options import HealOptions
 from mla_converters.streaming import layers
 from mla_converters.support import devices
@@ -154,6 +154,27 @@ def test_larger_teacher(refusal: Refused, mla: Path, tmp_path: Path) -> None:
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     (teacher / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert "has another tokenizer than" in refusal("heal", mla, out, *options)
+
+
+def test_hidden_states_first(refusal: Refused, mla: Path, tmp_path: Path) -> None:
+    """The first steps bring the hidden states of all layers nearer to the source's, and the rest the predictions."""
+    errors: list[float] = []
+    text = (str(CALIBRATION),)
+    options = HealOptions(text=text, steps=40, hidden_steps=30, dtype="float32", batch_size=4, learning_rate=0.01)
+
+    def record(step: int, loss: float) -> None:
+        errors.append(loss)
+
+    train = healing.train
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(healing, "train", lambda *arguments: train(*arguments[:-1], record))
+        healing.heal(mla, tmp_path / "healed", options, quiet=True)
+    assert sum(errors[20:30]) < 0.9 * sum(errors[:10])
+    kl = held_out(tmp_path / "healed")
+    assert 0 < kl["after"] < kl["before"]
+    assert "no teacher in memory has layers like MODEL's" in refusal(
+        "heal", mla, tmp_path / "out", "--loss", "lm", "--hidden-steps", 3
+    )
 
 
 def test_windows_by_how_much_was_lost() -> None:

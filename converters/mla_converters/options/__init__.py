@@ -9,6 +9,7 @@ from mla_converters.options.bench import MOST, BenchOptions, Workload
 from mla_converters.options.convert import CacheSizes, ConvertOptions, MethodChoice, command_line
 from mla_converters.options.evaluate import Engine, EvalOptions, TextProtocol
 from mla_converters.options.heal import HealOptions
+from mla_converters.options.logits import LogitsOptions
 from mla_converters.options.methods import (
     AttentionAwareOptions,
     ExactOptions,
@@ -41,6 +42,7 @@ __all__ = [
     "Ingredient",
     "Keep",
     "LayerSizes",
+    "LogitsOptions",
     "MethodChoice",
     "MethodOptions",
     "Mha2mlaOptions",

@@ -3,12 +3,12 @@
 import re
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, Field
 
 from mla_converters.errors import OptionError
 from mla_converters.options.base import Flag
 from mla_converters.options.common import Device, Seed, TrustedCode
-from mla_converters.options.text import MIXED_ORIGINS, SELF, parse_weighted
+from mla_converters.options.text import MixedText
 
 Loss = Literal["kl", "lm"]
 LOSSES: tuple[Loss, ...] = ("kl", "lm")
@@ -35,13 +35,13 @@ def _loss(text: str) -> str:
     return text
 
 
-class HealOptions(TrustedCode, Device, Seed):
+class HealOptions(TrustedCode, Device, Seed, MixedText):
     """The options of healing, with the command line's defaults.
 
     Attributes:
         source: the model's source; None for the source that the model names.
-        teacher: a model with the same tokenizer whose predictions are learnt; None for the source.
-        text: text files, ``hub:`` data sets, ``self`` or ``chat``, each with a weight after a colon or without.
+        teacher: a model with the same tokenizer whose predictions are learnt, or a folder that ``vllm-mla logits``
+            wrote, which then gives the text too; None for the source.
         tokens: limit on the number of tokens; one window in 32 is held out.
         length: tokens in a window, at most the source's context; None for 256 to 1,024, depending on how much the
             conversion lost.
@@ -65,9 +65,9 @@ class HealOptions(TrustedCode, Device, Seed):
         None, description="What MODEL was converted from."
     )
     teacher: Annotated[str | None, Flag(default="the source")] = Field(
-        None, description="Larger model with the same tokenizer, to learn from instead."
+        None,
+        description="Larger model with the same tokenizer, or what `vllm-mla logits` wrote, to learn from instead.",
     )
-    text: Annotated[tuple[str, ...], Flag(panel="Text")] = Field((SELF,), min_length=1, description=MIXED_ORIGINS)
     tokens: Annotated[int, Flag(panel="Text")] = Field(
         65536, description="How many tokens at most, in windows; one in 32 is held out to measure."
     )
@@ -85,6 +85,9 @@ class HealOptions(TrustedCode, Device, Seed):
         1.0, gt=0, description="Temperature of both models' predictions in kl."
     )
     lora_rank: Annotated[int, Flag(panel=TRAINING)] = Field(16, ge=1, description="Rank of --train lora.")
+    hidden_steps: Annotated[int, Flag(panel=TRAINING)] = Field(
+        0, ge=0, description="Steps at the start that teach the hidden states of all layers instead."
+    )
     steps: Annotated[int | None, Flag(panel=TRAINING, default="each window once, or twice if much was lost")] = Field(
         None, ge=1, description="Steps of Adam."
     )
@@ -106,13 +109,6 @@ class HealOptions(TrustedCode, Device, Seed):
     fsdp: Annotated[bool, Flag(panel=MEMORY)] = Field(
         False, description="Shard weights, gradients and moments over the processes (FSDP2)."
     )
-
-    @field_validator("text")
-    @classmethod
-    def _weights_are_numbers(cls, text: tuple[str, ...]) -> tuple[str, ...]:
-        for origin in text:
-            parse_weighted(origin)
-        return text
 
     @property
     def losses(self) -> dict[str, float]:

@@ -1,8 +1,9 @@
 """Training in one process, or in many that ``torchrun`` or ``accelerate launch`` starts."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 from accelerate import PartialState
@@ -10,6 +11,7 @@ from accelerate.utils import gather_object
 
 from mla_converters.errors import OptionError
 
+Window = TypeVar("Window")
 PATIENCE = timedelta(days=7)  # the others wait while the main process samples text, or proves the model
 
 
@@ -52,8 +54,8 @@ def shares(batch_size: int, at_a_time: int | None, processes: int) -> tuple[int,
     return at_a_time, share // at_a_time
 
 
-def mean_over_windows(windows: torch.Tensor, measure: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """The mean of a measure over windows ``[windows, ...]``, which the processes share.
+def mean_over_windows(windows: Sequence[Window], measure: Callable[[Window], torch.Tensor]) -> torch.Tensor:
+    """The mean of a measure over windows, which the processes share.
 
     All of them compute equally often, because a sharded model needs all of them for every window. The order of the sum
     does not depend on their number.
