@@ -21,7 +21,7 @@ from mla_converters.options.methods import (
     Svd,
     TransmlaOptions,
 )
-from mla_converters.options.plan import PlanOptions, parse_memory
+from mla_converters.options.plan import PlanOptions, PlanTraining, parse_memory
 from mla_converters.options.text import CHAT, SELF, WINDOW, WRITTEN
 from mla_converters.options.verify import VerifyOptions
 
@@ -48,6 +48,7 @@ __all__ = [
     "Mha2mlaOptions",
     "OptionsModel",
     "PlanOptions",
+    "PlanTraining",
     "Svd",
     "TextProtocol",
     "TransmlaOptions",

@@ -7,11 +7,9 @@ from pydantic import BeforeValidator, Field
 
 from mla_converters.errors import OptionError
 from mla_converters.options.base import Flag
-from mla_converters.options.common import Device, Seed, TrustedCode
+from mla_converters.options.common import Device, Seed, Train, TrustedCode
 from mla_converters.options.text import MixedText
 
-Loss = Literal["kl", "lm"]
-LOSSES: tuple[Loss, ...] = ("kl", "lm")
 TRAINING, MEMORY = "Training", "Memory and devices"
 
 
@@ -74,7 +72,7 @@ class HealOptions(TrustedCode, Device, Seed, MixedText):
     length: Annotated[int | None, Flag(panel="Text", default="256 to 1024, from how much was lost")] = Field(
         None, ge=1, description="Tokens in a window, at most the source's context."
     )
-    train: Annotated[Literal["attention", "all", "lora"], Flag(panel=TRAINING)] = Field(
+    train: Annotated[Train, Flag(panel=TRAINING)] = Field(
         "attention",
         description="Weights to train: those of the attentions, all, or low-rank changes of the attentions (peft).",
     )
