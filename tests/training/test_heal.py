@@ -391,3 +391,11 @@ def test_refused_models(refusal: Refused, source: Path, mla: Path, tmp_path: Pat
     (moved / "conversion_report.json").unlink()
     assert "conversion_report.json" in refusal("heal", moved, out)
     assert not out.exists()
+
+
+def test_xformers_needs_a_gpu(refusal: Refused, source: Path, mla: Path, tmp_path: Path) -> None:
+    """One sentence in both: the command, and transformers."""
+    complaint = refusal("heal", mla, tmp_path / "out", "--attention", "xformers", "--device", "cpu")
+    assert "needs the package xformers" in complaint or "which needs a GPU" in complaint
+    with pytest.raises(ValueError, match="needs the package xformers and a GPU"):
+        load(mla, attn_implementation="xformers")(torch.arange(5)[None])

@@ -10,8 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from vllm_mla_plugin.checkpoint.families import FAMILIES
-from vllm_mla_plugin.hf import models
+from vllm_mla_plugin.hf import models, xformers_attention
 
+xformers_attention.register()
 for family in FAMILIES.values():
     model_class = getattr(models, family.mla_architecture)
     AutoConfig.register(family.mla_model_type, model_class.config_class, exist_ok=True)

@@ -15,11 +15,12 @@ from mla_converters.checkpoints.reader import Checkpoint
 from mla_converters.checkpoints.source import Source, open_source
 from mla_converters.checkpoints.tokenizer import load_tokenizer
 from mla_converters.checkpoints.tokenizer_check import same_ids, tokenizer_difference
-from mla_converters.errors import ConversionError
+from mla_converters.errors import ConversionError, OptionError
 from mla_converters.options import HealOptions, option_name
 from mla_converters.reports.conversion import ConversionReport
 from mla_converters.resume.identity import healing_identity
 from mla_converters.resume.work_folder import Work, joined_work, work_folder
+from mla_converters.support.packages import require
 from mla_converters.training.processes import shares
 from mla_converters.training.stored import is_stored
 from mla_converters.training.writing import disk_bytes
@@ -50,6 +51,10 @@ def open_inputs(model: Path, out: Path, options: HealOptions, device: str, force
         ConversionError: something cannot be used.
     """
     state = PartialState()
+    if options.attention == "xformers":
+        require("xformers", "--attention xformers", "run pip install xformers, or leave it out")
+        if not device.startswith("cuda"):
+            raise OptionError(f"--attention is xformers, which needs a GPU, but the device is {device}: leave it out.")
     shares(options.batch_size, options.device_batch_size, state.num_processes)
     config, report = _converted(model, options)
     if out.resolve() == model.resolve():

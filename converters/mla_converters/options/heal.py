@@ -53,6 +53,7 @@ class HealOptions(TrustedCode, Device, Seed, MixedText):
         learning_rate: learning rate as a fraction of each matrix's root mean square; None to derive it from how much
             the conversion lost.
         dtype: of the computation, while trained weights are float32; None for bfloat16 on devices that have it.
+        attention: kernels of the converted model's attention, as transformers names them.
         device_batch_size: windows that one device computes at a time; None for all of its share of a step.
         gradient_checkpointing: whether each layer is computed twice, so that less has to be kept.
         fsdp: whether weights, gradients and moments are sharded over the processes (FSDP2).
@@ -97,6 +98,9 @@ class HealOptions(TrustedCode, Device, Seed, MixedText):
     )
     dtype: Annotated[Literal["float32", "bfloat16"] | None, Flag(panel=MEMORY, default="bfloat16 where it is fast")] = (
         Field(None, description="Dtype of the computation; trained weights are float32.")
+    )
+    attention: Annotated[Literal["sdpa", "xformers"], Flag(panel=MEMORY)] = Field(
+        "sdpa", description="Kernels of MODEL's attention; xformers needs that package and a GPU."
     )
     device_batch_size: Annotated[int | None, Flag(panel=MEMORY, default="its share of --batch-size")] = Field(
         None, ge=1, description="Windows that one device computes at a time; the gradients of a step add up."
