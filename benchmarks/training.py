@@ -61,6 +61,7 @@ def memory(options: argparse.Namespace) -> dict[str, Any]:
             head_dim=64,
             **shape,
         )
+        torch.manual_seed(0)
         model = LlamaForCausalLM(config)
         parameters = model.num_parameters()
         model.save_pretrained(folder / "source")
@@ -87,7 +88,7 @@ def process(options: argparse.Namespace) -> None:
         batch_size=2,
         steps=2,
         loss="kl:0.5,lm:0.5",
-        learning_rate=1e-4,
+        learning_rate=3e-4,
         fsdp=True,
         device="cpu",
     )
