@@ -317,6 +317,26 @@ def test_a_checkpoint_that_was_not_finished_is_passed_over(tmp_path: Path) -> No
     assert trainer._last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-12")
 
 
+def test_loss_that_is_no_number(
+    refusal: Refused, mla: Path, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last good checkpoint is kept, and the same command goes on from there."""
+    forward, steps, out = distillation.Distillation.forward, 0, tmp_path / "out"
+
+    def broken(self: distillation.Distillation, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        nonlocal steps
+        result = forward(self, input_ids)
+        steps += torch.is_grad_enabled()
+        return result | {"loss": result["loss"] * math.nan} if steps == 20 else result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(distillation.Distillation, "forward", broken)
+        complaint = refusal("heal", mla, out, *OPTIONS)
+    assert "the loss of step 20 is not a finite number" in complaint and "checkpoint-18" in complaint
+    assert (tmp_path / "out.partial" / "trainer" / "checkpoint-18").is_dir()
+    assert contents(heal(mla, out, *OPTIONS)) == expected
+
+
 def test_other_options_do_not_go_on(mla: Path, refusal: Refused, tmp_path: Path) -> None:
     out, folder = tmp_path / "out", tmp_path / "out.partial"
     with running("heal", mla, out, *OPTIONS) as process:

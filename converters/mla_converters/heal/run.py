@@ -28,7 +28,7 @@ from mla_converters.support.progress import progress_bars
 from mla_converters.text.healing import divided, hold_out, training_windows
 from mla_converters.training.assembly import assemble
 from mla_converters.training.distillation import Distillation, held_out_loss
-from mla_converters.training.processes import asked_to_shard, join_processes, shares
+from mla_converters.training.processes import asked_to_shard, following, join_processes, shares
 from mla_converters.training.schedule import LONGEST, suited_length, suited_passes, suited_rate
 from mla_converters.training.stored import Examples, read_description, read_stored
 from mla_converters.training.teachers import shares_the_rest
@@ -72,7 +72,7 @@ def heal(
     if asked_to_shard():
         options = options.model_copy(update={"fsdp": True})
     state = join_processes(device)
-    with ExitStack() as stack:
+    with following(), ExitStack() as stack:
         progress = stack.enter_context(progress_bars(quiet or not state.is_main_process))
         with state.main_process_first():  # so that only one process says what is wrong with the input
             run = open_inputs(model, out, options, device, force, stack)

@@ -232,7 +232,8 @@ def train(
     try:
         trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
     except (SafetensorError, RuntimeError, OSError) as error:  # a full disk may raise any of them
-        if shutil.disk_usage(folder).free < BYTES * sum(weight.numel() for weight in model.trained):
+        needed = BYTES * sum(weight.numel() for weight in model.trained)
+        if folder.exists() and shutil.disk_usage(folder).free < needed:  # the main process may have removed it
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
         raise
 
