@@ -4,6 +4,7 @@ It is registered with transformers as ``attn_implementation="xformers"``. It nee
 """
 
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import nn
@@ -53,7 +54,7 @@ def xformers_attention(
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    bias: object = LowerTriangularMask() if query.shape[2] > 1 else None
+    bias: Any = LowerTriangularMask() if query.shape[2] > 1 else None
     if attention_mask is not None:
         # A view whose rows begin at multiples of 8, as the kernels want.
         tokens, keys = attention_mask.shape[-2:]
