@@ -4,7 +4,8 @@ from mla_converters.bench.run import bench
 from mla_converters.convert import convert
 from mla_converters.errors import ConversionError, OptionError, UnfinishedError
 from mla_converters.evaluation.run import evaluate
-from mla_converters.heal import heal
+from mla_converters.heal.run import heal
+from mla_converters.logits import logits
 from mla_converters.options import (
     AttentionAwareOptions,
     BenchOptions,
@@ -12,6 +13,7 @@ from mla_converters.options import (
     EvalOptions,
     ExactOptions,
     HealOptions,
+    LogitsOptions,
     Mha2mlaOptions,
     PlanOptions,
     TransmlaOptions,
@@ -28,6 +30,7 @@ __all__ = [
     "EvalOptions",
     "ExactOptions",
     "HealOptions",
+    "LogitsOptions",
     "Mha2mlaOptions",
     "OptionError",
     "PlanOptions",
@@ -38,6 +41,7 @@ __all__ = [
     "convert",
     "evaluate",
     "heal",
+    "logits",
     "plan",
     "verify",
 ]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from support.files import ROOT
 
-from mla_converters import heal as healing
+from mla_converters.heal import run as healing
 from mla_converters.options import HealOptions
 
 DIES_AT = 12  # step

@@ -27,10 +27,10 @@ from support.disk import fill
 from support.files import CALIBRATION, ROOT
 from support.models import MIXTRAL_EXPERTS, QWEN3_EXPERTS, RandomModel, load
 
-from mla_converters import heal as healing
 from mla_converters.checkpoints.models import Model, find_model
 from mla_converters.checkpoints.source import open_source
 from mla_converters.evaluation.hf_engine import kl_per_token
+from mla_converters.heal import run as healing
 from mla_converters.options import HealOptions
 from mla_converters.streaming import layers
 from mla_converters.support import devices
@@ -154,6 +154,27 @@ def test_larger_teacher(refusal: Refused, mla: Path, tmp_path: Path) -> None:
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     (teacher / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert "has another tokenizer than" in refusal("heal", mla, out, *options)
+
+
+def test_hidden_states_first(refusal: Refused, mla: Path, tmp_path: Path) -> None:
+    """The first steps bring the hidden states of all layers nearer to the source's, and the rest the predictions."""
+    errors: list[float] = []
+    text = (str(CALIBRATION),)
+    options = HealOptions(text=text, steps=40, hidden_steps=30, dtype="float32", batch_size=4, learning_rate=0.01)
+
+    def record(step: int, loss: float) -> None:
+        errors.append(loss)
+
+    train = healing.train
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(healing, "train", lambda *arguments: train(*arguments[:-1], record))
+        healing.heal(mla, tmp_path / "healed", options, quiet=True)
+    assert sum(errors[20:30]) < 0.9 * sum(errors[:10])
+    kl = held_out(tmp_path / "healed")
+    assert 0 < kl["after"] < kl["before"]
+    assert "no teacher in memory has layers like MODEL's" in refusal(
+        "heal", mla, tmp_path / "out", "--loss", "lm", "--hidden-steps", 3
+    )
 
 
 def test_windows_by_how_much_was_lost() -> None:
@@ -297,6 +318,26 @@ def test_a_checkpoint_that_was_not_finished_is_passed_over(tmp_path: Path) -> No
     assert trainer._last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-12")
 
 
+def test_loss_that_is_no_number(
+    refusal: Refused, mla: Path, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last good checkpoint is kept, and the same command goes on from there."""
+    forward, steps, out = distillation.Distillation.forward, 0, tmp_path / "out"
+
+    def broken(self: distillation.Distillation, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        nonlocal steps
+        result = forward(self, input_ids)
+        steps += torch.is_grad_enabled()
+        return result | {"loss": result["loss"] * math.nan} if steps == 20 else result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(distillation.Distillation, "forward", broken)
+        complaint = refusal("heal", mla, out, *OPTIONS)
+    assert "the loss of step 20 is not a finite number" in complaint and "checkpoint-18" in complaint
+    assert (tmp_path / "out.partial" / "trainer" / "checkpoint-18").is_dir()
+    assert contents(heal(mla, out, *OPTIONS)) == expected
+
+
 def test_other_options_do_not_go_on(mla: Path, refusal: Refused, tmp_path: Path) -> None:
     out, folder = tmp_path / "out", tmp_path / "out.partial"
     with running("heal", mla, out, *OPTIONS) as process:
@@ -371,3 +412,11 @@ def test_refused_models(refusal: Refused, source: Path, mla: Path, tmp_path: Pat
     (moved / "conversion_report.json").unlink()
     assert "conversion_report.json" in refusal("heal", moved, out)
     assert not out.exists()
+
+
+def test_xformers_needs_a_gpu(refusal: Refused, source: Path, mla: Path, tmp_path: Path) -> None:
+    """One sentence in both: the command, and transformers."""
+    complaint = refusal("heal", mla, tmp_path / "out", "--attention", "xformers", "--device", "cpu")
+    assert "needs the package xformers" in complaint or "which needs a GPU" in complaint
+    with pytest.raises(ValueError, match="needs the package xformers and a GPU"):
+        load(mla, attn_implementation="xformers")(torch.arange(5)[None])

@@ -14,11 +14,12 @@ from support.engine import run_engine
 from support.files import CALIBRATION
 from support.models import RandomModel, load
 
-from mla_converters import heal as healing
 from mla_converters.evaluation.hf_engine import kl_per_token
+from mla_converters.heal import run as healing
 from mla_converters.streaming import layers
 from mla_converters.support import devices
 from mla_converters.training.distillation import Distillation
+from mla_converters.training.stored import Examples
 
 TEXT = ("--calibration", CALIBRATION, "--calibration-tokens", 1024, "--refit-steps", 0, "--cache-ratio", 0.2)
 FEW_STEPS = ("--text", CALIBRATION, "--tokens", 8192, "--length", 256, "--batch-size", 4, "--steps", 24)
@@ -51,9 +52,9 @@ def healed(mla: Path, scored: Scored) -> Iterator[Path]:
     """Trained in float32, as on machines without bfloat16, so that other programs can compute the same losses."""
     held_out_loss = healing.held_out_loss
 
-    def spy(model: Distillation, windows: torch.Tensor, *arguments: Any) -> torch.Tensor:
-        losses = held_out_loss(model, windows, *arguments)
-        scored.append((windows, losses[0].item()))
+    def spy(model: Distillation, examples: Examples, *arguments: Any) -> torch.Tensor:
+        losses = held_out_loss(model, examples, *arguments)
+        scored.append((examples.columns["input_ids"], losses[0].item()))
         return losses
 
     with pytest.MonkeyPatch.context() as patch:

@@ -11,8 +11,8 @@ from support.files import CALIBRATION
 from support.models import RandomModel
 from support.training_process import DIES_AT, recorded, train_in_two_processes
 
-from mla_converters import heal as healing
 from mla_converters.errors import OptionError
+from mla_converters.heal import run as healing
 from mla_converters.options import HealOptions
 from mla_converters.training.processes import shares
 from mla_converters.training.trainer import Ordered

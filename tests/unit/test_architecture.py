@@ -22,7 +22,7 @@ LAYERS = (
     {"__main__"},
     {"cli"},
     {"api"},
-    {"convert", "heal", "verify", "planning"},
+    {"convert", "heal", "logits", "verify", "planning"},
     {"methods"},
     {"resume", "evaluation", "proof"},
     {"streaming", "text", "training", "bench", "cards"},

@@ -386,3 +386,25 @@ def test_least_squares_cost_where_they_are_fitted(planned: Planner, tmp_path: Pa
     assert many["peak_disk_bytes"] - few["peak_disk_bytes"] == pytest.approx(2 * 30_720 * 4096 * 4, rel=1e-3)
     assert many["core_seconds"][AttentionAwareOptions.name] > 1.2 * few["core_seconds"][AttentionAwareOptions.name]
     assert many["core_seconds"]["transmla"] == pytest.approx(few["core_seconds"]["transmla"], rel=1e-3)
+
+
+def test_training(planned: Planner, tmp_path: Path) -> None:
+    """Sizes checked by hand for a model of 8 billion parameters."""
+    folder = write_config(tmp_path / "model")
+    assert "training" not in planned(folder)
+    one, eight, whole = (
+        planned(folder, "--heal", *options)["training"]
+        for options in ((), ("--devices", 8), ("--devices", 8, "--train", "all", "--gradient-checkpointing"))
+    )
+    assert one["train"] == "attention" and not one["measured"]
+    # The source takes 16 GB in 16 bits, and 16 bytes come for each trained weight.
+    assert one["memory_bytes"] > 16e9 + 16 * one["trained_parameters"]
+    assert eight["memory_bytes"] == one["memory_bytes"]
+    assert one["memory_bytes"] / 8 < eight["sharded_memory_bytes"] < one["memory_bytes"] / 2
+    assert eight["hours"] == pytest.approx(one["hours"] / 8, rel=0.02)
+    assert whole["trained_parameters"] > 8e9 > 3 * one["trained_parameters"]
+    assert whole["disk_bytes"] > 24 * 8e9
+    measured = planned(
+        RandomModel().save(tmp_path / "small"), "--heal", "--measure", "--length", 64, "--device", "cpu"
+    )["training"]
+    assert measured["measured"] and measured["tokens_per_second_and_device"] > 0

@@ -10,8 +10,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from vllm_mla_plugin.checkpoint.families import FAMILIES
+from vllm_mla_plugin.hf import xformers_attention
 from vllm_mla_plugin.hf.models import MODEL_CLASSES
 
+xformers_attention.register()
 for family in FAMILIES.values():
     model_class = MODEL_CLASSES[family.mla_model_type]
     AutoConfig.register(family.mla_model_type, model_class.config_class, exist_ok=True)

@@ -11,6 +11,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward, ro
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from vllm_mla_plugin.checkpoint.query_norm import norm_queries
+from vllm_mla_plugin.hf import xformers_attention
 from vllm_mla_plugin.hf.packed_cache import PackedLayer
 from vllm_mla_plugin.latent_packing import take_mean_out
 
@@ -115,9 +116,10 @@ class MLASelfAttention(nn.Module):
         kv = self.kv_b_proj(latent.squeeze(1)).view(batch, latent.shape[2], -1, self.nope_dim + self.v_dim)
         k_nope, v = kv.transpose(1, 2).split([self.nope_dim, self.v_dim], dim=-1)
         k = torch.cat((k_nope, k_rope.expand(-1, k_nope.shape[1], -1, -1)), dim=-1)
-        # torch's fused CPU kernel wants one head size. Without that kernel, all scores would be kept in memory at once.
-        width = max(q.shape[-1], self.v_dim)
-        q, k, v = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
+        if self.config._attn_implementation != xformers_attention.NAME:
+            # torch's fused kernels want one head size. Without them, all scores would be kept in memory at once.
+            width = max(q.shape[-1], self.v_dim)
+            q, k, v = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         output, weights = attend(
             self,

@@ -72,6 +72,7 @@ class PlannedSource:
         dtype: of the weights.
         cache_dtype: of the cache when it is served.
         shape: its sizes.
+        config: its transformers configuration.
     """
 
     name: str
@@ -80,6 +81,7 @@ class PlannedSource:
     dtype: str
     cache_dtype: str
     shape: Shape
+    config: PretrainedConfig
 
     @property
     def cache_bytes(self) -> int:
@@ -122,6 +124,7 @@ def read_source(source: str, revision: str | None = None, dtype: str | None = No
         dtype=stored,
         cache_dtype=dtype or ("bfloat16" if stored == "float32" else stored),
         shape=shape,
+        config=config,
     )
 
 

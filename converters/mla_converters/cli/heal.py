@@ -54,7 +54,7 @@ def heal(
     """
     check_output("--json", json_file)
     # Imported here, not above: `--help` should not wait for torch.
-    from mla_converters.heal import heal as run
+    from mla_converters.heal.run import heal as run
 
     quiet_transformers()
     report = run(model, out, options, force=force)

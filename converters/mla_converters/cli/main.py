@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from mla_converters.cli import bench, card, convert, heal, plan, verify
+from mla_converters.cli import bench, card, convert, heal, logits, plan, verify
 from mla_converters.cli import eval as evaluation
 from mla_converters.cli.common import is_main_process
 from mla_converters.errors import ConversionError, StoppedError
@@ -27,6 +27,7 @@ app = typer.Typer(
 app.command(epilog=plan.EPILOG)(plan.plan)
 app.command(epilog=convert.EPILOG)(convert.convert)
 app.command(epilog=heal.EPILOG)(heal.heal)
+app.command(epilog=logits.EPILOG)(logits.logits)
 app.command(epilog=verify.EPILOG)(verify.verify)
 app.command("eval", epilog=evaluation.EPILOG)(evaluation.evaluate)
 app.command(epilog=card.EPILOG)(card.card)

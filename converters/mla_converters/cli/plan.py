@@ -11,7 +11,15 @@ from rich.table import Table
 from mla_converters.cli.common import ReportFile, check_output, print_warnings, quiet_transformers, write_report
 from mla_converters.cli.flags import with_flags
 from mla_converters.options import PlanOptions
-from mla_converters.reports.plan import Layout, Plan, PlannedConversion, PlannedModel, Recommendation, VllmCacheSize
+from mla_converters.reports.plan import (
+    Layout,
+    Plan,
+    PlannedConversion,
+    PlannedModel,
+    PlannedTraining,
+    Recommendation,
+    VllmCacheSize,
+)
 from vllm_mla_plugin.checkpoint.layouts import GPUS
 
 OPTIONS_WIDTH = len("--method exact --latent-bits 4")
@@ -22,6 +30,10 @@ EPILOG = """
 What would Llama 3.1 look like with MLA? No weights are fetched, only its config.json:
 
 `vllm-mla plan meta-llama/Llama-3.1-8B --memory 40GiB`
+
+What does training it take, on eight GPUs?
+
+`vllm-mla plan meta-llama/Llama-3.1-8B --heal --devices 8 --tokens 1000000000`
 
 A folder, a bare configuration file, and the answer for machines:
 
@@ -61,6 +73,8 @@ def _print_plan(result: Plan, memory: str) -> None:
     if gpus.row_count:
         out.print(gpus)
     out.print(_cost_table(result.conversion, result.recommended))
+    if result.training is not None:
+        out.print(_training_table(result.training))
     print_warnings(out, result.warnings)
     for advice in result.advice:
         out.print(advice.what, highlight=False)
@@ -157,6 +171,21 @@ def _cost_table(cost: PlannedConversion, chosen: Recommendation) -> Table:
         table.add_row(f"Peak memory, --calibration {calibration.replace('file', 'FILE')}", f"{peak / 1e9:,.1f} GB")
     table.add_row("Disk", f"{cost.peak_disk_bytes / 1e9:,.2f} GB")
     table.add_row("Weights", f"{cost.weights_bytes / 1e9:,.2f} GB")
+    return table
+
+
+def _training_table(training: PlannedTraining) -> Table:
+    tokens = f"{training.tokens:,} tokens, --train {training.train}"
+    devices = "1 device" if training.devices == 1 else f"{training.devices} devices"
+    table = Table(title=f"Training on {tokens}, with {devices}, about", show_header=False)
+    table.add_row("Trained weights", f"{training.trained_parameters / 1e6:,.0f} million")
+    table.add_row("Memory of a device", f"{training.memory_bytes / 1e9:,.1f} GB")
+    if training.devices > 1:
+        table.add_row("Memory of a device, --fsdp", f"{training.sharded_memory_bytes / 1e9:,.1f} GB")
+    table.add_row("Disk", f"{training.disk_bytes / 1e9:,.1f} GB")
+    speed = "measured here" if training.measured else "from its peak"
+    table.add_row(f"Speed of a device, {speed}", f"{training.tokens_per_second_and_device:,.0f} tokens/s")
+    table.add_row("Time", f"{training.hours:,.1f} hours")
     return table
 
 

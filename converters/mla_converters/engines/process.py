@@ -82,6 +82,12 @@ class Engine:
         """Score windows of tokens; see :func:`mla_converters.engines.scoring.score`."""
         return self._ask("score", windows=windows)
 
+    def predict(self, windows: list[list[int]], top_k: int) -> Iterator[dict[str, Any]]:
+        """The likeliest tokens of each window; see :func:`mla_converters.engines.predicting.predict`."""
+        self._send("predict", windows=windows, top_k=top_k)
+        for _ in windows:
+            yield self._receive()
+
     def answer(self, requests: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """Answer the requests of tasks; see :func:`mla_converters.engines.answering.answer`."""
         self._send("answer", requests=requests)

@@ -7,6 +7,8 @@ imports this module. The jobs:
   answer is that of :func:`describe`.
 - ``{"job": "measure", ...}`` has the arguments of :func:`mla_converters.engines.measuring.measure`.
 - ``{"job": "score", ...}`` has the arguments of :func:`mla_converters.engines.scoring.score`.
+- ``{"job": "predict", ...}`` has the arguments of :func:`mla_converters.engines.predicting.predict`. It is answered by
+  one line for each window.
 - ``{"job": "answer", ...}`` has the arguments of :func:`mla_converters.engines.answering.answer`. It is answered by one
   line for each request.
 
@@ -22,6 +24,7 @@ from typing import Any
 
 from mla_converters.engines.answering import answer
 from mla_converters.engines.measuring import measure
+from mla_converters.engines.predicting import predict
 from mla_converters.engines.scoring import score
 
 NUMBERS = ("float32", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2")
@@ -29,6 +32,7 @@ NUMBERS = ("float32", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2")
 JOBS: dict[str, Callable[..., Iterable[dict[str, Any]]]] = {
     "measure": lambda llm, **job: [measure(llm, **job)],
     "score": lambda llm, **job: [score(llm, **job)],
+    "predict": predict,
     "answer": answer,
 }
 """By name, what gives the answers of a job."""

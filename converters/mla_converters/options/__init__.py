@@ -9,6 +9,7 @@ from mla_converters.options.bench import MOST, BenchOptions, Workload
 from mla_converters.options.convert import CacheSizes, ConvertOptions, MethodChoice, command_line
 from mla_converters.options.evaluate import Engine, EvalOptions, TextProtocol
 from mla_converters.options.heal import HealOptions
+from mla_converters.options.logits import LogitsOptions
 from mla_converters.options.methods import (
     AttentionAwareOptions,
     ExactOptions,
@@ -20,7 +21,7 @@ from mla_converters.options.methods import (
     Svd,
     TransmlaOptions,
 )
-from mla_converters.options.plan import PlanOptions, parse_memory
+from mla_converters.options.plan import PlanOptions, PlanTraining, parse_memory
 from mla_converters.options.text import CHAT, SELF, WINDOW, WRITTEN
 from mla_converters.options.verify import VerifyOptions
 
@@ -41,11 +42,13 @@ __all__ = [
     "Ingredient",
     "Keep",
     "LayerSizes",
+    "LogitsOptions",
     "MethodChoice",
     "MethodOptions",
     "Mha2mlaOptions",
     "OptionsModel",
     "PlanOptions",
+    "PlanTraining",
     "Svd",
     "TextProtocol",
     "TransmlaOptions",

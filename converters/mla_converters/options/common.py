@@ -8,6 +8,8 @@ from mla_converters.errors import OptionError
 from mla_converters.options.base import Flag, OptionsModel
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+Train = Literal["attention", "all", "lora"]
+"""The weights that a training changes: those of the attentions, all, or low-rank changes of the attentions."""
 
 
 class TrustedCode(OptionsModel):

@@ -3,15 +3,13 @@
 import re
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, Field
 
 from mla_converters.errors import OptionError
 from mla_converters.options.base import Flag
-from mla_converters.options.common import Device, Seed, TrustedCode
-from mla_converters.options.text import MIXED_ORIGINS, SELF, parse_weighted
+from mla_converters.options.common import Device, Seed, Train, TrustedCode
+from mla_converters.options.text import MixedText
 
-Loss = Literal["kl", "lm"]
-LOSSES: tuple[Loss, ...] = ("kl", "lm")
 TRAINING, MEMORY = "Training", "Memory and devices"
 
 
@@ -35,13 +33,13 @@ def _loss(text: str) -> str:
     return text
 
 
-class HealOptions(TrustedCode, Device, Seed):
+class HealOptions(TrustedCode, Device, Seed, MixedText):
     """The options of healing, with the command line's defaults.
 
     Attributes:
         source: the model's source; None for the source that the model names.
-        teacher: a model with the same tokenizer whose predictions are learnt; None for the source.
-        text: text files, ``hub:`` data sets, ``self`` or ``chat``, each with a weight after a colon or without.
+        teacher: a model with the same tokenizer whose predictions are learnt, or a folder that ``vllm-mla logits``
+            wrote, which then gives the text too; None for the source.
         tokens: limit on the number of tokens; one window in 32 is held out.
         length: tokens in a window, at most the source's context; None for 256 to 1,024, depending on how much the
             conversion lost.
@@ -55,6 +53,7 @@ class HealOptions(TrustedCode, Device, Seed):
         learning_rate: learning rate as a fraction of each matrix's root mean square; None to derive it from how much
             the conversion lost.
         dtype: of the computation, while trained weights are float32; None for bfloat16 on devices that have it.
+        attention: kernels of the converted model's attention, as transformers names them.
         device_batch_size: windows that one device computes at a time; None for all of its share of a step.
         gradient_checkpointing: whether each layer is computed twice, so that less has to be kept.
         fsdp: whether weights, gradients and moments are sharded over the processes (FSDP2).
@@ -65,16 +64,16 @@ class HealOptions(TrustedCode, Device, Seed):
         None, description="What MODEL was converted from."
     )
     teacher: Annotated[str | None, Flag(default="the source")] = Field(
-        None, description="Larger model with the same tokenizer, to learn from instead."
+        None,
+        description="Larger model with the same tokenizer, or what `vllm-mla logits` wrote, to learn from instead.",
     )
-    text: Annotated[tuple[str, ...], Flag(panel="Text")] = Field((SELF,), min_length=1, description=MIXED_ORIGINS)
     tokens: Annotated[int, Flag(panel="Text")] = Field(
         65536, description="How many tokens at most, in windows; one in 32 is held out to measure."
     )
     length: Annotated[int | None, Flag(panel="Text", default="256 to 1024, from how much was lost")] = Field(
         None, ge=1, description="Tokens in a window, at most the source's context."
     )
-    train: Annotated[Literal["attention", "all", "lora"], Flag(panel=TRAINING)] = Field(
+    train: Annotated[Train, Flag(panel=TRAINING)] = Field(
         "attention",
         description="Weights to train: those of the attentions, all, or low-rank changes of the attentions (peft).",
     )
@@ -85,6 +84,9 @@ class HealOptions(TrustedCode, Device, Seed):
         1.0, gt=0, description="Temperature of both models' predictions in kl."
     )
     lora_rank: Annotated[int, Flag(panel=TRAINING)] = Field(16, ge=1, description="Rank of --train lora.")
+    hidden_steps: Annotated[int, Flag(panel=TRAINING)] = Field(
+        0, ge=0, description="Steps at the start that teach the hidden states of all layers instead."
+    )
     steps: Annotated[int | None, Flag(panel=TRAINING, default="each window once, or twice if much was lost")] = Field(
         None, ge=1, description="Steps of Adam."
     )
@@ -97,6 +99,9 @@ class HealOptions(TrustedCode, Device, Seed):
     dtype: Annotated[Literal["float32", "bfloat16"] | None, Flag(panel=MEMORY, default="bfloat16 where it is fast")] = (
         Field(None, description="Dtype of the computation; trained weights are float32.")
     )
+    attention: Annotated[Literal["sdpa", "xformers"], Flag(panel=MEMORY)] = Field(
+        "sdpa", description="Kernels of MODEL's attention; xformers needs that package and a GPU."
+    )
     device_batch_size: Annotated[int | None, Flag(panel=MEMORY, default="its share of --batch-size")] = Field(
         None, ge=1, description="Windows that one device computes at a time; the gradients of a step add up."
     )
@@ -106,13 +111,6 @@ class HealOptions(TrustedCode, Device, Seed):
     fsdp: Annotated[bool, Flag(panel=MEMORY)] = Field(
         False, description="Shard weights, gradients and moments over the processes (FSDP2)."
     )
-
-    @field_validator("text")
-    @classmethod
-    def _weights_are_numbers(cls, text: tuple[str, ...]) -> tuple[str, ...]:
-        for origin in text:
-            parse_weighted(origin)
-        return text
 
     @property
     def losses(self) -> dict[str, float]:

@@ -1,8 +1,12 @@
 """The origins of text for calibration and healing."""
 
 import re
+from typing import Annotated
+
+from pydantic import Field, field_validator
 
 from mla_converters.errors import OptionError
+from mla_converters.options.base import Flag, OptionsModel
 
 SELF = "self"
 """Given instead of a text file, it means text that the model writes itself."""
@@ -36,3 +40,20 @@ def parse_weighted(origin: str) -> tuple[str, float]:
     if float(match[2]) == 0:
         raise OptionError(f"--text is {origin!r}, whose weight is zero: leave the text out.")
     return match[1], float(match[2])
+
+
+class MixedText(OptionsModel):
+    """Text to train on, from several origins.
+
+    Attributes:
+        text: text files, documents, ``self`` or ``chat``, each with a weight after a colon or without.
+    """
+
+    text: Annotated[tuple[str, ...], Flag(panel="Text")] = Field((SELF,), min_length=1, description=MIXED_ORIGINS)
+
+    @field_validator("text")
+    @classmethod
+    def _weights_are_numbers(cls, text: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in text:
+            parse_weighted(origin)
+        return text

@@ -14,6 +14,7 @@ from mla_converters.planning.layouts import Candidate, candidates
 from mla_converters.planning.proof import proof_core_seconds
 from mla_converters.planning.recommendation import advice, recommend
 from mla_converters.planning.sampling import sampling_core_seconds, sampling_memory
+from mla_converters.planning.training import planned_training
 from mla_converters.planning.vllm_caches import VllmCache, vllm_caches
 from mla_converters.reports.plan import (
     CacheSize,
@@ -52,6 +53,7 @@ def plan(name: str, options: PlanOptions | None = None) -> Plan:
         vllm_caches=[_describe_vllm_cache(source, cache, memory) for cache in vllm_caches(shape)],
         layouts=[_describe_layout(source, candidate, memory) for candidate in candidates(shape, options.method)],
         conversion=_describe_conversion(source, options, costs),
+        training=planned_training(source, chosen, options) if options.heal else None,
         advice=advice(source, command, exact_command),
         recommended=Recommendation(
             options=list(chosen.options), cache_ratio=round(chosen.ratio(shape), 6), reason=reason

@@ -105,6 +105,33 @@ class PlannedConversion(Part):
     sampling_core_seconds: float
 
 
+class PlannedTraining(Part):
+    """The cost of training the recommended conversion on its source's predictions.
+
+    Attributes:
+        train: the weights that change: ``attention``, ``all`` or ``lora``.
+        devices, tokens: for which the plan was made.
+        trained_parameters: how many weights that is; with ``lora``, those of the matrices that change.
+        memory_bytes: of each device, if each has all weights.
+        sharded_memory_bytes: of each device, if they share the weights (``--fsdp``).
+        disk_bytes: of the model, checkpoints and text.
+        tokens_per_second_and_device: the speed.
+        measured: whether it was measured on this machine.
+        hours: time for all tokens.
+    """
+
+    train: str
+    devices: int
+    tokens: int
+    trained_parameters: int
+    memory_bytes: int
+    sharded_memory_bytes: int
+    disk_bytes: int
+    tokens_per_second_and_device: float
+    measured: bool
+    hours: float
+
+
 class Advice(Part):
     """What to do to get a cache of about some size.
 
@@ -135,6 +162,7 @@ class Plan(Report):
     vllm_caches: list[VllmCacheSize]
     layouts: list[Layout]
     conversion: PlannedConversion
+    training: PlannedTraining | None = None
     advice: list[Advice]
     recommended: Recommendation
     warnings: list[str]

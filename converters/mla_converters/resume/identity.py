@@ -11,7 +11,15 @@ import transformers
 import vllm_mla_plugin
 from mla_converters.checkpoints.locate import local_path
 from mla_converters.checkpoints.source import Source
-from mla_converters.options import WRITTEN, ConvertOptions, HealOptions, MethodOptions, OptionsModel, option_name
+from mla_converters.options import (
+    WRITTEN,
+    ConvertOptions,
+    HealOptions,
+    LogitsOptions,
+    MethodOptions,
+    OptionsModel,
+    option_name,
+)
 from mla_converters.options.base import as_json
 from mla_converters.options.text import parse_weighted
 from mla_converters.text.documents import has_documents
@@ -47,6 +55,11 @@ def healing_identity(model: Path, source: Source, options: HealOptions) -> dict[
         | _texts_identity("text", options.text)
         | VERSIONS
     )
+
+
+def logits_identity(teacher: Source, options: LogitsOptions) -> dict[str, Any]:
+    """The identity of predictions: the teacher's files, the options, the text and the versions."""
+    return _source_identity(teacher) | _options_identity(options) | _texts_identity("text", options.text) | VERSIONS
 
 
 def _source_identity(source: Source) -> dict[str, Any]:

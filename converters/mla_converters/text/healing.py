@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any, Protocol, TypeVar
 
 import torch
 from rich.progress import Progress
@@ -12,6 +13,16 @@ from mla_converters.options.text import parse_weighted
 from mla_converters.text.documents import Documents, has_documents
 from mla_converters.text.origins import read_texts, text_windows
 
+
+class Sliceable(Protocol):
+    """A tensor or a sequence."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Any) -> Any: ...
+
+
+Windows = TypeVar("Windows", bound=Sliceable)
 HELD_OUT = 32  # one window in 32 is held out, and not trained on
 MOST_HELD_OUT = 128  # windows; more would take time, and tell no more
 WRITTEN_LENGTH = 256  # tokens of a text that the model writes; short, because twice as many half as long teach more
@@ -79,8 +90,8 @@ def training_windows(
     return windows[along.argsort(stable=True)]
 
 
-def hold_out(windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Divide windows ``[windows, tokens]``: those to train on, and one in :data:`HELD_OUT` to measure the result.
+def hold_out(windows: Windows) -> tuple[Windows, Windows]:
+    """Divide windows: those to train on, and one in :data:`HELD_OUT` to measure the result.
 
     At most :data:`MOST_HELD_OUT` are held out.
     """

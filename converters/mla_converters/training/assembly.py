@@ -57,6 +57,7 @@ def _load(
     losses = options.losses
     weights = Weights(losses.get("kl", 0.0), losses.get("lm", 0.0), options.temperature)
     student = load_model(Model(str(model), str(model), read_config(model, False)), dtype, device)
+    student.set_attn_implementation(options.attention)
     make_trainable(student, options.train, options.lora_rank, options.seed)
     attentions = None if source is None else attach_source(student, source, dtype)
     other = None if teacher is None else load_model(teacher, dtype, device)

@@ -3,10 +3,13 @@
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from mla_converters.streaming.whole_model import scaled_logits
 from mla_converters.training.losses import Teaching, Weights, WholeVocabulary, prediction_loss
 from mla_converters.training.processes import mean_over_windows
+from mla_converters.training.relative import relative_weights
+from mla_converters.training.stored import Examples, TopTokens
 from mla_converters.training.teachers import BothAttentions, as_teacher
 from mla_converters.training.trained import trained_parameters
 
@@ -21,6 +24,9 @@ class Distillation(nn.Module):
         weights: of the loss.
         attentions: the layers' attentions, if the teacher is the student with the attentions of its source.
         teacher: another model that teaches.
+
+    Attributes:
+        learns_hidden: whether the hidden states of all layers are learnt, instead of predictions.
     """
 
     def __init__(
@@ -35,6 +41,7 @@ class Distillation(nn.Module):
         self.student = student
         self.teacher = None if teacher is None else teacher.requires_grad_(False).eval()
         self.weights = weights or Weights()
+        self.learns_hidden = False
         self._attentions = attentions or []
         for module in self.modules():
             if hasattr(module, "attention_dropout"):
@@ -50,19 +57,55 @@ class Distillation(nn.Module):
         """The layers of all models."""
         return [layer for model in (self.student, self.teacher) if model is not None for layer in model.model.layers]
 
-    def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Compute ``loss`` on token ids ``[windows, tokens]``, in nats, and its ``parts``: divergence, loss on text."""
-        teaching = self._teaching(input_ids) if self.weights.kl else None
-        hidden = _last_hidden(self.student, input_ids)
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        top_ids: torch.Tensor | None = None,
+        top_logprobs: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Compute the loss.
+
+        Args:
+            input_ids: token ids ``[windows, tokens]``.
+            top_ids, top_logprobs: ``[windows, tokens, k]``, a teacher's predictions that were written down; see
+                :class:`mla_converters.training.stored.TopTokens`.
+
+        Returns:
+            ``loss`` in nats, and its ``parts``: divergence, loss on the text. While hidden states are learnt, ``loss``
+            is their relative squared error.
+        """
+        if self.learns_hidden:
+            return {"loss": self._hidden_error(input_ids)}
+        teaching: Teaching | None = None
+        if top_ids is not None and top_logprobs is not None:
+            teaching = TopTokens(top_ids.flatten(0, 1), top_logprobs.flatten(0, 1))
+        elif self.weights.kl:
+            teaching = self._teaching(input_ids)
+        hidden = _read_by_head(self.student, self.student.model(input_ids=input_ids, use_cache=False))
         loss, parts = prediction_loss(hidden, self.student.lm_head.weight, input_ids, teaching, self.weights)
         return {"loss": loss, "parts": parts}
 
-    @torch.no_grad()
     def _teaching(self, input_ids: torch.Tensor) -> Teaching:
         teacher = self.student if self.teacher is None else self.teacher
-        with as_teacher(self._attentions):
-            states = _last_hidden(teacher, input_ids)
+        states = _read_by_head(teacher, self._taught(input_ids))
         return WholeVocabulary(states.flatten(0, 1), teacher.lm_head.weight)
+
+    def _hidden_error(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Squared error of the hidden states after each layer, relative to the teacher's; the mean over layers."""
+        expected = self._taught(input_ids, output_hidden_states=True).hidden_states[1:]
+        found = self.student.model(input_ids=input_ids, use_cache=False, output_hidden_states=True).hidden_states[1:]
+        errors = [
+            (relative_weights(target.float()) * (states.float() - target.float()).square().sum(-1)).mean()
+            for states, target in zip(found, expected, strict=True)
+        ]
+        return torch.stack(errors).mean()
+
+    @torch.no_grad()
+    def _taught(self, input_ids: torch.Tensor, **wanted: bool) -> BaseModelOutputWithPast:
+        """What the teacher's layers give."""
+        teacher = self.student if self.teacher is None else self.teacher
+        with as_teacher(self._attentions):
+            return teacher.model(input_ids=input_ids, use_cache=False, **wanted)
 
     def train(self, mode: bool = True) -> "Distillation":
         """Set the mode of the student; the teacher stays in evaluation mode."""
@@ -72,28 +115,31 @@ class Distillation(nn.Module):
         return self
 
 
-def _last_hidden(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
-    """What the output head reads ``[windows, tokens, D]``. Where a model scales its logits, these are scaled instead,
-    which is the same, because the head is linear."""
-    return scaled_logits(model.model(input_ids=input_ids, use_cache=False).last_hidden_state, model.config)
+def _read_by_head(model: PreTrainedModel, output: BaseModelOutputWithPast) -> torch.Tensor:
+    """What the output head reads ``[windows, tokens, D]``.
+
+    Where a model scales its logits, this is scaled instead, which gives the same, because the head is linear.
+    """
+    return scaled_logits(output.last_hidden_state, model.config)
 
 
 @torch.no_grad()
-def held_out_loss(model: Distillation, windows: torch.Tensor, device: str, dtype: torch.dtype) -> torch.Tensor:
-    """The loss, the divergence and the loss on the text, means over token ids ``[windows, tokens]`` in nats, float64.
+def held_out_loss(model: Distillation, examples: Examples, device: str, dtype: torch.dtype) -> torch.Tensor:
+    """The loss, the divergence and the loss on the text, means over windows in nats, float64.
 
     All processes compute them together.
 
     Args:
         model: the model; sharded or not.
-        windows: equal in all processes.
+        examples: equal in all processes.
         device: the device of this process.
         dtype: of matrix products.
     """
 
-    def measure(window: torch.Tensor) -> torch.Tensor:
-        result = model(window[None].to(device))
+    def measure(example: dict[str, torch.Tensor]) -> torch.Tensor:
+        result = model(**{name: values[None].to(device) for name, values in example.items()})
         return torch.cat((result["loss"][None], result["parts"]))
 
+    model.learns_hidden = False
     with torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype != torch.float32):
-        return mean_over_windows(windows, measure)
+        return mean_over_windows(examples, measure)

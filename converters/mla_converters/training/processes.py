@@ -1,15 +1,19 @@
 """Training in one process, or in many that ``torchrun`` or ``accelerate launch`` starts."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from torch.distributed import DistError
 
-from mla_converters.errors import OptionError
+from mla_converters.errors import ConversionError, OptionError
 
+Window = TypeVar("Window")
 PATIENCE = timedelta(days=7)  # the others wait while the main process samples text, or proves the model
 
 
@@ -20,6 +24,22 @@ def join_processes(device: str) -> PartialState:
         device: the kind of device, as the user gave it. Each process of several gets a GPU of its own.
     """
     return PartialState(cpu=torch.device(device).type == "cpu", timeout=PATIENCE)
+
+
+@contextmanager
+def following() -> Iterator[None]:
+    """Let a process whose main process has ended end without a traceback, because the main process has said why.
+
+    Raises:
+        ConversionError: the main process has ended.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        lost = isinstance(error, DistError) or "gloo" in str(error)
+        if PartialState().is_main_process or not lost:
+            raise
+        raise ConversionError("The main process has ended, and said why.") from error
 
 
 def asked_to_shard() -> bool:
@@ -52,8 +72,8 @@ def shares(batch_size: int, at_a_time: int | None, processes: int) -> tuple[int,
     return at_a_time, share // at_a_time
 
 
-def mean_over_windows(windows: torch.Tensor, measure: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """The mean of a measure over windows ``[windows, ...]``, which the processes share.
+def mean_over_windows(windows: Sequence[Window], measure: Callable[[Window], torch.Tensor]) -> torch.Tensor:
+    """The mean of a measure over windows, which the processes share.
 
     All of them compute equally often, because a sharded model needs all of them for every window. The order of the sum
     does not depend on their number.

@@ -1,7 +1,7 @@
 """The weights that training changes: which they are, their learning rates, and their values under their names."""
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,18 +9,18 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from mla_converters.options.common import Train
 from mla_converters.support.packages import require
 from mla_converters.training.parametrization import split_projections
 from mla_converters.training.relative import relative_rates, root_mean_square
 from mla_converters.training.sharding import whole
 from mla_converters.training.teachers import ATTENTION
 
-Choice = Literal["attention", "all", "lora"]
 PROJECTIONS = ("q_proj", "k_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
 ADAPTER = "default"
 
 
-def make_trainable(student: PreTrainedModel, choice: Choice, lora_rank: int, seed: int) -> None:
+def make_trainable(student: PreTrainedModel, choice: Train, lora_rank: int, seed: int) -> None:
     """Choose the weights of a converted model that training changes.
 
     They become float32, because steps are smaller than the resolution of bfloat16.

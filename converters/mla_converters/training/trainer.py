@@ -40,6 +40,7 @@ class Schedule:
         accumulated: how often it does that in a step.
         seed: decides the order of the windows.
         dtype: of matrix products.
+        hidden_steps: how many steps at the start teach hidden states.
         checkpointing: whether layers are computed twice, so that less has to be kept.
     """
 
@@ -49,6 +50,7 @@ class Schedule:
     accumulated: int
     seed: int
     dtype: torch.dtype
+    hidden_steps: int = 0
     checkpointing: bool = False
 
 
@@ -90,6 +92,17 @@ class _Watch(TrainerCallback):
         if not math.isfinite(logs["loss"]):
             _stop(state.global_step, Path(str(args.output_dir)))
         self._advance(state.global_step, logs["loss"])
+
+
+class _Stages(TrainerCallback):
+    """Lets a model learn hidden states in its first steps."""
+
+    def __init__(self, model: Distillation, hidden_steps: int) -> None:
+        self._model = model
+        self._hidden_steps = hidden_steps
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, *_: object, **__: object) -> None:
+        self._model.learns_hidden = state.global_step < self._hidden_steps
 
 
 def _stop(step: int, folder: Path) -> None:
@@ -205,7 +218,7 @@ def train(
         seed=schedule.seed,
         bf16=schedule.dtype == torch.bfloat16,
         use_cpu=torch.device(device).type == "cpu",
-        ddp_find_unused_parameters=False,
+        ddp_find_unused_parameters=schedule.hidden_steps > 0,  # the output head is not used in them
     )
     if schedule.checkpointing:
         model.student.gradient_checkpointing_enable({"use_reentrant": False})
@@ -213,12 +226,14 @@ def train(
     count = steps * schedule.at_a_time * schedule.accumulated * processes
     trainer = _Trainer(model, arguments, train_dataset=Ordered(windows, count, schedule.seed), rate=schedule.rate)
     trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(_Stages(model, schedule.hidden_steps))
     if trainer.is_world_process_zero():
         trainer.add_callback(_Watch(advance))
     try:
         trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
     except (SafetensorError, RuntimeError, OSError) as error:  # a full disk may raise any of them
-        if shutil.disk_usage(folder).free < BYTES * sum(weight.numel() for weight in model.trained):
+        needed = BYTES * sum(weight.numel() for weight in model.trained)
+        if folder.exists() and shutil.disk_usage(folder).free < needed:  # the main process may have removed it
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
         raise
 

@@ -7,15 +7,16 @@ from transformers import PreTrainedModel
 
 from mla_converters.checkpoints.reader import Checkpoint
 from mla_converters.checkpoints.writer import Shards
+from mla_converters.options.common import Train
 from mla_converters.training.checkpoints import BYTES
 from mla_converters.training.teachers import ATTENTION
-from mla_converters.training.trained import Choice, trained_tensors
+from mla_converters.training.trained import trained_tensors
 
 TOKEN_BYTES = 4  # of a token id
 SAVES = 2  # checkpoints; a new one is written before the old one goes
 
 
-def disk_bytes(checkpoint: Checkpoint, choice: Choice, tokens: int) -> int:
+def disk_bytes(checkpoint: Checkpoint, choice: Train, tokens: int) -> int:
     """Bytes on disk of the trained model, and of checkpoints and text on the way there.
 
     Args:
