@@ -40,14 +40,16 @@ def test_equals_transformers(family: str, tmp_path: Path, monkeypatch: pytest.Mo
     assert (got - expected).norm() / expected.norm() < 1e-4
 
 
-@pytest.mark.parametrize("family", ["granite", "olmo2", "phi3", "glm4", "minimax_m2"])
+@pytest.mark.parametrize("family", ["granite", "olmo2", "phi3", "glm4", "minimax_m2", "smollm3"])
 def test_truncated(family: str, tmp_path: Path) -> None:
     """At half of the cache, the default method errs less than half as much as no attention would, in each layer."""
     source = FAMILY_MODELS[family].save(tmp_path / "source")
     text = ("--calibration", CALIBRATION, "--calibration-tokens", 1024, "--refit-steps", 2)
     out = convert(source, tmp_path / "mla", *text, *UNPACKED)
     model = load(out)
-    assert [layer["output_error"] < 0.5 for layer in model.config.mla_conversion["per_layer"]] == [True] * 2
+    assert [layer["output_error"] < 0.5 for layer in model.config.mla_conversion["per_layer"]] == [True] * len(
+        model.model.layers
+    )
     with torch.inference_mode():
         assert model(torch.arange(60)[None]).logits.isfinite().all()
 
