@@ -11,6 +11,7 @@ from support.commands import UNPACKED, Refused, convert
 from support.files import CALIBRATION
 from support.models import QWEN3_EXPERTS, RandomModel
 from support.quantised_sources import FORMATS, WEIGHTS, quantise_source
+from vllm.model_executor.layers.quantization.utils.quant_utils import is_layer_skipped
 
 from mla_converters.checkpoints.source import open_source
 from mla_converters.options import VerifyOptions
@@ -56,10 +57,24 @@ def test_dequantised_as_the_reference(name: str, tmp_path: Path) -> None:
     assert {k: v for k, v in config.items() if k != key} == {k: v for k, v in FORMATS[name].config.items() if k != key}
 
 
+def test_vllm_skips_the_attention_of_fp8(tmp_path: Path) -> None:
+    """vLLM finds every projection of MLA in the list of what is not quantised, and no other."""
+    quantised, _ = quantise_source(MODEL.save(tmp_path / "source"), "fp8-block", tmp_path)
+    config = json.loads((convert(quantised, tmp_path / "mla", "--method", "exact") / "config.json").read_text())
+    ignored = config["quantization_config"]["modules_to_not_convert"]
+    fused = {"gate_up_proj": ["gate_proj", "up_proj"], "qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+    for name in ("q_proj", "k_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "qkv_proj"):
+        assert is_layer_skipped(f"model.layers.1.self_attn.{name}", ignored, fused), name
+    for name in ("gate_up_proj", "down_proj"):
+        assert not is_layer_skipped(f"model.layers.1.mlp.{name}", ignored, fused), name
+
+
 def test_calibrated_and_packed(tmp_path: Path) -> None:
     """Calibration runs through dequantised MLPs and experts: the same conversion as of the plain twin. A dtype that is
     asked for leaves the quantised modules alone, and the check of the converted folder accepts them."""
-    model = replace(MODEL, family="qwen3_moe", layers=3, experts=QWEN3_EXPERTS | {"moe_intermediate_size": 64})
+    model = replace(
+        MODEL, family="qwen3_moe", tied=True, layers=3, experts=QWEN3_EXPERTS | {"moe_intermediate_size": 64}
+    )
     quantised, plain = quantise_source(model.save(tmp_path / "source"), "w4a16", tmp_path)
     options = (
         "--calibration",

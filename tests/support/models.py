@@ -125,7 +125,7 @@ def converted_layers(source: Source, conversion: LayerConversion) -> Iterator[di
 
 
 ONE_EXPERT = MIXTRAL_EXPERTS | {"num_experts_per_tok": 1}
-# One model of every family, of sizes that vLLM's own attention takes: it is built before MLA replaces it.
+# One model of every family.
 FAMILY_MODELS = {
     "llama": RandomModel(heads=9, kv_heads=3, head_dim=32, hidden=144, bias=True),
     "mistral": RandomModel("mistral", heads=9, kv_heads=3, head_dim=32),
@@ -135,12 +135,12 @@ FAMILY_MODELS = {
     "mixtral": RandomModel("mixtral", heads=9, kv_heads=3, head_dim=32, hidden=96, experts=MIXTRAL_EXPERTS),
     "arcee": RandomModel("arcee", heads=9, kv_heads=3, hidden=288, head_dim=32, bias=True),
     "seed_oss": RandomModel("seed_oss", kv_heads=1, head_dim=80, bias=True),
-    "qwen2_moe": RandomModel("qwen2_moe", heads=9, kv_heads=3, head_dim=32, layers=3, experts=QWEN2_EXPERTS),
+    "qwen2_moe": RandomModel("qwen2_moe", heads=9, kv_heads=3, head_dim=48, layers=3, experts=QWEN2_EXPERTS),
     "smollm3": RandomModel("smollm3", heads=9, kv_heads=3, head_dim=32, layers=4, tied=True, experts=UNPADDED),
     "granite": RandomModel("granite", heads=3, kv_heads=3, head_dim=32, hidden=96, experts=MULTIPLIERS),
     "olmo2": RandomModel("olmo2", heads=9, kv_heads=3, head_dim=32),
     "phi3": RandomModel("phi3", heads=9, kv_heads=3, hidden=288, head_dim=32, rope=PARTIAL, experts=UNPADDED),
-    "glm4": RandomModel("glm4", heads=9, kv_heads=3, head_dim=32, bias=True, rope=PARTIAL, experts=UNPADDED),
+    "glm4": RandomModel("glm4", heads=9, kv_heads=3, head_dim=48, bias=True, rope=PARTIAL, experts=UNPADDED),
     "glm4_moe": RandomModel("glm4_moe", kv_heads=1, head_dim=80, layers=3, rope=PARTIAL, experts=GLM_EXPERTS),
     "minimax_m2": RandomModel(
         "minimax_m2", heads=9, kv_heads=3, head_dim=32, rope=PARTIAL, experts=ONE_EXPERT | UNPADDED

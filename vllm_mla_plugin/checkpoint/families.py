@@ -155,7 +155,7 @@ FAMILIES = {
             norms=NormNames(None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
             vllm="olmo2",
         ),
-        Family(name="Phi3", model_type="phi3", fused_qkv=True, partial_rotary=True, biases=(False, False)),
+        Family(name="Phi3", model_type="phi3", fused_qkv=True, partial_rotary=True, biases=(False, False), vllm="phi3"),
         Family(
             name="Glm4",
             model_type="glm4",

@@ -1,7 +1,7 @@
 """Llama with MLA in vLLM: vLLM's Llama with another self-attention.
 
 It also serves the families that are a Llama to vLLM once MLA is in the place of their attention: Mistral, Qwen2, Qwen3,
-Seed-OSS, SmolLM3 (whose layers without RoPE have frequencies of zero) and Phi-3 (whose MLP comes fused).
+Seed-OSS and SmolLM3 (whose layers without RoPE have frequencies of zero).
 """
 
 from typing import ClassVar

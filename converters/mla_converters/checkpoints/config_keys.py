@@ -31,6 +31,7 @@ ASSUMED: dict[str, dict[str, Any]] = {
         "use_qk_norm": True,
         "qk_norm_type": "per_layer",
         "use_routing_bias": True,
+        "scoring_func": "sigmoid",
         "layernorm_full_attention_beta": 1.0,
         "layernorm_linear_attention_beta": 1.0,
         "layernorm_mlp_beta": 1.0,
@@ -155,8 +156,8 @@ def account_for_keys(raw: dict[str, Any], config_class: type[PretrainedConfig]) 
     strange |= _strange_rope_parameters(raw)
     unknown = []
     for name, value in strange.items():
-        if CHANGES_RESULT.search(name.lower()):
-            if not is_neutral(name, value):
+        if name in assumed or CHANGES_RESULT.search(name.lower()):
+            if name in assumed or not is_neutral(name, value):
                 raise ConversionError(
                     f"config.json has {name} {_shown(value)}, which by its name changes what the model computes, and "
                     f"transformers' {config_class.__name__} does not know it: take the key out if the model does not "

@@ -1,0 +1,139 @@
+"""Does a quantised source convert as well, and in as little memory, as its plain twin?
+
+    python -m benchmarks.quantised --valid wiki.valid.tokens --test wiki.test.raw --folder /scratch
+
+- Quality: SmolLM2's projections are rounded to 4 bits in groups of 32 (W4A16 of compressed-tensors). Both models are
+  converted to half of their cache, and each conversion's perplexity is divided by that of its own source.
+- Memory: a model of Llama-3-8B's shape with two layers and a small vocabulary, so that layers decide the peak, and its
+  twin in FP8 with blocks of 128 x 128. The folder needs about 8 GB.
+
+Rows that are in the result file already are kept.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig
+
+from benchmarks.common import convert, cost, evaluate, measured_rows, plain_text, text_parser, write_result
+from benchmarks.large import COMMON, SIZES, SMALL, write_source
+from scripts.demo_model import ROOT, demo_folder
+
+GROUP, BLOCK = 32, 128
+TOKENS = "16384"
+W4A16 = {
+    "quant_method": "compressed-tensors",
+    "format": "pack-quantized",
+    "quantization_status": "compressed",
+    "ignore": ["lm_head"],
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": GROUP},
+        }
+    },
+}
+FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [BLOCK, BLOCK]}
+Quantise = Callable[[torch.Tensor], dict[str, torch.Tensor]]
+
+
+def four_bits(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A weight in groups of 4 bits."""
+    groups = weight.float().unflatten(1, (-1, GROUP))
+    scale = groups.abs().amax(-1, keepdim=True) / 7.5
+    numbers = (groups / scale).round().clamp(-8, 7).flatten(1).to(torch.int8)
+    return {
+        "weight_packed": pack_to_int32(numbers, 4),
+        "weight_scale": scale[..., 0].to(torch.bfloat16),
+        "weight_shape": torch.tensor(weight.shape),
+    }
+
+
+def eight_bit_floats(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A weight in FP8 with blocks."""
+    blocks = weight.float().unflatten(0, (-1, BLOCK)).unflatten(2, (-1, BLOCK))
+    scale = blocks.abs().amax((1, 3), keepdim=True) / 448
+    numbers = (blocks / scale).flatten(2).flatten(0, 1).to(torch.float8_e4m3fn)
+    return {"weight": numbers, "weight_scale_inv": scale[:, 0, :, 0]}
+
+
+def quantise(source: Path, folder: Path, settings: dict[str, Any], how: Quantise) -> Path:
+    """Copy a model's folder, with its projections quantised."""
+    folder.mkdir()
+    for path in source.iterdir():
+        if path.suffix == ".safetensors":
+            tensors: dict[str, torch.Tensor] = {}
+            for name, tensor in load_file(path).items():
+                if name.endswith("_proj.weight"):
+                    tensors |= {f"{name.removesuffix('weight')}{part}": x for part, x in how(tensor).items()}
+                else:
+                    tensors[name] = tensor.to(torch.bfloat16)
+            save_file(tensors, folder / path.name, metadata={"format": "pt"})
+        elif path.is_file() and not path.name.endswith(".index.json"):
+            shutil.copyfile(path, folder / path.name)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"quantization_config": settings, "dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def quality(source: Path, out: Path, text: Path, test: Path) -> dict[str, Any]:
+    """A source and its conversion to half of the cache."""
+    options = ("--calibration", str(text), "--calibration-tokens", TOKENS, "--refit-steps", "0")
+    convert(source, out, *options, "--cache-ratio", "0.5", "--latent-bits", "16")
+    before, after = (evaluate(model, test)["perplexity"] for model in (source, out))
+    return {
+        "source_perplexity": round(before, 3),
+        "perplexity": round(after, 3),
+        "growth": round(after / before, 4),
+    }
+
+
+def memory(source: Path, out: Path) -> dict[str, Any]:
+    """Time and peak memory of a conversion."""
+    text = ("--calibration", str(ROOT / "LICENSE"), "--calibration-tokens", "4096")
+    return cost(convert(source, out, "--method", "transmla", "--freqfold", "8", *SIZES, *text))
+
+
+def main() -> None:
+    """Measure, and write the result file."""
+    parser = text_parser(__doc__)
+    parser.add_argument("--folder", type=Path, required=True, help="for models, which stay in it")
+    arguments = parser.parse_args()
+    folder, rows = arguments.folder, measured_rows("quantised")
+    folder.mkdir(exist_ok=True)
+    text = folder / "text.txt"
+    text.write_text(plain_text(arguments.valid))
+
+    def large() -> Path:
+        path = folder / "large"
+        if not path.exists():
+            write_source(path, LlamaConfig(**COMMON | SMALL | {"num_hidden_layers": 2, "vocab_size": 49152}))
+        return path
+
+    def twin(path: Path, settings: dict[str, Any], how: Quantise) -> Path:
+        copy = folder / f"{path.name}-{settings['quant_method']}"
+        return copy if copy.exists() else quantise(path, copy, settings, how)
+
+    measurements: dict[str, Callable[[], dict[str, Any]]] = {
+        "memory, bfloat16": lambda: memory(large(), folder / "mla"),
+        "memory, fp8": lambda: memory(twin(large(), FP8, eight_bit_floats), folder / "mla"),
+        "quality, plain": lambda: quality(demo_folder(), folder / "mla", text, arguments.test),
+        "quality, w4a16": lambda: quality(twin(demo_folder(), W4A16, four_bits), folder / "mla", text, arguments.test),
+    }
+    command = "python -m benchmarks.quantised --valid wiki.valid.tokens --test wiki.test.raw --folder /scratch"
+    for name, measure in measurements.items():
+        if name not in rows:
+            rows[name] = measure()
+            print(name, rows[name], flush=True)
+            write_result("quantised", command, {"rows": rows})
+
+
+if __name__ == "__main__":
+    main()
