@@ -12,8 +12,9 @@ from mla_converters.checkpoints.source import Source
 from mla_converters.latent.attention import gqa_attention
 from mla_converters.latent.module import LatentAttention
 from mla_converters.latent.moments import LayerMoments
-from mla_converters.streaming.whole_model import layer_weights, scaled_logits
+from mla_converters.streaming.whole_model import layer_weights
 from mla_converters.support.devices import calibration_autocast, native_bfloat16
+from mla_converters.support.logits import scaled_logits
 from vllm_mla_plugin.checkpoint.cache_formats import CacheFormat
 
 ERROR_QUERIES = 256  # queries of each window at which attentions are compared

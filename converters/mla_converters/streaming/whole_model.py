@@ -9,6 +9,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from mla_converters.checkpoints.shape import has_experts
 from mla_converters.streaming.experts import StreamedExperts
+from mla_converters.support.logits import scaled_logits
 from vllm_mla_plugin.checkpoint.families import ExpertNames
 
 HEAD_ROWS = 8192  # rows of the output head that are in float32 at the same time
@@ -115,11 +116,6 @@ def log_probabilities(hidden: torch.Tensor, head: torch.Tensor, config: Pretrain
     """``[tokens, vocabulary]`` float32 from hidden states ``[1, tokens, D]`` and the output head's weight."""
     parts = [nn.functional.linear(hidden[0], rows.to(hidden)) for rows in head.split(HEAD_ROWS)]
     return scaled_logits(torch.cat(parts, dim=-1), config).log_softmax(-1)
-
-
-def scaled_logits(logits: torch.Tensor, config: PretrainedConfig) -> torch.Tensor:
-    """Logits as the model gives them; Granite divides what its head gives."""
-    return logits / getattr(config, "logits_scaling", 1.0)
 
 
 def output_head(config: PretrainedConfig, tensors: Tensors) -> torch.Tensor:

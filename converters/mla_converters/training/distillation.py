@@ -5,7 +5,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from mla_converters.streaming.whole_model import scaled_logits
+from mla_converters.support.logits import scaled_logits
 from mla_converters.training.losses import Teaching, Weights, WholeVocabulary, prediction_loss
 from mla_converters.training.processes import mean_over_windows
 from mla_converters.training.relative import relative_weights
