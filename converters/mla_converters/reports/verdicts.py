@@ -21,9 +21,9 @@ class Verdict:
 
 
 VERDICTS = (
-    Verdict(0.02, "expect answers like the source's", heals=False),
-    Verdict(0.08, "expect a little less than the source gives on hard tasks", heals=True),
-    Verdict(0.2, "noticeably worse than the source: heal it, or take a larger cache", heals=True),
+    Verdict(0.005, "expect answers like the source's", heals=False),
+    Verdict(0.05, "expect a little less than the source gives on hard tasks", heals=True),
+    Verdict(0.1, "noticeably worse than the source: heal it, or take a larger cache", heals=True),
     Verdict(float("inf"), "unusable without training: heal it, or take a larger cache", heals=True),
 )
 """Bounds by task scores of real models (``benchmarks/results/tasks.json``, docs/research/tasks.md)."""
