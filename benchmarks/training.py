@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from benchmarks.common import convert, cost, evaluate, heal, plain_text, write_result
 from mla_converters.heal.run import heal as heal_here
 from mla_converters.options import HealOptions
-from mla_converters.support.memory import peak_rss_bytes
+from mla_converters.support.memory import peak_rss_bytes, return_freed_memory
 from mla_converters.training.distillation import Distillation, held_out_loss
 from mla_converters.training.losses import Weights
 from mla_converters.training.stored import Examples
@@ -92,6 +92,7 @@ def process(options: argparse.Namespace) -> None:
         fsdp=True,
         device="cpu",
     )
+    return_freed_memory()  # as the command does
     heal_here(options.model, options.out, steps, quiet=True)
     rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
     peak = {"peak_rss_gb": (peak_rss_bytes() or 0) / 1e9}

@@ -13,12 +13,19 @@ from mla_converters.heal import run as healing
 from mla_converters.options import HealOptions
 
 DIES_AT = 12  # step
+RUNS: dict[str, dict[str, object]] = {
+    "ddp": {},
+    "fsdp": {"fsdp": True},
+    "all": {"fsdp": True, "train": "all", "gradient_checkpointing": True},
+    "killed": {"fsdp": True},  # the last one
+}
+"""Options of each training."""
 
 
 def train_in_two_processes(model: Path, folder: Path, options: HealOptions) -> None:
-    """Train ``model`` in two processes with gloo: with DDP, with FSDP2, and with FSDP2 until it is killed.
+    """Train ``model`` in two processes with gloo, in every way of :data:`RUNS`.
 
-    Each run writes ``folder/NAME`` for its NAME (ddp, fsdp, killed), and its losses to ``folder/NAME.json``.
+    Each run writes ``folder/NAME``, and its losses to ``folder/NAME.json``; the last one dies at step :data:`DIES_AT`.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "support.training_process", str(model), str(folder), options.model_dump_json()]
@@ -53,8 +60,8 @@ def recorded(run: Callable[[], object], stop_at: int | None = None) -> list[floa
 
 
 def main(model: Path, folder: Path, options: HealOptions) -> None:
-    for name, sharded in (("ddp", False), ("fsdp", True), ("killed", True)):
-        own = options.model_copy(update={"fsdp": sharded})
+    for name, changes in RUNS.items():
+        own = options.model_copy(update=changes)
         losses = recorded(
             lambda own=own, name=name: healing.heal(model, folder / name, own, quiet=True),
             DIES_AT if name == "killed" else None,

@@ -36,17 +36,20 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_two_processes(tmp_path: Path) -> None:
-    """With DDP and with FSDP2, the losses are those of one process. One process finishes what two began."""
+    """With DDP and with FSDP2, the losses are those of one process, also where all weights are trained and the teacher
+    is a model of its own. One process finishes what two began."""
     source = RandomModel(tied=True, bias=True).save(tmp_path / "source")
     model = convert(source, tmp_path / "mla", *CALIBRATED, "--latent-bits", 16)
+    whole = OPTIONS.model_copy(update={"train": "all"})
     alone = recorded(lambda: healing.heal(model, tmp_path / "alone", OPTIONS, quiet=True))
+    alone_all = recorded(lambda: healing.heal(model, tmp_path / "alone_all", whole, quiet=True))
     train_in_two_processes(model, tmp_path, OPTIONS)
     assert len(alone) == OPTIONS.steps
-    assert alone[-1] < 0.9 * alone[0]
-    expected = weights(tmp_path / "alone")
-    for name in ("ddp", "fsdp"):
+    assert alone[-1] < 0.9 * alone[0] and alone_all[-1] < 0.9 * alone_all[0]
+    for name, reference, folder in (("ddp", alone, "alone"), ("fsdp", alone, "alone"), ("all", alone_all, "alone_all")):
         losses = json.loads((tmp_path / f"{name}.json").read_text())
-        assert losses == pytest.approx(alone, abs=1e-3), name
+        assert losses == pytest.approx(reference, abs=1e-3), name
+        expected = weights(tmp_path / folder)
         for tensor, value in weights(tmp_path / name).items():
             torch.testing.assert_close(value, expected[tensor], rtol=1e-3, atol=1e-4)
     assert not (tmp_path / "killed").exists()

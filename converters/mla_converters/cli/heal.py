@@ -55,7 +55,9 @@ def heal(
     check_output("--json", json_file)
     # Imported here, not above: `--help` should not wait for torch.
     from mla_converters.heal.run import heal as run
+    from mla_converters.support.memory import return_freed_memory
 
+    return_freed_memory()
     quiet_transformers()
     report = run(model, out, options, force=force)
     if not is_main_process():

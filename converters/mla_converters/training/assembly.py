@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from transformers import PreTrainedModel
 
 from mla_converters.checkpoints.models import Model, load_model, read_config
 from mla_converters.checkpoints.source import Source
@@ -56,9 +57,18 @@ def _load(
 ) -> Distillation:
     losses = options.losses
     weights = Weights(losses.get("kl", 0.0), losses.get("lm", 0.0), options.temperature)
-    student = load_model(Model(str(model), str(model), read_config(model, False)), dtype, device)
+    student = _loaded(Model(str(model), str(model), read_config(model, False)), dtype, device)
     student.set_attn_implementation(options.attention)
     make_trainable(student, options.train, options.lora_rank, options.seed)
     attentions = None if source is None else attach_source(student, source, dtype)
-    other = None if teacher is None else load_model(teacher, dtype, device)
+    other = None if teacher is None else _loaded(teacher, dtype, device)
     return Distillation(student, weights, attentions=attentions, teacher=other)
+
+
+def _loaded(model: Model, dtype: torch.dtype, device: str) -> PreTrainedModel:
+    network = load_model(model, dtype, device)
+    for module in network.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            # A view of the file would keep all of it mapped, also when nothing else of it is needed any more.
+            setattr(module, name, buffer.clone())
+    return network

@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -142,4 +143,7 @@ def held_out_loss(model: Distillation, examples: Examples, device: str, dtype: t
 
     model.learns_hidden = False
     with torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype != torch.float32):
-        return mean_over_windows(examples, measure)
+        loss = mean_over_windows(examples, measure)
+    if isinstance(model, FSDPModule):
+        model.reshard()  # an optimizer made now would otherwise get the gathered weights, which have no gradients
+    return loss

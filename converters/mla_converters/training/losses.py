@@ -39,12 +39,17 @@ class WholeVocabulary:
     head: torch.Tensor
 
     def divergence(self, logits: torch.Tensor, first: int, temperature: float) -> torch.Tensor:
+        vocabulary = min(len(self.head), logits.shape[1])
         with torch.no_grad():
-            expected = F.linear(self.states[first : first + len(logits)], self.head).float()
-            vocabulary = min(expected.shape[1], logits.shape[1])
-            target = (expected[:, :vocabulary] / temperature).log_softmax(-1)
-        predicted = (logits[:, :vocabulary] / temperature).log_softmax(-1)
+            expected = F.linear(self.states[first : first + len(logits)], self.head).float()[:, :vocabulary]
+            target = _log_probabilities(expected, temperature)
+            del expected  # as large as the logits
+        predicted = _log_probabilities(logits[:, :vocabulary], temperature)
         return F.kl_div(predicted, target, reduction="sum", log_target=True)
+
+
+def _log_probabilities(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    return (logits if temperature == 1 else logits / temperature).log_softmax(-1)
 
 
 @dataclass(frozen=True)
