@@ -39,6 +39,7 @@ class DequantisedTensors:
         self._modules: dict[str, WeightFormat] = {}
         self._parts: dict[str, list[str]] = {}
         self._shapes: dict[str, list[int]] = {}
+        self._names: list[str] | None = None
         names = stored.names()
         for format in quantisation.formats:
             for name in names:
@@ -75,7 +76,9 @@ class DequantisedTensors:
 
     def names(self) -> list[str]:
         """Names of all tensors, sorted."""
-        return sorted({*self._parts, *(name for name in self.stored.names() if not self._is_part(name))})
+        if self._names is None:  # a mixture of experts has a hundred thousand
+            self._names = sorted({*self._parts, *(name for name in self.stored.names() if not self._is_part(name))})
+        return self._names
 
     def own_name(self, name: str) -> str:
         """The name itself."""
@@ -89,6 +92,7 @@ class DequantisedTensors:
         """Forget a tensor, if it is there."""
         for part in self._parts.pop(name, [name]):
             self.stored.ignore(part)
+        self._names = None
 
     def shape(self, name: str) -> list[int]:
         """A tensor's shape."""
