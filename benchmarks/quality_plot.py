@@ -12,6 +12,7 @@ from mla_converters.support.plots import png
 # The rows that are joined by lines.
 LINES = {
     "packed closed-form": "packed, closed form",
+    "packed closed-form healed": "packed, closed form, healed",
     "packed refit": "packed, refit",
     "packed refit healed": "packed, refit, healed",
     "packed self healed": "packed, calibrated and healed on self",
