@@ -66,7 +66,6 @@ class RandomModel:
     kv_heads: int = 2
     head_dim: int = 16
     hidden: int = 64
-    intermediate: int = 48
     layers: int = 2
     bias: bool = False
     tied: bool = False
@@ -76,6 +75,7 @@ class RandomModel:
     vocab: int = 199
     std: float = 0.2  # of weights
     dtype: torch.dtype = torch.float32
+    intermediate: int = 48
 
     def save(self, folder: Path) -> Path:
         """Write the model; biases and norms get random values, which initialisation leaves at 0 and 1."""
