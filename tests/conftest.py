@@ -4,6 +4,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["VLLM_NO_USAGE_STATS"] = "1"
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")  # otherwise TRL sets it to ERROR, and servers tell no capacity
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Each of two workers gets one core, because most of the time goes into imports, which use one.
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):

@@ -5,6 +5,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from transformers import LlamaConfig
 from vllm.config.cache import CacheDType
 from vllm.model_executor.layers.quantization.turboquant.config import TQ_PRESETS, TurboQuantConfig
 from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE, nvfp4_kv_cache_full_dim
@@ -51,7 +52,7 @@ def shape(kv_heads: int, head_dim: int, layers: int = 32) -> Shape:
 
 
 def source(kv_heads: int, head_dim: int, dtype: str = "bfloat16") -> PlannedSource:
-    return PlannedSource("model", None, "LlamaForCausalLM", dtype, dtype, shape(kv_heads, head_dim))
+    return PlannedSource("model", None, "LlamaForCausalLM", dtype, dtype, shape(kv_heads, head_dim), LlamaConfig())
 
 
 def listed(kv_heads: int, head_dim: int, method: MethodOptions = DEFAULT) -> dict[str, Candidate]:

@@ -10,6 +10,7 @@ from rich.progress import Progress
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import vllm_mla_plugin.hf  # noqa: F401 - registers the MLA models with transformers
+from mla_converters.checkpoints.quantised.tensors import dequantised
 from mla_converters.checkpoints.reader import Checkpoint
 from mla_converters.checkpoints.source import Source
 from mla_converters.reports.conversion import Loss
@@ -34,7 +35,8 @@ def measured_loss(source: Source, folder: Path, windows: torch.Tensor, device: s
     """
     if not len(windows):
         return None
-    checkpoint, config = Checkpoint(folder), AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder)
+    checkpoint = dequantised(Checkpoint(folder), source.quantisation, config)
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     layers = 2 * config.num_hidden_layers
