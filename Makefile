@@ -21,7 +21,7 @@ $(VENV)/.ready-$(VLLM_CPU): pyproject.toml setup.py scripts/setup_cpu.sh scripts
 demo: setup ## convert a real model, serve source and conversion, and compare them
 	$(BIN)/python -m scripts.demo
 
-test: setup ## run all tests (about 19 minutes on 2 cores); those that need a GPU are skipped without one
+test: setup ## run all tests (about 20 minutes on 2 cores); those that need a GPU are skipped without one
 	$(PYTEST)
 
 test-fast: setup ## run the tests that are quick and start no vLLM engine (under 3 minutes on 2 cores)
