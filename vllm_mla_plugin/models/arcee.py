@@ -10,7 +10,7 @@ from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelL
 from vllm.model_executor.models.llama import LlamaDecoderLayer
 from vllm.model_executor.models.utils import WeightsMapper
 
-from vllm_mla_plugin.models.llama import LlamaMLAForCausalLM, LlamaMLAModel, attention_type
+from vllm_mla_plugin.models.llama import LlamaMLAForCausalLM, LlamaMLAModel, mla_attention
 
 
 class ArceeMLP(nn.Module):
@@ -40,15 +40,7 @@ class ArceeMLADecoderLayer(LlamaDecoderLayer):
         nn.Module.__init__(self)  # Llama's would make its own MLP, which must have a gate
         config = vllm_config.model_config.hf_config
         self.hidden_size = config.hidden_size
-        self.self_attn = attention_type(vllm_config)(
-            config,
-            config.hidden_size,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            quant_config=vllm_config.quant_config,
-            cache_config=vllm_config.cache_config,
-            prefix=f"{prefix}.self_attn",
-        )
+        self.self_attn = mla_attention(vllm_config, f"{prefix}.self_attn")
         self.mlp = ArceeMLP(vllm_config, f"{prefix}.mlp")
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)

@@ -21,6 +21,20 @@ def attention_type(vllm_config: VllmConfig) -> type[MLASelfAttention]:
     return QKNormMLASelfAttention if vllm_config.model_config.hf_config.qk_norm else MLASelfAttention
 
 
+def mla_attention(vllm_config: VllmConfig, prefix: str) -> MLASelfAttention:
+    """The self-attention of one layer, as its configuration asks for it; ``prefix`` is its own name."""
+    config = vllm_config.model_config.hf_config
+    return attention_type(vllm_config)(
+        config,
+        config.hidden_size,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        quant_config=vllm_config.quant_config,
+        cache_config=vllm_config.cache_config,
+        prefix=prefix,
+    )
+
+
 class LlamaMLADecoderLayer(LlamaDecoderLayer):
     """A Llama layer whose ``self_attn`` is MLA."""
 

@@ -17,7 +17,7 @@ from vllm.config import VllmConfig
 from vllm_mla_plugin.attention import MLASelfAttention
 from vllm_mla_plugin.checkpoint.families import FAMILIES
 from vllm_mla_plugin.models.adapters import ChecksAdapters
-from vllm_mla_plugin.models.llama import attention_type
+from vllm_mla_plugin.models.llama import mla_attention
 
 ATTENTION = ".self_attn"
 
@@ -35,18 +35,8 @@ class ReplacedAttention(ChecksAdapters):
     packed_modules_mapping: dict[str, list[str]]
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        config = vllm_config.model_config.hf_config
-
         def make(*_: Any, prefix: str, **__: Any) -> MLASelfAttention:
-            return attention_type(vllm_config)(
-                config,
-                config.hidden_size,
-                config.num_attention_heads,
-                config.num_key_value_heads,
-                quant_config=vllm_config.quant_config,
-                cache_config=vllm_config.cache_config,
-                prefix=prefix,
-            )
+            return mla_attention(vllm_config, prefix)
 
         with stand_in(self.source_module, self.source_attention, make):
             super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]  # the model's

@@ -54,7 +54,6 @@ class SourceLayer:
 
     Attributes:
         index: its number.
-        attention_weights: the tensors of its attention in the common layout, under their names below ``self_attn.``.
         freqs: ``[d / 2]`` RoPE frequencies, float32 on ``device``; 0 for what never turns.
         norms: the names of its norms.
         scale: factor on the scores.
@@ -63,7 +62,6 @@ class SourceLayer:
 
     def __init__(self, source: Source, index: int, module: nn.Module, device: str) -> None:
         self.index = index
-        self.attention_weights = source.attention_weights(index)
         self.freqs = source.frequencies(index).to(device)
         self.norms = source.family.norms
         self.scale = source.softmax_scale
@@ -73,6 +71,15 @@ class SourceLayer:
         self.device = device
         self._source = source
         self._unloaded = module
+
+    @cached_property
+    @torch.inference_mode(False)  # as for the module
+    def attention_weights(self) -> dict[str, torch.Tensor]:
+        """The tensors of its attention in the common layout, under their names below ``self_attn.``.
+
+        They are read when they are needed, because a search passes over most layers.
+        """
+        return self._source.attention_weights(self.index)
 
     @cached_property
     # Never in inference mode, even if the first caller is, because a refit's gradient passes through the MLP.
