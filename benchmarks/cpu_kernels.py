@@ -1,9 +1,11 @@
-"""Compares the attention of one layer on a CPU: vLLM's for the source, and this plugin's for half of the cache.
+"""Compares the attention of one layer on a CPU: vLLM's for the source, this plugin's for half of the cache, and packed
+rows with the same numbers in 16 bits.
 
     OMP_NUM_THREADS=1 python -m benchmarks.cpu_kernels [--repeats 15]
 
 The sizes are SmolLM2's (9 heads, 3 KV heads of 64; 128 + 64 cached), in bfloat16. Decodes 1 and 16 sequences of several
-lengths, and prefills one sequence of several lengths. The two attentions alternate, and the fastest call of each
+lengths, and prefills one sequence of several lengths. Packed rows have the format that the search finds for a quarter
+of the source's bytes: 192 + 192 numbers. The two attentions alternate, and the fastest call of each
 counts, because other jobs may share the machine. Every call reads the next of several caches, as the layers of a model
 do, so that no cache stays in the processor's own.
 """
@@ -21,6 +23,10 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 from benchmarks.common import plain_parser, write_result
+from vllm_mla_plugin.backends.cpu_kernel import DecodeKernel, compile_kernel
+from vllm_mla_plugin.backends.cpu_packed import mean_table
+from vllm_mla_plugin.checkpoint.cache_formats import CacheFormat
+from vllm_mla_plugin.latent_packing import quantise
 from vllm_mla_plugin.testing.cpu import make_impl
 from vllm_mla_plugin.testing.layer import Sizes
 
@@ -29,6 +35,9 @@ HEADS, KV_HEADS, HEAD_DIM = 9, 3, 64
 SIZES = Sizes()
 SOURCE_BLOCK = 128  # tokens of a page, vLLM's default
 LAYERS = 6
+PACKED = CacheFormat.parse(
+    "16x5g16+64x4g16+64x3g16c+48x2g16c/16x5g16+16x4g16+48x3g16c+16x2g16c+16x5g16+16x4g16+48x3g16c+16x2g16c"
+)
 
 
 def pages(sequences: int, length: int, block: int) -> tuple[int, torch.Tensor]:
@@ -84,16 +93,32 @@ def source_attention(sequences: int, length: int, queries: int) -> Callable[[], 
     return run
 
 
-def our_decode(sequences: int, length: int) -> Callable[[], Any]:
+def our_decode(sequences: int, length: int, sizes: Sizes = SIZES) -> Callable[[], Any]:
     """This plugin's attention for one new token of each sequence, on latents."""
-    impl = make_impl(SIZES, DTYPE)
-    width = SIZES.latent + SIZES.rope
-    count, table = pages(sequences, length, SIZES.block)
-    caches = itertools.cycle(torch.randn(LAYERS, count, SIZES.block, width, dtype=DTYPE).unbind())
-    q = torch.randn(sequences, SIZES.heads, width, dtype=DTYPE)
+    impl = make_impl(sizes, DTYPE)
+    width = sizes.latent + sizes.rope
+    count, table = pages(sequences, length, sizes.block)
+    caches = itertools.cycle(torch.randn(LAYERS, count, sizes.block, width, dtype=DTYPE).unbind())
+    q = torch.randn(sequences, sizes.heads, width, dtype=DTYPE)
     lengths = torch.full((sequences,), length, dtype=torch.int32)
     metadata: Any = SimpleNamespace(decode=SimpleNamespace(block_table=table, seq_lens=lengths))
     return lambda: impl.forward_mqa(q, next(caches), metadata, None)  # type: ignore[arg-type]
+
+
+def packed_decode(sequences: int, length: int) -> Callable[[], Any]:
+    """The same on packed rows."""
+    latent, rope = PACKED.sizes
+    library = compile_kernel(HEADS, latent, rope, DTYPE, PACKED)
+    assert library is not None
+    means = mean_table(torch.randn(2, latent + rope), torch.rand(rope // 2), length)
+    kernel = DecodeKernel(library, latent, HEAD_DIM**-0.5, means)
+    count, table = pages(sequences, length, SIZES.block)
+    numbers = torch.randn(LAYERS * SIZES.block, latent + rope)
+    rows = quantise(numbers, PACKED).view(LAYERS, 1, SIZES.block, -1).repeat(1, count, 1, 1)
+    caches = itertools.cycle(rows.unbind())
+    q = torch.randn(sequences, HEADS, latent + rope, dtype=DTYPE)
+    lengths = torch.full((sequences,), length, dtype=torch.int32)
+    return lambda: kernel(q, next(caches), table, lengths)
 
 
 def our_prefill(length: int) -> Callable[[], Any]:
@@ -110,17 +135,18 @@ def our_prefill(length: int) -> Callable[[], Any]:
 
 
 @torch.inference_mode()
-def compare(source: Callable[[], Any], ours: Callable[[], Any], repeats: int) -> dict[str, float]:
-    """Milliseconds of the fastest call of each, and their ratio: how many times as fast as vLLM this plugin is."""
-    times: tuple[list[float], list[float]] = ([], [])
+def compare(repeats: int, **runs: Callable[[], Any]) -> dict[str, float]:
+    """Milliseconds of the fastest call of each of two, and their ratio: how many times as fast the second is."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats + 1):
-        for run, taken in zip((source, ours), times, strict=True):
+        for run, taken in zip(runs.values(), times.values(), strict=True):
             started = time.perf_counter()
             for _ in range(LAYERS):
                 run()
             taken.append((time.perf_counter() - started) / LAYERS * 1e3)
-    source_ms, our_ms = (min(taken[1:]) for taken in times)
-    return {"source_ms": round(source_ms, 3), "mla_ms": round(our_ms, 3), "ratio": round(source_ms / our_ms, 2)}
+    fastest = {f"{name}_ms": round(min(taken[1:]), 3) for name, taken in times.items()}
+    first, second = fastest.values()
+    return {**fastest, "ratio": round(first / second, 2)}
 
 
 def main() -> None:
@@ -130,14 +156,20 @@ def main() -> None:
     arguments = parser.parse_args()
     current_platform.import_kernels()
     rows: list[dict[str, Any]] = []
-    for sequences, length in ((1, 2048), (1, 6144), (16, 2048), (16, 6144)):
-        run = compare(source_attention(sequences, length, 1), our_decode(sequences, length), arguments.repeats)
-        rows.append({"what": "decode", "sequences": sequences, "length": length, **run})
+
+    def measured(what: str, sequences: int, length: int, repeats: int, **runs: Callable[[], Any]) -> None:
+        rows.append({"what": what, "sequences": sequences, "length": length, **compare(repeats, **runs)})
         print(rows[-1], flush=True)
+
+    for size in ((1, 2048), (1, 6144), (16, 2048), (16, 6144)):
+        measured("decode", *size, arguments.repeats, source=source_attention(*size, 1), mla=our_decode(*size))
     for length in (512, 2048, 6144):
-        run = compare(source_attention(1, length, length), our_prefill(length), max(2, arguments.repeats // 3))
-        rows.append({"what": "prefill", "sequences": 1, "length": length, **run})
-        print(rows[-1], flush=True)
+        runs = {"source": source_attention(1, length, length), "mla": our_prefill(length)}
+        measured("prefill", 1, length, max(2, arguments.repeats // 3), **runs)
+    all_numbers = Sizes(latent=PACKED.sizes[0], rope=PACKED.sizes[1])
+    for size in ((16, 2048), (16, 6144)):
+        runs = {"in_16_bits": our_decode(*size, all_numbers), "packed": packed_decode(*size)}
+        measured("decode packed rows", *size, arguments.repeats, **runs)
     threads = torch.get_num_threads()
     write_result("cpu_kernels", "python -m benchmarks.cpu_kernels", {"threads": threads, "rows": rows})
 

@@ -1,9 +1,10 @@
 """Does a quantised source convert as well, and in as little memory, as its plain twin?
 
-    python -m benchmarks.quantised --valid wiki.valid.tokens --test wiki.test.raw --folder /scratch
+    python -m benchmarks.quantised --valid wiki.valid.tokens --test wiki.test.raw --folder /scratch [--model MODEL]
 
-- Quality: SmolLM2's projections are rounded to 4 bits in groups of 32 (W4A16 of compressed-tensors). Both models are
-  converted to half of their cache, and each conversion's perplexity is divided by that of its own source.
+- Quality: the model's projections (SmolLM2's, unless another folder or GGUF file is named) are rounded to 4 bits in
+  groups of 32 (W4A16 of compressed-tensors). Both models are converted to half of their cache, and each conversion's
+  perplexity is divided by that of its own source.
 - Memory: a model of Llama-3-8B's shape with two layers and a small vocabulary, so that layers decide the peak, and its
   twin in FP8 with blocks of 128 x 128. The folder needs about 8 GB.
 
@@ -23,10 +24,12 @@ from transformers import LlamaConfig
 
 from benchmarks.common import convert, cost, evaluate, measured_rows, plain_text, text_parser, write_result
 from benchmarks.large import COMMON, SIZES, SMALL, write_source
+from mla_converters.checkpoints.source import open_source
 from scripts.demo_model import ROOT, demo_folder
 
 GROUP, BLOCK = 32, 128
 TOKENS = "16384"
+ENDS = [-8 + step / 4 for step in range(9)]  # what a group's largest number may become
 W4A16 = {
     "quant_method": "compressed-tensors",
     "format": "pack-quantized",
@@ -44,15 +47,25 @@ Quantise = Callable[[torch.Tensor], dict[str, torch.Tensor]]
 
 
 def four_bits(weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    """A weight in groups of 4 bits."""
+    """A weight in groups of 4 bits, each with the scale of the least squared error."""
     groups = weight.float().unflatten(1, (-1, GROUP))
-    scale = groups.abs().amax(-1, keepdim=True) / 7.5
-    numbers = (groups / scale).round().clamp(-8, 7).flatten(1).to(torch.int8)
+    largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
+    best, scale = torch.full_like(largest, torch.inf), torch.ones_like(largest)
+    for end in ENDS:
+        tried = (largest / end).to(torch.bfloat16).float()
+        error = (_rounded(groups, tried) * tried - groups).square().sum(-1, keepdim=True)
+        scale = torch.where(error < best, tried, scale)
+        best = torch.minimum(error, best)
+    numbers = _rounded(groups, scale).flatten(1).to(torch.int8)
     return {
         "weight_packed": pack_to_int32(numbers, 4),
         "weight_scale": scale[..., 0].to(torch.bfloat16),
         "weight_shape": torch.tensor(weight.shape),
     }
+
+
+def _rounded(groups: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return (groups / torch.where(scale == 0, 1, scale)).round().clamp(-8, 7)
 
 
 def eight_bit_floats(weight: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -105,6 +118,7 @@ def main() -> None:
     """Measure, and write the result file."""
     parser = text_parser(__doc__)
     parser.add_argument("--folder", type=Path, required=True, help="for models, which stay in it")
+    parser.add_argument("--model", type=Path, help="whose quality is measured, in place of SmolLM2's")
     arguments = parser.parse_args()
     folder, rows = arguments.folder, measured_rows("quantised")
     folder.mkdir(exist_ok=True)
@@ -121,13 +135,25 @@ def main() -> None:
         copy = folder / f"{path.name}-{settings['quant_method']}"
         return copy if copy.exists() else quantise(path, copy, settings, how)
 
+    def model() -> Path:
+        if not arguments.model:
+            return demo_folder()
+        path = folder / arguments.model.stem
+        if not path.exists():
+            with open_source(str(arguments.model)) as source:
+                source.write_folder(path)
+        return path
+
+    named = f"quality of {arguments.model.stem}" if arguments.model else "quality"
     measurements: dict[str, Callable[[], dict[str, Any]]] = {
         "memory, bfloat16": lambda: memory(large(), folder / "mla"),
         "memory, fp8": lambda: memory(twin(large(), FP8, eight_bit_floats), folder / "mla"),
-        "quality, plain": lambda: quality(demo_folder(), folder / "mla", text, arguments.test),
-        "quality, w4a16": lambda: quality(twin(demo_folder(), W4A16, four_bits), folder / "mla", text, arguments.test),
+        f"{named}, plain": lambda: quality(model(), folder / "mla", text, arguments.test),
+        f"{named}, w4a16": lambda: quality(twin(model(), W4A16, four_bits), folder / "mla", text, arguments.test),
     }
     command = "python -m benchmarks.quantised --valid wiki.valid.tokens --test wiki.test.raw --folder /scratch"
+    if arguments.model:
+        command += f" --model {arguments.model.name}"
     for name, measure in measurements.items():
         if name not in rows:
             rows[name] = measure()

@@ -1,37 +1,25 @@
 // MLA decode on CPU: multi-query attention on paged latents, all sequences of a batch at once.
 //
 // Compiled for one model by cpu_kernel.py, which defines HEADS, LATENT, ROPE and SCALAR (the type of query, cache and
-// output: float, _Float16, or Bfloat16), and for packed rows what cpu_rows.h asks for. Everything is computed in
-// float32; one pass over the cache (online softmax, Milakov and Gimelshein 2018), whose rows are keys and, in their
-// first LATENT numbers, values.
+// output: float, _Float16, or Bfloat16), and for packed rows what cpu_rows.h asks for. One pass over the cache (online
+// softmax, Milakov and Gimelshein 2018), whose rows are keys and, in their first LATENT numbers, values. All sums are
+// float32; cpu_tile.h says what is multiplied.
 
-#include <algorithm>
 #include <cmath>
 #include <iterator>
 #include <memory>
 
-#include "cpu_numbers.h"
+#include "cpu_tile.h"
 #ifdef PIECES
 #include "cpu_rows.h"
 #endif
 
 namespace {
 
-constexpr int largest_divisor(int of, int limit) {
-  while (of % limit) limit--;
-  return limit;
-}
-
-constexpr int WIDTH = LATENT + ROPE;
-constexpr int STEPS = (WIDTH + LANES - 1) / LANES;
-constexpr int VALUE_STEPS = (LATENT + LANES - 1) / LANES;
-constexpr int TILE = 32;     // cached tokens per step: their float32 copies stay in the nearest caches
 constexpr int CHUNK = 1024;  // cached tokens per task: long contexts are shared among threads
-static_assert(CHUNK % TILE == 0 && TILE % LANES == 0, "tiles fill chunks, vectors fill tiles");
-// Block sizes whose accumulators fit into 32 vector registers.
-constexpr int ROWS = largest_divisor(HEADS, std::min(HEADS, 9));
-constexpr int TOKENS = 2;
-constexpr int COLUMNS = largest_divisor(VALUE_STEPS, std::min(VALUE_STEPS, 18 / ROWS));
+static_assert(CHUNK % TILE == 0, "tiles fill chunks");
+typedef Tile<SCALAR> Tokens;
+constexpr int VALUE_STEPS = Tokens::VALUE_STEPS;
 
 // e ** x for x <= 0, to float32 rounding; below -87, where the true value is no normal number, at most 2e-38.
 Vec exp_of(Vec x) {
@@ -52,90 +40,40 @@ Vec exp_of(Vec x) {
   return sum * scale;
 }
 
-// Sums of 16 vectors, one in each lane: a tree that halves the vectors and doubles the sums they hold.
-Vec sums(Vec* v) {
-  const IntVec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  for (int half = LANES / 2; half; half /= 2) {
-    // Lanes whose bit `half` is set take from the second operand; `own` keeps such a lane's half, `other` its partner.
-    IntVec second = (lane & half) != 0;
-    IntVec own = lane + (second & LANES);
-    IntVec other = (lane ^ half) + (second & LANES);
-    for (int i = 0; i < half; i++) {
-      v[i] = __builtin_shuffle(v[i], v[i + half], own) + __builtin_shuffle(v[i], v[i + half], other);
-    }
-  }
-  return v[0];
-}
-
-// What one thread works on. Heads are rows everywhere.
+// What one thread works on.
 struct alignas(64) Work {
-  Vec query[HEADS][STEPS];
-  Vec keys[TILE][STEPS];
-  Vec partial[ROWS][TILE];
+  Tokens tile;
 #ifdef PIECES
   Row rows[TILE];
+  float numbers[TILE][Tokens::ROOM];
   float turned[TILE][ROPE + LANES];
 #endif
-  float weights[HEADS][TILE];
+  Vec scores[HEADS][TILE / LANES];
   Vec output[HEADS][VALUE_STEPS];
-  float top[HEADS];    // largest score so far
-  float total[HEADS];  // sum of exp(score - top)
+  float top[HEADS];  // largest score so far
+  Vec total[HEADS];  // sums of exp(score - top)
 };
 
-void scores(Work& work) {
-  for (int head = 0; head < HEADS; head += ROWS) {
-    for (int token = 0; token < TILE; token += TOKENS) {
-      Vec sum[ROWS][TOKENS] = {};
-      for (int step = 0; step < STEPS; step++)
-        for (int i = 0; i < ROWS; i++)
-          for (int j = 0; j < TOKENS; j++) sum[i][j] += work.query[head + i][step] * work.keys[token + j][step];
-      for (int i = 0; i < ROWS; i++)
-        for (int j = 0; j < TOKENS; j++) work.partial[i][token + j] = sum[i][j];
-    }
-    for (int i = 0; i < ROWS; i++)
-      for (int token = 0; token < TILE; token += LANES) {
-        Vec row = sums(&work.partial[i][token]);
-        memcpy(&work.weights[head + i][token], &row, sizeof row);
-      }
-  }
-}
-
 // Scores to softmax weights relative to the largest score so far; what was summed before is rescaled.
-void weigh(Work& work, int count) {
+void weigh(Work& work, int count, float scale) {
+  const IntVec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   for (int head = 0; head < HEADS; head++) {
-    float* row = work.weights[head];
-    std::fill(row + count, row + TILE, -INFINITY);
-    float top = std::max(work.top[head], *std::max_element(row, row + TILE));
+    Vec* scores = work.scores[head];
+    Vec largest = Vec{} + work.top[head];
+    for (int v = 0; v < TILE / LANES; v++) {
+      scores[v] = lane < count - v * LANES ? scores[v] * scale : Vec{} - INFINITY;
+      largest = scores[v] > largest ? scores[v] : largest;
+    }
+    float top = joined(largest, [](float a, float b) { return std::max(a, b); });
     if (top > work.top[head]) {
       float fade = std::exp(work.top[head] - top);
       for (Vec& value : work.output[head]) value *= fade;
       work.total[head] *= fade;
       work.top[head] = top;
     }
-    Vec total = {};
-    for (int token = 0; token < TILE; token += LANES) {
-      Vec weight;
-      memcpy(&weight, row + token, sizeof weight);
-      weight = exp_of(weight - top);
-      memcpy(row + token, &weight, sizeof weight);
-      total += weight;
-    }
-    for (int lane = 0; lane < LANES; lane++) work.total[head] += total[lane];
+    for (int v = 0; v < TILE / LANES; v++)
+      work.total[head] += work.tile.set_weights(head, v, exp_of(scores[v] - top));
   }
-}
-
-void add_values(Work& work) {
-  for (int head = 0; head < HEADS; head += ROWS)
-    for (int step = 0; step < VALUE_STEPS; step += COLUMNS) {
-      Vec sum[ROWS][COLUMNS];
-      for (int i = 0; i < ROWS; i++)
-        for (int j = 0; j < COLUMNS; j++) sum[i][j] = work.output[head + i][step + j];
-      for (int token = 0; token < TILE; token++)
-        for (int i = 0; i < ROWS; i++)
-          for (int j = 0; j < COLUMNS; j++) sum[i][j] += work.weights[head + i][token] * work.keys[token][step + j];
-      for (int i = 0; i < ROWS; i++)
-        for (int j = 0; j < COLUMNS; j++) work.output[head + i][step + j] = sum[i][j];
-    }
 }
 
 #ifdef PIECES
@@ -166,32 +104,31 @@ void read_rows(Work& work, const Pages& pages, const float* means, int first, in
   // A step for all tokens at a time, because the processor waits for what has just been written by other vectors.
   for (int token = 0; token < count; token++) memcpy(work.rows[token].bytes, pages.row(first + token), ROW);
   for (int token = 0; means && token < count; token++) Means(means).turn(first + token, work.turned[token]);
-  auto numbers = [&](int token) { return reinterpret_cast<float*>(work.keys[token]); };
-  for (int token = 0; token < count; token++) widen_row(work.rows[token].bytes, numbers(token), STEPS * LANES);
+  for (int token = 0; token < count; token++) widen_row(work.rows[token].bytes, work.numbers[token], Tokens::ROOM);
   for (int token = 0; means && token < count; token++)
-    Means(means).add_to(numbers(token), work.turned[token], first + token);
+    Means(means).add_to(work.numbers[token], work.turned[token], first + token);
+  for (int token = 0; token < count; token++) work.tile.set_row(token, work.numbers[token]);
 }
 #else
 void read_rows(Work& work, const Pages& pages, const float*, int first, int count) {
-  for (int token = 0; token < count; token++)
-    widen(pages.row(first + token), reinterpret_cast<float*>(work.keys[token]), WIDTH);
+  for (int token = 0; token < count; token++) work.tile.set_row(token, pages.row(first + token));
 }
 #endif
 
-void attend(Work& work, const Pages& pages, const float* means, int first, int last) {
+void attend(Work& work, const Pages& pages, const float* means, int first, int last, float scale) {
   for (; first < last; first += TILE) {
     int count = std::min(TILE, last - first);
     read_rows(work, pages, means, first, count);
     // No weight of zero removes what another sequence may have left here, should it be NaN.
-    memset(work.keys[count], 0, sizeof work.keys[0] * (TILE - count));
+    work.tile.clear_rows(count);
     // Pages lie anywhere in memory, which the processor does not foresee.
     for (int token = first + TILE; token < std::min(first + 2 * TILE, last); token++) {
       const char* next = reinterpret_cast<const char*>(pages.row(token));
       for (size_t byte = 0; byte < ROW_LENGTH * sizeof(Cached); byte += 64) __builtin_prefetch(next + byte);
     }
-    scores(work);
-    weigh(work, count);
-    add_values(work);
+    work.tile.score(work.scores);
+    weigh(work, count, scale);
+    work.tile.add_values(work.output);
   }
 }
 
@@ -219,18 +156,17 @@ void decode(const SCALAR* query, const Cached* cache, const int32_t* tables, con
         int first = chunk * CHUNK, last = std::min(lengths[sequence], first + CHUNK);
         if (first >= last) continue;
         for (int head = 0; head < HEADS; head++) {
-          float* row = reinterpret_cast<float*>(work->query[head]);
-          widen(query + (int64_t(sequence) * HEADS + head) * WIDTH, row, WIDTH);
-          for (int i = 0; i < WIDTH; i++) row[i] *= scale;
+          work->tile.set_query(head, query + (int64_t(sequence) * HEADS + head) * WIDTH);
           std::fill(std::begin(work->output[head]), std::end(work->output[head]), Vec{});
           work->top[head] = -INFINITY;
-          work->total[head] = 0;
+          work->total[head] = Vec{};
         }
-        attend(*work, {cache, tables + sequence * table_stride, block_stride, block_size}, means, first, last);
+        attend(*work, {cache, tables + sequence * table_stride, block_stride, block_size}, means, first, last, scale);
         float* partial = workspace + (int64_t(sequence) * chunks + chunk) * HEADS * (OUTPUT + 2);
         memcpy(partial, work->output, sizeof work->output);
         memcpy(partial + HEADS * OUTPUT, work->top, sizeof work->top);
-        memcpy(partial + HEADS * (OUTPUT + 1), work->total, sizeof work->total);
+        for (int head = 0; head < HEADS; head++)
+          partial[HEADS * (OUTPUT + 1) + head] = joined(work->total[head], [](float a, float b) { return a + b; });
       }
     }
 #pragma omp for collapse(2)
@@ -244,11 +180,11 @@ void decode(const SCALAR* query, const Cached* cache, const int32_t* tables, con
         for (int chunk = 0; chunk < used; chunk++) {
           float fade = std::exp(partial(chunk)[HEADS * OUTPUT + head] - top);
           total += fade * partial(chunk)[HEADS * (OUTPUT + 1) + head];
-          for (int i = 0; i < LATENT; i++) sum[i] += fade * partial(chunk)[head * OUTPUT + i];
+          for (int i = 0; i < OUTPUT; i++) sum[i] += fade * partial(chunk)[head * OUTPUT + i];
         }
         for (int i = 0; i < LATENT; i++) {
           // Sequences of length 0 pad a batch.
-          float result = used ? sum[i] / total : 0.0f;
+          float result = used ? sum[Tokens::place(i)] / total : 0.0f;
 #ifdef PIECES
           if (used && means) result += Means(means).latent[i];
 #endif

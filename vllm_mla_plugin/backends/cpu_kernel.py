@@ -24,7 +24,7 @@ from vllm_mla_plugin.latent_packing import tried_scales
 logger = init_logger(f"vllm.{__name__}")
 
 SOURCES = Path(__file__).parent
-HEADERS = ("cpu_numbers.h", "cpu_rows.h")
+HEADERS = ("cpu_numbers.h", "cpu_rows.h", "cpu_tile.h")
 SCALARS = {torch.float32: "float", torch.bfloat16: "Bfloat16", torch.float16: "_Float16"}
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 

@@ -34,6 +34,16 @@ inline IntVec lanes_of(const uint8_t* in) {
 
 inline Vec floats_of(IntVec numbers) { return __builtin_convertvector(numbers, Vec); }
 
+// All lanes of a vector made one, in steps that halve them: fewer wait for each other than lane after lane.
+template <typename Join>
+inline float joined(const Vec& vec, Join join) {
+  float parts[LANES];
+  memcpy(parts, &vec, sizeof vec);
+  for (int half = LANES / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) parts[i] = join(parts[i], parts[i + half]);
+  return parts[0];
+}
+
 inline void widen(const float* in, float* out, int count) { memcpy(out, in, sizeof(float) * count); }
 
 inline void widen(const Bfloat16* in, float* out, int count) {

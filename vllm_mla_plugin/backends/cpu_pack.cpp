@@ -16,16 +16,6 @@ constexpr int LARGEST = 1 << 20, LARGEST_HALF = 65504;
 
 float bounded(float value, float least, float most) { return value > least ? std::min(value, most) : least; }
 
-// All lanes of a vector made one, in steps that halve them: fewer wait for each other than lane after lane.
-template <typename Join>
-float joined(const Vec& vec, Join join) {
-  float parts[LANES];
-  memcpy(parts, &vec, sizeof vec);
-  for (int half = LANES / 2; half; half /= 2)
-    for (int i = 0; i < half; i++) parts[i] = join(parts[i], parts[i + half]);
-  return parts[0];
-}
-
 // Numbers of a group, in whole vectors filled up with the first one; `there` is 1 where a number is its own.
 template <int I>
 struct Group {
