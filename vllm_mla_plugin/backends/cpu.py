@@ -17,7 +17,13 @@ from vllm.v1.attention.backend import AttentionLayer, MultipleOf
 from vllm.v1.attention.backends.mla.cpu_mla import CPUMLABackend, CPUMLAImpl
 
 from vllm_mla_plugin.backends.cpu_kernel import DecodeKernel, compile_kernel
-from vllm_mla_plugin.backends.cpu_prefill import MULTIPLE, extend, has_extend_kernel
+from vllm_mla_plugin.backends.cpu_prefill import (
+    MULTIPLE,
+    ExpandKernel,
+    compile_expansion,
+    extend,
+    has_extend_kernel,
+)
 from vllm_mla_plugin.backends.dequantise import dequantise
 from vllm_mla_plugin.backends.metadata import AnySizeMLAMetadata, page_slots
 
@@ -61,17 +67,23 @@ class AnySizeCPUMLAImpl(CPUMLAImpl):
     """Attention on latents. vLLM's code writes the cache."""
 
     kernel: DecodeKernel | None
+    expand: ExpandKernel | None
     w_uk: torch.Tensor  # [heads, nope, latent]
     w_uv: torch.Tensor  # [heads, latent, v]
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        """Split ``kv_b_proj`` into its two halves, and make the decode kernel."""
+        """Split ``kv_b_proj`` into its two halves, and make the kernels."""
         dequantise(self.kv_b_proj, act_dtype)
         weight = self.kv_b_proj.weight.to(act_dtype)
         weight = weight.view(self.num_heads, self.qk_nope_head_dim + self.v_head_dim, self.kv_lora_rank)
         w_uk, w_uv = weight.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
         self.w_uk, self.w_uv = w_uk, w_uv.mT
         self.kernel = self.make_kernel(act_dtype)
+        self.expand = None
+        if has_extend_kernel(act_dtype):
+            sizes = (self.num_heads, self.kv_lora_rank, self.qk_rope_head_dim, self.qk_nope_head_dim, self.v_head_dim)
+            library = compile_expansion(*sizes)
+            self.expand = None if library is None else ExpandKernel(w_uk, w_uv, self.qk_rope_head_dim, library)
 
     def make_kernel(self, dtype: torch.dtype) -> DecodeKernel | None:
         """The decode kernel, or None where nothing can compile it."""
@@ -245,6 +257,8 @@ class AnySizeCPUMLAImpl(CPUMLAImpl):
 
     def _expand(self, cached: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys ``[tokens, heads, nope + rope]`` and values ``[tokens, heads, v]``, from ``[tokens, latent + rope]``."""
+        if self.expand is not None:
+            return self.expand(cached)
         latent, k_rope = cached.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
         kv = self.kv_b_proj(latent)[0].view(-1, self.num_heads, self.qk_nope_head_dim + self.v_head_dim)
         k_nope, v = kv.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)

@@ -34,6 +34,13 @@ inline IntVec lanes_of(const uint8_t* in) {
 
 inline Vec floats_of(IntVec numbers) { return __builtin_convertvector(numbers, Vec); }
 
+#ifdef __AVX512BF16__
+// A sum, and the products of 16 pairs of bfloat16 added to it.
+inline Vec dot(Vec sum, __m512i a, __m512i b) {
+  return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+}
+#endif
+
 // All lanes of a vector made one, in steps that halve them: fewer wait for each other than lane after lane.
 template <typename Join>
 inline float joined(const Vec& vec, Join join) {

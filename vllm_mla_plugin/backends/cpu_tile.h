@@ -116,10 +116,6 @@ struct alignas(64) Tile<Bfloat16> {
   Vec partial[ROWS][TILE];
   int32_t weights[HEADS][TILE / 2];  // of two tokens each
 
-  static Vec dot(Vec sum, __m512i a, __m512i b) {
-    return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
-  }
-
   void set_query(int head, const Bfloat16* in) { memcpy(query[head], in, sizeof *in * WIDTH); }
 
   void set_row(int token, const Bfloat16* in) { memcpy(keys[token], in, sizeof *in * WIDTH); }
