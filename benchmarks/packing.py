@@ -32,7 +32,7 @@ from mla_converters.methods.layer_conversion import map_errors
 from mla_converters.methods.search import sampled_layers
 from mla_converters.streaming.layers import embed, source_layers
 from mla_converters.support.progress import progress_bars
-from mla_converters.text.calibration import calibrate, calibration_windows
+from mla_converters.text.calibration import calibrate, calibration_texts
 from scripts.demo_model import demo_folder
 from vllm_mla_plugin.checkpoint.cache_formats import CacheFormat
 
@@ -80,7 +80,7 @@ def measure(text: Path) -> dict[str, dict[str, float]]:
     """The mean error over the layers, by row and format."""
     rows = {name: dict.fromkeys(FORMATS, 0.0) for name in (*ARRANGEMENTS, WITHOUT_MEAN, NOT_ROUNDED)}
     with open_source(str(demo_folder())) as source, progress_bars(False) as progress:
-        windows = calibration_windows(source, [str(text)], ATTENTION_WINDOWS * TOKENS, 0, progress, TOKENS)
+        windows = calibration_texts(source, [str(text)], ATTENTION_WINDOWS * TOKENS, 0, progress, TOKENS)["used"]
         hidden = embed(source, calibrate(windows, source, 0).windows)
         measured = sampled_layers(source, LAYERS)
         for layer in source_layers(source, "cpu"):

@@ -39,8 +39,7 @@ from mla_converters.streaming.planned import planned_tensors
 from mla_converters.support.devices import usable_device
 from mla_converters.support.dtypes import DTYPES
 from mla_converters.support.progress import progress_bars
-from mla_converters.text.calibration import Calibration, calibrate, calibration_windows
-from mla_converters.text.held_out import held_out_windows
+from mla_converters.text.calibration import Calibration, calibrate, calibration_texts
 
 MEASURES = 2  # numbers of a :class:`Measured`
 
@@ -99,7 +98,8 @@ def _convert(
     nope_dim = method.nope_dim(source.shape)
     warnings = source.warnings + carry_side_files(source, work.model)
     try:
-        calibration = _calibrate(source, options, method.window, device, work, progress) if method.window else None
+        texts = _texts(source, options, method.window, device, work, progress) if method.window else None
+        calibration = None if texts is None else calibrate(texts["used"], source, options.seed)
         job = Job(source, options, budget, calibration, options.seed, device, work, progress)
         prepared = method.prepare(job)
         dtype = DTYPES[options.dtype] if options.dtype else None
@@ -121,7 +121,7 @@ def _convert(
         }
     )
     config = mla_config(source, prepared.budget, sizes, nope_dim, context, dtype_name, format)
-    held_out = None if calibration is None else _held_out(source, options, calibration, device, work, progress)
+    held_out = None if texts is None else texts["held_out"]
     return prove_and_describe(source, work.model, config, report, held_out, device, progress)
 
 
@@ -144,26 +144,15 @@ def _disk_bytes(source: Source, method: Method, cache: AskedCache, options: Conv
     return method.cost(shape, cache, options.calibration_tokens).disk_bytes - source.carried_saving()
 
 
-def _calibrate(
+def _texts(
     source: Source, options: ConvertOptions, window: int, device: str, work: Work, progress: Progress
-) -> Calibration:
-    """Text to calibrate on, or the text of an earlier run."""
-    text = work.remembered(
-        "calibration",
-        lambda: calibration_windows(
+) -> Streams:
+    """Text to calibrate on and text to measure the loss on, or those of an earlier run."""
+    return work.remembered(
+        "texts",
+        lambda: calibration_texts(
             source, options.calibration, options.calibration_tokens, options.seed, progress, window, device
         ),
-    )
-    return calibrate(text, source, options.seed)
-
-
-def _held_out(
-    source: Source, options: ConvertOptions, used: Calibration, device: str, work: Work, progress: Progress
-) -> torch.Tensor:
-    """Text to measure the loss on, or the text of an earlier run."""
-    return work.remembered(
-        "held_out",
-        lambda: held_out_windows(source, options.calibration, used.text, options.seed, progress, device),
     )
 
 

@@ -16,8 +16,8 @@ from mla_converters.cards.card import read_report
 from mla_converters.checkpoints.source import open_source
 from mla_converters.reports.verdicts import VERDICTS, verdict
 from mla_converters.streaming.loss import measured_loss
-from mla_converters.text.calibration import calibration_windows
-from mla_converters.text.held_out import GRAM, held_out_windows
+from mla_converters.text.calibration import calibration_texts
+from mla_converters.text.held_out import GRAM
 
 HALF = ("--calibration", CALIBRATION, "--calibration-tokens", 1024, "--refit-steps", 0, "--cache-ratio", 0.5)
 UNPACKED = ("--latent-bits", 16)
@@ -61,8 +61,8 @@ def test_text_is_held_out(source: Path, tmp_path: Path) -> None:
     with open_source(str(source)) as opened, Progress(disable=True) as progress:
 
         def held_out(text: Path, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-            used = calibration_windows(opened, [str(text)], tokens, 0, progress, 256)
-            return used, held_out_windows(opened, [str(text)], used, 0, progress)
+            found = calibration_texts(opened, [str(text)], tokens, 0, progress, 256)
+            return found["used"], found["held_out"]
 
         used, found = held_out(CALIBRATION, 1024)
         assert len(found) == 2

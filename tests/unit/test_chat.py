@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mla_converters.checkpoints.source import open_source
 from mla_converters.text import chat
-from mla_converters.text.calibration import calibration_windows
+from mla_converters.text.calibration import calibration_texts
 from mla_converters.text.chat import ChatTemplate, Conversations, chat_template
 
 SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
@@ -46,7 +46,7 @@ def test_conversations_are_what_the_template_makes_of_their_turns(
 ) -> None:
     """Applying the template to the turns that the model wrote gives the same text."""
     with open_source(str(smollm2)) as source, Progress(disable=True) as progress:
-        windows = calibration_windows(source, ("chat",), 1024, 3, progress)
+        windows = calibration_texts(source, ("chat",), 1024, 3, progress)["used"]
     assert windows.shape == (2, 512)
     for window in windows:
         text = re.sub(r"<\|im_start\|>\w*$", "", tokenizer.decode(window))  # without a header at the end that was cut

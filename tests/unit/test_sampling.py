@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from mla_converters.checkpoints.source import open_source
 from mla_converters.text import sampling
-from mla_converters.text.calibration import calibration_windows, random_tokens
+from mla_converters.text.calibration import calibration_texts, random_tokens
 from mla_converters.text.healing import training_windows
 from mla_converters.text.sampling import drawn, sampled_texts
 
@@ -57,10 +57,13 @@ def test_a_window_holds_several_texts(tmp_path: Path) -> None:
     folder = RandomModel().save(tmp_path / "source")
     with open_source(str(folder)) as source, Progress(disable=True) as progress:
         source.config.max_position_embeddings = 1200
-        windows = [calibration_windows(source, ("self",), 2400, seed, progress, 2048) for seed in (0, 0, 1)]
-        first = random_tokens(source, (1, 4), torch.Generator().manual_seed(0))
+        texts = [calibration_texts(source, ("self",), 2400, seed, progress, 2048) for seed in (0, 0, 1)]
+        windows = [each["used"] for each in texts]
+        first = random_tokens(source, (1, 6), torch.Generator().manual_seed(0))
     assert windows[0].shape == (2, 1200)
-    assert torch.equal(windows[0][:, [0, 600]].flatten(), first[0])
+    assert torch.equal(windows[0][:, [0, 600]].flatten(), first[0, :4])
+    assert torch.equal(texts[0]["held_out"][:, 0].sort().values, first[0, 4:].sort().values)
+    assert texts[0]["held_out"].shape == (2, 512)
     assert torch.equal(windows[0], windows[1])
     assert not torch.equal(windows[0], windows[2])
 
@@ -97,8 +100,8 @@ def test_texts_share_the_windows(tmp_path: Path) -> None:
     folder = RandomModel().save(tmp_path / "source")
     origins = ("self", str(CALIBRATION))
     with open_source(str(folder)) as source, Progress(disable=True) as progress:
-        both = calibration_windows(source, origins, 2100, 0, progress)
-        alone = calibration_windows(source, origins[:1], 1050, 0, progress)
+        both = calibration_texts(source, origins, 2100, 0, progress)["used"]
+        alone = calibration_texts(source, origins[:1], 1050, 0, progress)["used"]
         text = source.tokenizer(CALIBRATION.read_text()).input_ids
     assert both.shape == (4, 512)
     assert torch.equal(both[::2], alone)
@@ -113,5 +116,5 @@ def test_a_short_text_makes_all_windows_short(tmp_path: Path) -> None:
     with open_source(str(folder)) as source, Progress(disable=True) as progress:
         source.config.max_position_embeddings = 2048
         assert 512 < len(source.tokenizer(short.read_text()).input_ids) <= 1024
-        windows = calibration_windows(source, (str(short), str(CALIBRATION)), 4096, 0, progress, 1024)
+        windows = calibration_texts(source, (str(short), str(CALIBRATION)), 4096, 0, progress, 1024)["used"]
     assert windows.shape == (8, 512)

@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from mla_converters.errors import ConversionError, StoppedError, UnfinishedError
 from mla_converters.resume.interruption import interruptible
-from mla_converters.resume.layer_pass import Record
+from mla_converters.resume.layer_pass import Record, Streams
 from mla_converters.resume.out_folder import check_out, put_in_place, work_place
 from mla_converters.support.json_files import read_json_object, write_json
 
@@ -39,14 +39,14 @@ class Work:
         """The record of one pass over the layers."""
         return Record(self.folder / f"{name}.safetensors")
 
-    def remembered(self, name: str, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def remembered(self, name: str, compute: Callable[[], Streams]) -> Streams:
         """The result of ``compute``; it is computed only if no earlier run saved it."""
         record = self.record(name)
-        streams = record.begin(lambda: {name: compute()})
+        streams = record.begin(compute)
         if not record.done:
             record.done = 1
             record.save()
-        return streams[name]
+        return streams
 
     def mapped(self, name: str, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         """The same for a tensor that may be larger than memory: it stays in its file, and processes share it."""

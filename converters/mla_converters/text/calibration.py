@@ -8,7 +8,8 @@ from rich.progress import Progress
 
 from mla_converters.checkpoints.source import Source
 from mla_converters.options import WINDOW
-from mla_converters.text.origins import random_tokens, read_texts, text_windows
+from mla_converters.text.held_out import LENGTH, WINDOWS, held_out_windows
+from mla_converters.text.origins import random_tokens, read_texts, written_windows
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def calibrate(text: torch.Tensor, source: Source, seed: int) -> Calibration:
     return Calibration(text, random_tokens(source, (1, text.shape[1]), generator))
 
 
-def calibration_windows(
+def calibration_texts(
     source: Source,
     origins: Sequence[str],
     tokens: int,
@@ -51,8 +52,10 @@ def calibration_windows(
     progress: Progress,
     length: int = WINDOW,
     device: str = "cpu",
-) -> torch.Tensor:
-    """Token ids to calibrate on.
+) -> dict[str, torch.Tensor]:
+    """Token ids to calibrate on, and others of the same texts to measure the loss on.
+
+    What the model writes is written at once, because single texts would take almost as long as many.
 
     Args:
         source: the model.
@@ -64,7 +67,8 @@ def calibration_windows(
         device: where the model writes text.
 
     Returns:
-        ``[windows, length]`` int64. The origins take turns, so that the first windows have text of each.
+        ``used``, ``[windows, length]`` int64. The origins take turns, so that the first windows have text of each.
+        ``held_out``, as :func:`mla_converters.text.held_out.held_out_windows` says.
 
     Raises:
         ConversionError: a text cannot be read or is too short, or the model has no chat template.
@@ -74,10 +78,19 @@ def calibration_windows(
     length = max(WINDOW, min(length, share, source.config.max_position_embeddings))
     if any(isinstance(text, torch.Tensor) and len(text) <= length for text in texts):
         length = WINDOW
+    count, short = share // length, min(LENGTH, length)
     generator = torch.Generator().manual_seed(seed)
-    count = share // length
-    windows = text_windows(source, texts, count, length, _cut, generator, progress, device)
-    return torch.stack(windows, dim=1).flatten(0, 1)
+    used, others = [], []
+    for text in texts:
+        if isinstance(text, torch.Tensor):
+            used.append(_cut(text, count, length, generator))
+            others.append(text)
+        else:
+            windows, written = written_windows(source, text, count, length, WINDOWS, generator, progress, device)
+            used.append(windows)
+            others.append(written[:, :short].flatten())
+    windows = torch.stack(used, dim=1).flatten(0, 1)
+    return {"used": windows, "held_out": held_out_windows(others, windows, short, seed)}
 
 
 def _cut(ids: torch.Tensor, count: int, length: int, generator: torch.Generator) -> torch.Tensor:

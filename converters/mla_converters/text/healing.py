@@ -10,8 +10,10 @@ from rich.progress import Progress
 from mla_converters.checkpoints.source import Source
 from mla_converters.errors import ConversionError
 from mla_converters.options.text import parse_weighted
+from mla_converters.text.chat import ChatTemplate
 from mla_converters.text.documents import Documents, has_documents
-from mla_converters.text.origins import read_texts, text_windows
+from mla_converters.text.origins import read_texts, written_windows
+from mla_converters.text.sampling import LENGTH
 
 
 class Sliceable(Protocol):
@@ -77,7 +79,9 @@ def training_windows(
     of_each = [
         text.windows(count, length, seed, progress)
         if isinstance(text, Documents)
-        else text_windows(source, [text], count, length, _cut, generator, progress, device, WRITTEN_LENGTH)[0].int()
+        else _cut(text, count, length, generator).int()
+        if isinstance(text, torch.Tensor)
+        else _written(source, text, count, length, generator, progress, device).int()
         for text, count in zip(texts, counts, strict=True)
     ]
     windows = torch.cat([of_one[torch.randperm(len(of_one), generator=generator)] for of_one in of_each])
@@ -104,6 +108,19 @@ def divided(windows: torch.Tensor, length: int) -> torch.Tensor:
     pieces = max(1, windows.shape[1] // length)
     length = windows.shape[1] // pieces
     return windows[:, : pieces * length].reshape(-1, length)
+
+
+def _written(
+    source: Source,
+    template: ChatTemplate | None,
+    count: int,
+    length: int,
+    generator: torch.Generator,
+    progress: Progress,
+    device: str,
+) -> torch.Tensor:
+    written = LENGTH if template else WRITTEN_LENGTH
+    return written_windows(source, template, count, length, 0, generator, progress, device, written)[0]
 
 
 def _cut(ids: torch.Tensor, count: int, length: int, generator: torch.Generator) -> torch.Tensor:

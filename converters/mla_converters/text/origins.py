@@ -1,6 +1,6 @@
 """Tokens of texts that are read from files, and of texts that the model writes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -30,39 +30,6 @@ def _read_text(source: Source, origin: str) -> Text:
     if origin == CHAT:
         return chat_template(source.tokenizer, LENGTH)
     return None if origin == SELF else _token_ids(source, Path(origin))
-
-
-def text_windows(
-    source: Source,
-    texts: list[Text],
-    count: int,
-    length: int,
-    cut: Callable[[torch.Tensor, int, int, torch.Generator], torch.Tensor],
-    generator: torch.Generator,
-    progress: Progress,
-    device: str,
-    written: int = LENGTH,
-) -> list[torch.Tensor]:
-    """Windows ``[count, length]`` of each text.
-
-    Args:
-        source: the model.
-        texts: the result of :func:`read_texts`.
-        count: windows of each text.
-        length: tokens in a window.
-        cut: cuts ``count`` windows of ``length`` tokens from token ids, with the generator; it may return fewer.
-        generator: decides cutting and sampling.
-        progress: shows the progress.
-        device: where the model writes.
-        written: tokens of a text that the model writes, if a window has room for more than one text; conversations have
-            ``LENGTH``.
-    """
-    return [
-        cut(text, count, length, generator)
-        if isinstance(text, torch.Tensor)
-        else _sample(source, count, length, generator, progress, device, text, LENGTH if text else written)
-        for text in texts
-    ]
 
 
 def _token_ids(source: Source, path: Path) -> torch.Tensor:
@@ -99,22 +66,43 @@ def _special_ids(source: Source) -> torch.Tensor:
     return torch.tensor(special, dtype=torch.long)
 
 
-def _sample(
+def written_windows(
     source: Source,
+    template: ChatTemplate | None,
     count: int,
     length: int,
+    more: int,
     generator: torch.Generator,
     progress: Progress,
     device: str,
-    template: ChatTemplate | None,
-    written: int,
-) -> torch.Tensor:
-    """Windows ``[count, length]`` of text that the model writes, each filled with texts of ``written`` tokens."""
+    written: int = LENGTH,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Windows of text that the model writes.
+
+    Args:
+        source: the model.
+        template: of conversations; None for text that the model writes freely.
+        count: windows.
+        length: tokens in a window.
+        more: further texts.
+        generator: decides what is sampled.
+        progress: shows the progress.
+        device: where the model writes.
+        written: tokens of a text, if a window has room for more than one.
+
+    Returns:
+        The windows ``[count, length]``, each filled with texts, and the further texts ``[more, tokens]``.
+
+    Raises:
+        ConversionError: the tokenizer has special tokens only, or the model's logits are not numbers.
+    """
     per_window = max(1, length // written)
+    number = count * per_window + more
     if template:
-        first, never = torch.full((count * per_window,), template.opening[0]), torch.empty(0, dtype=torch.long)
+        first, never = torch.full((number,), template.opening[0]), torch.empty(0, dtype=torch.long)
     else:
-        first = random_tokens(source, (1, count * per_window), generator)[0]
+        first = random_tokens(source, (1, number), generator)[0]
         never = _special_ids(source)  # otherwise padding after an end of text would be part of the calibration
     texts = sampled_texts(source, first, never, -(-length // per_window), generator, progress, device, template)
-    return texts.view(count, -1)[:, :length]
+    windows, others = texts[: len(texts) - more], texts[len(texts) - more :]
+    return windows.reshape(count, -1)[:, :length], others

@@ -13,7 +13,7 @@ from mla_converters.support.devices import native_bfloat16
 from mla_converters.text.chat import ChatTemplate, Conversations
 
 LENGTH = 512  # tokens of a text; short, because many short texts say more than a few long ones
-TOKENS = 32 * LENGTH  # tokens of the texts that are sampled together
+TOKENS = 36 * LENGTH  # tokens of the texts that are sampled together: by default all, with those to be held out
 
 
 def sampling_dtype(device: str) -> torch.dtype:
