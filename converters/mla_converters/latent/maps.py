@@ -89,7 +89,7 @@ def mla_weights(source: dict[str, torch.Tensor], maps: LatentMap) -> dict[str, t
             query_map = _by_head(torch.cat((maps.query_to_nope, maps.query_to_rope), dim=1), heads)  # [H, n + r, d]
             q = torch.einsum("hnd,hd...->hn...", query_map, q.to(query_map).unflatten(0, (heads, head_dim)))
             q = q.flatten(0, 1)
-        weights[f"q_proj.{kind}"] = q
+        weights[f"q_proj.{kind}"] = q.to(key_map.device)
     if mapped:
         weights[ROTARY_MAP] = _by_head(maps.query_to_rope, heads).mT.contiguous()
         key_up = _by_head(maps.query_to_nope, heads).mT @ key_up if key_up.shape[1] else key_up  # [H, d, R]
@@ -133,7 +133,7 @@ def _qk_norm_weights(source: dict[str, torch.Tensor], maps: LatentMap) -> dict[s
     mapped = _has_query_map(source, maps, heads)
     if mapped:
         weights[ROTARY_MAP] = query_to_rope.mT.contiguous()
-        weights |= {name: tensor for name, tensor in source.items() if name.startswith("q_proj.")}
+        weights |= {name: tensor.to(norm.device) for name, tensor in source.items() if name.startswith("q_proj.")}
     for kind in ("weight", "bias"):
         if f"q_proj.{kind}" in source and not mapped:
             queries = source[f"q_proj.{kind}"].to(norm).unflatten(0, (heads, head_dim))  # [H, d, D], or [H, d]
