@@ -52,17 +52,17 @@ def _absorb(
     else:
         HALF: tl.constexpr = ROPE // 2
         pairs = (tl.program_id(1) - LATENTS) * TILE_PAIRS + tl.arange(0, TILE_PAIRS)
-        inside = (pairs < HALF)[None, :]
-        mask = known[:, None] & inside
-        first = tl.dot(q, tl.load(weight + LATENT + pairs[None, :], mask=mask, other=0.0))
-        second = tl.dot(q, tl.load(weight + (LATENT + HALF) + pairs[None, :], mask=mask, other=0.0))
-        mask = there[:, None] & inside
+        paired = (pairs < HALF)[None, :]
+        rotary = weight + LATENT + pairs[None, :]
+        first = tl.dot(q, tl.load(rotary, mask=known[:, None] & paired, other=0.0))
+        second = tl.dot(q, tl.load(rotary + HALF, mask=known[:, None] & paired, other=0.0))
+        turned = there[:, None] & paired
         turns = Turns + tl.load(Positions + row, mask=there, other=0)[:, None] * ROPE + pairs[None, :]
-        cos = tl.load(turns, mask=mask, other=0.0).to(tl.float32)
-        sin = tl.load(turns + HALF, mask=mask, other=0.0).to(tl.float32)
-        rotary = out + LATENT + pairs[None, :]
-        tl.store(rotary, (first * cos - second * sin).to(Out.dtype.element_ty), mask=mask)
-        tl.store(rotary + HALF, (second * cos + first * sin).to(Out.dtype.element_ty), mask=mask)
+        cos = tl.load(turns, mask=turned, other=0.0).to(tl.float32)
+        sin = tl.load(turns + HALF, mask=turned, other=0.0).to(tl.float32)
+        places = out + LATENT + pairs[None, :]
+        tl.store(places, (first * cos - second * sin).to(Out.dtype.element_ty), mask=turned)
+        tl.store(places + HALF, (second * cos + first * sin).to(Out.dtype.element_ty), mask=turned)
 
 
 def absorb(q: torch.Tensor, weight: torch.Tensor, positions: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
