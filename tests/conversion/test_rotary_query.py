@@ -184,8 +184,8 @@ def test_refit_and_healing_train_the_map(tmp_path: Path) -> None:
     """A refit changes queries and map, and so does healing. Low-rank healing trains the map as it is."""
     source = RandomModel(heads=6, kv_heads=3, hidden=96).save(tmp_path / "source")
     out = convert(source, tmp_path / "mla", *SIZES, *FEW[:4], "--refit-steps", 2)
-    few = ("--text", CALIBRATION, "--tokens", 512, "--length", 64, "--batch-size", 2, "--steps", 2)
-    healed = heal(out, tmp_path / "healed", *few, "--learning-rate", 1e-5)
+    few = ("--text", CALIBRATION, "--tokens", 4096, "--length", 64, "--batch-size", 8, "--steps", 16)
+    healed = heal(out, tmp_path / "healed", *few, "--learning-rate", 3e-3)
     tensors = [load_file(folder / "model.safetensors") for folder in (source, out, healed)]
     for layer in range(2):
         query, rotary = (f"model.layers.{layer}.self_attn.{name}" for name in ("q_proj.weight", ROTARY_MAP))
