@@ -3,7 +3,8 @@
     python -m benchmarks.gpu_kernels [--sequences 64] [--length 8192]
 
 Covers every kernel that this plugin chooses: 512 + 64 and 256 + 64, which vLLM's own kernels serve; sizes that they do
-not serve; and packed rows of 512 + 64. The dtype is bfloat16, pages are in random order, and calls run in CUDA graphs,
+not serve; and packed rows of 512 + 64. It also compares the kernel that absorbs and rotates queries with a product and
+a rotation. The dtype is bfloat16, pages are in random order, and calls run in CUDA graphs,
 as in a server. The bytes of every cached token count once; of a copy, the bytes read and the bytes written count.
 """
 
@@ -13,11 +14,14 @@ from typing import Any
 import torch
 import triton.testing
 import vllm
+from vllm import _custom_ops as ops
 
 from benchmarks.common import RESULTS, plain_parser, write_result
+from vllm_mla_plugin.backends.gpu_absorb import absorb
 from vllm_mla_plugin.checkpoint.cache_formats import CacheFormat
 from vllm_mla_plugin.latent_packing import quantise
 from vllm_mla_plugin.testing.gpu import BLOCK, Case, Packing, impl_for
+from vllm_mla_plugin.testing.layer import absorption
 
 CASES = {
     "llama-3-8b, 512 + 64": Case(512, 64, nope=128, v=128, heads=32),
@@ -43,6 +47,7 @@ PACKED = {
 }
 DTYPE = torch.bfloat16
 COPIED = 2**32  # bytes
+ROWS = (1, 4, 16, 64, 256)  # queries that are absorbed
 
 
 def milliseconds(run: Callable[[], Any]) -> float:
@@ -79,6 +84,22 @@ def decode(case: Case, format: CacheFormat | None, sequences: int, length: int) 
     return backend.name, taken, cache.shape[-1] * cache.itemsize
 
 
+@torch.inference_mode()
+def absorption_times(case: Case, rows: int) -> dict[str, float]:
+    """Milliseconds to absorb and rotate queries: by this plugin's kernel, and by a product and vLLM's rotation."""
+    arguments = absorption(case.heads, case.nope, case.latent, case.rope, rows, DTYPE)
+    q, weight, positions, turns = (tensor.cuda() for tensor in arguments)
+    turns = turns.to(DTYPE)
+    out = torch.empty(rows, case.heads, weight.shape[-1], dtype=DTYPE, device="cuda")
+
+    def apart() -> None:
+        torch.bmm(q.transpose(0, 1), weight, out=out.transpose(0, 1))
+        ops.rotary_embedding(positions, out[..., case.latent :], None, case.rope, turns, True)
+
+    together = milliseconds(lambda: absorb(q, weight, positions, turns))
+    return {"rows": rows, "together": round(together, 4), "apart": round(milliseconds(apart), 4)}
+
+
 def main() -> None:
     """Measure, print, and write the result file."""
     parser = plain_parser(__doc__)
@@ -97,8 +118,14 @@ def main() -> None:
         row = {"case": name, "backend": backend, "milliseconds": round(taken, 4)}
         rows.append(row | {"bytes_per_second": round(bandwidth), "share_of_copy": round(bandwidth / copied, 3)})
         print(rows[-1], flush=True)
+    queries = [absorption_times(CASES["llama-3-8b, 512 + 64"], rows) for rows in ROWS]
+    print(*queries, sep="\n")
     size = {"sequences": arguments.sequences, "length": arguments.length, "copy_bytes_per_second": round(copied)}
-    write_result("gpu_kernels", "python -m benchmarks.gpu_kernels", {"vllm": vllm.__version__, **size, "rows": rows})
+    write_result(
+        "gpu_kernels",
+        "python -m benchmarks.gpu_kernels",
+        {"vllm": vllm.__version__, **size, "rows": rows, "absorb_ms": queries},
+    )
     print(f"written to {RESULTS / 'gpu_kernels.json'}")
 
 

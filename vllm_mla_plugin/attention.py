@@ -1,7 +1,4 @@
-"""The two MLA self-attentions on vLLM's MLA attention layer: one for models without QK-norm, one for models with it.
-
-QK-norm normalises queries and keys before RoPE: each head alone, or all heads of a token together.
-"""
+"""The MLA self-attention on vLLM's MLA attention layer."""
 
 from collections.abc import Iterable
 from typing import Any, ClassVar
@@ -10,9 +7,8 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 from vllm.config import CacheConfig, get_current_vllm_config
-from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
+from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import MLAAttention
-from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     MergedColumnParallelLinear,
@@ -27,8 +23,8 @@ from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.mla.prefill.base import MLADimensions
 
 from vllm_mla_plugin.backends import select_backend, select_prefill_backend
-from vllm_mla_plugin.checkpoint.query_norm import norm_queries
 from vllm_mla_plugin.latent_packing import take_mean_out
+from vllm_mla_plugin.mapped_queries import MappedMLAAttention, PackedMappedMLAAttention, RankRotaryQueryMap
 from vllm_mla_plugin.packed_attention import PackedMLAAttention, served_format
 from vllm_mla_plugin.rope import FrequencyRotaryEmbedding
 
@@ -44,12 +40,6 @@ def is_quantised(quant_config: QuantizationConfig | None, input_size: int, name:
     with torch.device("meta"):  # the layer is only asked what it would be
         layer = ReplicatedLinear(input_size, input_size, quant_config=quant_config, prefix=name)
     return not isinstance(layer.quant_method, UnquantizedLinearMethod)
-
-
-def mean_over_ranks(mean: torch.Tensor) -> torch.Tensor:
-    """The mean of a number of all tensor-parallel ranks, each of which has as many heads."""
-    ranks = get_tensor_model_parallel_world_size()
-    return mean if ranks == 1 else tensor_model_parallel_all_reduce(mean) / ranks
 
 
 class MLASelfAttention(nn.Module):
@@ -104,6 +94,9 @@ class MLASelfAttention(nn.Module):
         self.v_dim = config.v_head_dim
         self.num_heads = num_heads // get_tensor_model_parallel_world_size()
 
+        self.q_rope_proj: RankRotaryQueryMap | None = None
+        if config.rotary_query_map:
+            self.q_rope_proj = RankRotaryQueryMap(self.num_heads, self.v_dim, self.rope_dim)
         bias, bias_o_proj = config.attention_biases
         self.make_projections(config, num_heads, bias, quant_config, prefix)
         self.kv_b_proj = ColumnParallelLinear(
@@ -131,19 +124,24 @@ class MLASelfAttention(nn.Module):
         )
 
         format = served_format(get_current_vllm_config(), layer)
-        packing: dict[str, Any] = {}
+        more: dict[str, Any] = {}
         self.cache_mean: nn.Parameter | None = None
         if format is not None:
             if format.mean:
                 mean = torch.zeros(2, self.latent_dim + self.rope_dim, dtype=torch.float32)
                 self.cache_mean = nn.Parameter(mean, requires_grad=False)
-            packing = {
+            more = {
                 "cache_format": format,
                 "cache_mean": self.cache_mean,
                 "rope_freqs": self.rope_freqs,
                 "max_position": model_config.max_model_len,
             }
-        self.attn = (MLAAttention if format is None else PackedMLAAttention)(
+        if self.q_rope_proj is None:
+            attention: Any = MLAAttention if format is None else PackedMLAAttention
+        else:
+            attention = MappedMLAAttention if format is None else PackedMappedMLAAttention
+            more |= {"q_rope_proj": self.q_rope_proj, "rotary_emb": self.rotary_emb}
+        self.attn = attention(
             num_heads=self.num_heads,
             scale=config.softmax_scale,
             qk_nope_head_dim=self.nope_dim,
@@ -159,7 +157,7 @@ class MLASelfAttention(nn.Module):
             prefill_backend_cls=select_prefill_backend(
                 MLADimensions(qk_nope_head_dim=self.nope_dim, qk_rope_head_dim=self.rope_dim, v_head_dim=self.v_dim)
             ),
-            **packing,
+            **more,
         )
 
     def make_projections(
@@ -172,8 +170,12 @@ class MLASelfAttention(nn.Module):
     ) -> None:
         """Make the modules that :meth:`project` needs; arguments as for the class."""
         # Every rank caches the whole latent, so every rank computes it.
-        sizes = [num_heads * (self.nope_dim + self.rope_dim), self.latent_dim + self.rope_dim]
+        sizes = [num_heads * self.query_dim(self.nope_dim), self.latent_dim + self.rope_dim]
         self.make_input_projections(sizes, config.hidden_size, bias, quant_config, prefix)
+
+    def query_dim(self, own: int) -> int:
+        """Numbers that ``q_proj`` gives each head: the source's query, or else ``own`` and the rotary query."""
+        return own + self.rope_dim if self.q_rope_proj is None else self.v_dim
 
     def make_input_projections(
         self, sizes: list[int], hidden_size: int, bias: bool, quant_config: QuantizationConfig | None, prefix: str
@@ -218,7 +220,11 @@ class MLASelfAttention(nn.Module):
         return q.unflatten(-1, (self.num_heads, -1)), other
 
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries ``[tokens, heads, nope + rope]``, and the row to cache ``[tokens, latent + rope]``, before RoPE."""
+        """Queries, and the row to cache ``[tokens, latent + rope]`` before RoPE.
+
+        Queries are ``[tokens, heads, nope + rope]`` before RoPE; or, where ``q_rope_proj`` makes the rotary part of
+        them, ``[tokens, heads, v]``.
+        """
         return self.project_input(hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
@@ -256,6 +262,11 @@ class MLASelfAttention(nn.Module):
         if self.cache_mean is not None:
             cached = take_mean_out(cached, self.cache_mean, positions)
         latent, k_rope = cached.split([self.latent_dim, self.rope_dim], dim=-1)
+        output_shape = (hidden_states.shape[0], self.num_heads * self.v_dim)
+        if self.q_rope_proj is not None:
+            k_rope, _ = self.rotary_emb(positions, k_rope.unsqueeze(1))
+            output = self.attn(q, latent, k_rope, positions, output_shape=output_shape)
+            return self.o_proj(output)[0]
         q_nope, q_rope = q.split([self.nope_dim, self.rope_dim], dim=-1)
         q_rope, k_rope = self.rotary_emb(positions, q_rope, k_rope.unsqueeze(1))
         output = self.attn(
@@ -264,52 +275,6 @@ class MLASelfAttention(nn.Module):
             torch.cat((q_nope, q_rope), dim=-1),
             latent,
             k_rope,  # [tokens, 1, rope]: one rotary key for all heads
-            output_shape=(hidden_states.shape[0], self.num_heads * self.v_dim),
+            output_shape=output_shape,
         )
         return self.o_proj(output)[0]
-
-
-class QKNormMLASelfAttention(MLASelfAttention):
-    """MLA for models with QK-norm: the latent is a linear map of normalised keys and of the layer's input.
-
-    The norm comes before anything is cached, so it is computed as in the source, once for each new token.
-
-    - ``kv_a_proj_with_mqa`` maps ``[k; x]`` to the row to cache. The source's projection to values is folded into the
-      part for ``x``.
-    - ``q_proj`` gives each head the source's query and, below it, the rotary part. Both are divided by the root mean
-      square of the query.
-    - The weight of the query's norm, and the map of the part without RoPE, are folded into ``kv_b_proj``.
-    """
-
-    product: ClassVar[str] = "query_key_proj"
-    parts: ClassVar[tuple[str, str]] = ("q_proj", "k_proj")
-
-    def make_projections(
-        self,
-        config: PretrainedConfig,
-        num_heads: int,
-        bias: bool,
-        quant_config: QuantizationConfig | None,
-        prefix: str,
-    ) -> None:
-        hidden, kv_width = config.hidden_size, config.num_key_value_heads * self.v_dim
-        # Every rank caches the whole latent, so every rank computes all keys.
-        sizes = [num_heads * (self.v_dim + self.rope_dim), kv_width]
-        self.make_input_projections(sizes, hidden, bias, quant_config, prefix)
-        self.eps = config.rms_norm_eps
-        self.over_heads = config.qk_norm == "all"
-        self.norm_width = kv_width if self.over_heads else self.v_dim
-        self.k_norm = RMSNorm(self.norm_width, eps=config.rms_norm_eps)
-        self.kv_a_proj_with_mqa = ReplicatedLinear(
-            kv_width + hidden,
-            self.latent_dim + self.rope_dim,
-            bias=bias,
-            quant_config=quant_config,
-            prefix=f"{prefix}.kv_a_proj_with_mqa",
-        )
-
-    def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        q, k = self.project_input(hidden_states)
-        k = self.k_norm(k.unflatten(-1, (-1, self.norm_width))).flatten(1)
-        cached = self.kv_a_proj_with_mqa(torch.cat((k, hidden_states), dim=-1))[0]
-        return norm_queries(q, self.v_dim, self.nope_dim, self.eps, self.over_heads, mean_over_ranks), cached

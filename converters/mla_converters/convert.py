@@ -190,7 +190,7 @@ def _write_weights(
 
 
 def _write_layer(shards: Shards, source: Source, index: int, converted: ConvertedLayer) -> None:
-    for name, tensor in converted.weights.items():
+    for name, tensor in source.converted_attention(index, converted.weights).items():
         shards.write(f"{LAYERS}{index}.self_attn.{name}", tensor)
     for name in source.carried_names(index):
         shards.write(name, source.carried(name))

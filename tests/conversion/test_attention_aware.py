@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from support.files import CALIBRATION
 from support.latent import attend
 from support.models import MIXTRAL_EXPERTS, RandomModel, load
+from support.older_layout import without_query_map
 
 from mla_converters.checkpoints.source import open_source
 from mla_converters.convert import convert
@@ -202,18 +203,24 @@ def test_scores_are_not_rounded_to_16_bits(layer: SourceLayer, monkeypatch: pyte
     assert (got - expected).norm() < 0.03 * expected.norm()
 
 
-def test_parts_are_taken_apart_and_put_together_again(layer: SourceLayer) -> None:
+@pytest.mark.parametrize("mapped", [True, False], ids=["map", "no-map"])
+def test_parts_are_taken_apart_and_put_together_again(layer: SourceLayer, mapped: bool) -> None:
     """Splitting projections and joining them again puts every head's rows and columns back into their places."""
     hidden = torch.randn(2, 32, 96, generator=torch.Generator().manual_seed(0))
     attention = converted(layer, hidden)
+    if not mapped:
+        attention = layer.converted(without_query_map(attention.weights(), own_queries=True))
     before = attention.weights()
     with torch.no_grad():
         expected = attention(hidden)
         with parts_apart([attention]):
             parts = dict(attention.named_parameters())
             torch.testing.assert_close(attention(hidden), expected)
-            rotary = parts["q_proj.parametrizations.weight.original1"]
-            assert rotary.shape == (HEADS, attention.rope_dim, 96)
+            if attention.q_rope_proj is None:
+                rotary = parts["q_proj.parametrizations.weight.original1"]
+                assert rotary.shape == (HEADS, attention.rope_dim, 96)
+            else:
+                assert parts["q_proj.parametrizations.weight.original"].shape == (HEADS, HEAD_DIM, 96)
             parts["kv_b_proj.parametrizations.weight.original1"].zero_()
             assert not attention(hidden).any(), "the second part is that of values"
             assert ("kv_a_proj_with_mqa.parametrizations.weight.original0" in parts) == hasattr(attention, "k_norm")

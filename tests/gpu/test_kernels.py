@@ -12,6 +12,7 @@ from vllm.platforms import current_platform
 from vllm.triton_utils import triton
 
 from vllm_mla_plugin.backends import select_backend
+from vllm_mla_plugin.backends.gpu_absorb import absorb
 from vllm_mla_plugin.checkpoint.layouts import (
     A100,
     BLACKWELL,
@@ -22,7 +23,7 @@ from vllm_mla_plugin.checkpoint.layouts import (
     gpu_backends,
 )
 from vllm_mla_plugin.testing.gpu import Case, configured, impl_for, make_prefill
-from vllm_mla_plugin.testing.layer import cached_tokens, make_cache, reference
+from vllm_mla_plugin.testing.layer import absorbed, absorption, cached_tokens, make_cache, reference
 
 pytestmark = pytest.mark.gpu
 
@@ -65,6 +66,20 @@ def test_decode(name: str, fp8: bool, dtype: torch.dtype) -> None:
         expected = reference(q[i : i + 1].to(dtype), keys, keys[..., : case.latent], case.scale)
         error = relative_error(got[i : i + 1], expected)
         assert error < tolerance, f"{backend.name}, length {length}: {error:.1e}"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_absorb(name: str, dtype: torch.dtype) -> None:
+    """Queries are absorbed and rotated in one launch, for single requests and for many."""
+    case = CASES[name]
+    torch.manual_seed(0)
+    for rows in (1, 20, 300):
+        q, weight, positions, turns = absorption(case.heads, case.nope, case.latent, case.rope, rows, dtype)
+        turns = turns.to(dtype)
+        got = absorb(q.cuda(), weight.cuda(), positions.cuda(), turns.cuda())
+        error = relative_error(got, absorbed(q, weight, positions, turns))
+        assert error < 1e-2, f"{rows} rows: {error:.1e}"
 
 
 def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:

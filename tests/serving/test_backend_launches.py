@@ -1,7 +1,8 @@
-"""Outside the attention, a converted layer runs no operation that DeepSeek's layer in vLLM does not run."""
+"""What a converted layer launches to decode, compared with DeepSeek's layer in vLLM."""
 
 from collections import Counter
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,11 +20,14 @@ from vllm.model_executor.layers.linear import ColumnParallelLinear, ReplicatedLi
 from vllm.model_executor.layers.mla import MLAModules, MultiHeadLatentAttentionWrapper
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 
-from vllm_mla_plugin import register
+from vllm_mla_plugin import mapped_queries, register
 from vllm_mla_plugin.attention import MLASelfAttention
 from vllm_mla_plugin.rope import FrequencyRotaryEmbedding
+from vllm_mla_plugin.testing.layer import absorbed
 
 HEADS, LATENT, ROPE, NOPE = 8, 512, 64, 128  # DeepSeek's sizes, except the number of heads
+METADATA = SimpleNamespace(num_actual_tokens=5, num_decodes=5, num_decode_tokens=5, num_prefills=0, decode=object())
+"""Of a batch that only decodes."""
 
 
 class Operations(TorchDispatchMode):
@@ -40,8 +44,11 @@ class Operations(TorchDispatchMode):
 
 
 @pytest.fixture
-def layers(tmp_path: Any) -> Iterator[tuple[MLASelfAttention, MultiHeadLatentAttentionWrapper]]:
-    """Our layer and DeepSeek's. Without a query rank, DeepSeek's cannot compute queries and latent in one product."""
+def layers(tmp_path: Any) -> Iterator[tuple[MLASelfAttention, MLASelfAttention, MultiHeadLatentAttentionWrapper]]:
+    """Our layer without and with ``q_rope_proj``, and DeepSeek's.
+
+    Without a query rank, DeepSeek's cannot compute queries and latent in one product.
+    """
     register()
     config = AutoConfig.for_model(
         "llama_mla",
@@ -64,7 +71,12 @@ def layers(tmp_path: Any) -> Iterator[tuple[MLASelfAttention, MultiHeadLatentAtt
         ours = MLASelfAttention(config, 256, HEADS, HEADS, prefix="model.layers.0.self_attn")
         q_proj = ColumnParallelLinear(256, HEADS * (NOPE + ROPE), bias=False)
         kv_a_proj = ReplicatedLinear(256, LATENT + ROPE, bias=False)
-        for projection in (ours.query_latent_proj, ours.kv_b_proj, ours.o_proj, q_proj, kv_a_proj):
+        config.rotary_query_map = True
+        mapped = MLASelfAttention(config, 256, HEADS, HEADS, prefix="model.layers.2.self_attn")
+        for parameter in (*ours.parameters(), *mapped.parameters()):
+            parameter.data.normal_(std=1 / 16)
+        own = [part for x in (ours, mapped) for part in (x.query_latent_proj, x.kv_b_proj, x.o_proj)]
+        for projection in (*own, q_proj, kv_a_proj):
             projection.quant_method.process_weights_after_loading(projection)
         modules = MLAModules(
             kv_a_layernorm=RMSNorm(LATENT),
@@ -83,7 +95,9 @@ def layers(tmp_path: Any) -> Iterator[tuple[MLASelfAttention, MultiHeadLatentAtt
         theirs = MultiHeadLatentAttentionWrapper(
             256, HEADS, 1.0, NOPE, ROPE, NOPE, None, LATENT, modules, prefix="model.layers.1.self_attn"
         )
-        yield ours, theirs
+        for layer in (ours.attn, mapped.attn, theirs.mla_attn):
+            layer.process_weights_after_loading(torch.float32)
+        yield ours, mapped, theirs
         cleanup_dist_env_and_memory()
 
 
@@ -99,7 +113,7 @@ def operations(layer: torch.nn.Module, attention: str, monkeypatch: pytest.Monke
 
 
 def test_nothing_that_deepseek_does_not_run(layers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    ours, theirs = layers
+    ours, _, theirs = layers
     own = operations(ours, "attn", monkeypatch)
     deepseek = operations(theirs, "mla_attn", monkeypatch)
     products = [
@@ -110,6 +124,78 @@ def test_nothing_that_deepseek_does_not_run(layers: Any, monkeypatch: pytest.Mon
     assert own - deepseek == {"aten.cat.default": 1}
     assert (deepseek - own)["aten.copy_.default"] == 1
     assert own.total() + 2 <= deepseek.total(), "a product and DeepSeek's norm of the latent, at least, come on top"
+
+
+@torch.inference_mode()
+def test_launches_of_a_decode_step(layers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, ``q_rope_proj`` saves a launch, and the query needs no concatenation in kernels that want it whole."""
+    counts: Counter[str] = Counter()
+    handed: dict[int, Any] = {}
+
+    def launch(name: str, result: Any) -> Any:
+        def launched(*args: Any, **kwargs: Any) -> Any:
+            counts[name] += 1
+            return result(*args)
+
+        return launched
+
+    monkeypatch.setattr(mapped_queries, "current_platform", SimpleNamespace(is_cuda_alike=lambda: True))
+    absorb = launch("absorb and rotate", lambda q, weight, *_: q.new_empty(*q.shape[:2], weight.shape[-1]))
+    monkeypatch.setattr(mapped_queries, "absorb", absorb)
+    # In place, as on a GPU.
+    rotate = launch("rotate", lambda _, positions, query, key=None: (query, key))
+    monkeypatch.setattr(FrequencyRotaryEmbedding, "forward", rotate)
+    norm = launch("norm", lambda _, x: x)
+    monkeypatch.setattr(RMSNorm, "forward", norm)
+    context = SimpleNamespace(attn_metadata=METADATA, slot_mapping={})
+    monkeypatch.setattr("vllm.model_executor.layers.attention.mla_attention.get_forward_context", lambda: context)
+    launches = []
+    for index, layer in enumerate(layers):
+        attention = layer.mla_attn if index == 2 else layer.attn
+        attention.use_direct_call = True
+
+        def attend(q: Any, *_: Any, index: int = index) -> Any:
+            handed[index] = q
+            return torch.empty(5, HEADS, LATENT), None
+
+        monkeypatch.setattr(attention.impl, "forward_mqa", launch("attend", attend))
+        counts.clear()
+        inputs = torch.arange(5), torch.randn(5, 256)
+        with Operations() as operations:
+            layer(*inputs)
+        launches.append({name: n for name, n in (counts + operations.counts).items() if "empty" not in name})
+    assert [sum(each.values()) for each in launches] == [7, 6, 9], launches  # and one to write the cache, in each
+    assert launches[1]["absorb and rotate"] == launches[1]["rotate"] == 1, "the key is rotated as before"
+    assert all(isinstance(handed[index], tuple) for index in (0, 2))
+    assert handed[1].shape == (5, HEADS, LATENT + ROPE) and handed[1].is_contiguous()
+
+
+@torch.inference_mode()
+def test_decode_with_the_map(layers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One product absorbs and maps, and RoPE comes after it: the same as rotary queries first, and vLLM's product."""
+    _, mapped, _ = layers
+    positions = torch.tensor([0, 3, 17, 40, 5])
+    q, _ = mapped.project(torch.randn(5, 256))
+    handed: list[torch.Tensor] = []
+
+    def attend(q: Any, *_: Any) -> Any:
+        handed.append(torch.cat(q, dim=-1) if isinstance(q, tuple) else q)
+        return torch.ones(5, HEADS, LATENT), None
+
+    monkeypatch.setattr(mapped.attn.impl, "forward_mqa", attend)
+    outputs = []
+    for only_decodes in (True, False):
+        monkeypatch.setattr(mapped.attn, "_only_decodes", lambda *_, answer=only_decodes: answer)
+        output = torch.zeros(5, HEADS * NOPE)
+        empty = torch.empty(5, 0)
+        mapped.attn.forward_impl(q, empty, empty, empty, METADATA, output, q_dcp_replicated=positions)
+        outputs.append(output)
+    torch.testing.assert_close(*handed, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(*outputs)
+    turns = mapped.rotary_emb.cos_sin_cache
+    torch.testing.assert_close(
+        handed[0].double(), absorbed(q, mapped.attn.query_weight, positions, turns), atol=1e-4, rtol=1e-4
+    )
 
 
 def test_rotation_is_vllms() -> None:

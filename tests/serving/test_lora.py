@@ -10,10 +10,12 @@ from support.agreement import MAX_LOGPROB_ERROR, hf_logprobs
 from support.commands import convert
 from support.engine import run_engine
 from support.models import RandomModel, load
+from support.older_layout import older_checkpoint
 
 pytestmark = pytest.mark.engine
 
 RANK = 4
+OLDER = ("llama", "odd")  # also as version 0.1.0 wrote them
 TENSOR_PARALLEL = {"tensor_parallel_size": 2, "environment": {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}}
 PROMPTS = [list(range(5, 45)), [7], list(range(100, 117))]
 
@@ -27,9 +29,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "odd": RandomModel(heads=6, kv_heads=3, head_dim=18, hidden=96),  # its input projections stay apart
     }
     sources = {family: model.save(folder / family) for family, model in random.items()}
-    return {
+    converted = {
         family: convert(source, folder / f"{family}-mla", "--method", "exact") for family, source in sources.items()
     }
+    older = {f"{family}-older": older_checkpoint(converted[family], folder / f"{family}-older") for family in OLDER}
+    return converted | older
 
 
 def adapter(model: torch.nn.Module, projections: tuple[str, ...], folder: Path) -> Path:
@@ -60,7 +64,7 @@ def run(mla: Path, lora: Path, environment: dict | None = None, **engine: int) -
 EVERYTHING = ("q_proj", "k_proj", "kv_a_proj_with_mqa", "o_proj", "up_proj", "down_proj")
 CASES = {
     "everything": ("qwen3", EVERYTHING),
-    "all-of-a-product": ("llama", ("q_proj", "kv_a_proj_with_mqa")),
+    "all-of-a-product": ("llama-older", ("q_proj", "kv_a_proj_with_mqa")),
     "first-of-a-product": ("qwen3", ("q_proj",)),
     "second-of-a-product": ("llama", ("kv_a_proj_with_mqa",)),
 }
@@ -82,15 +86,20 @@ def assert_adapted(result: dict, model: torch.nn.Module) -> None:
 
 
 REFUSED = {
-    "packed": ("llama", {}, ("q_proj",), r"layers\.0\.self_attn\.q_proj maps 96 numbers to 288 here, and .* 96 to 96:"),
+    "packed": (
+        "llama-older",
+        {},
+        ("q_proj",),
+        r"layers\.0\.self_attn\.q_proj maps 96 numbers to 288 here, and .* 96 to 96:",
+    ),
     "separate": (
-        "odd",
+        "odd-older",
         {},
         ("q_proj",),
         r"layers\.0\.self_attn\.q_proj maps 96 numbers to 324 here, and .* 96 to 108:",
     ),
     "removed": ("qwen3", {}, ("k_proj", "v_proj"), r"layers\.0\.self_attn\.v_proj does not exist here:"),
-    "parallel": ("llama", TENSOR_PARALLEL, ("q_proj",), r"self_attn\.q_proj maps 96 numbers to 288 here"),
+    "parallel": ("llama-older", TENSOR_PARALLEL, ("q_proj",), r"self_attn\.q_proj maps 96 numbers to 288 here"),
 }
 
 
@@ -98,7 +107,8 @@ REFUSED = {
 def test_adapter_of_the_source_is_refused(models: dict[str, Path], case: str, tmp_path: Path) -> None:
     """One sentence says what does not fit, and what to do."""
     family, engine, projections, reason = REFUSED[case]
-    lora = adapter(load(models[family].with_name(family)), projections, tmp_path / "lora")
+    source = load(models[family].with_name(family.removesuffix("-older")))
+    lora = adapter(source, projections, tmp_path / "lora")
     with pytest.raises(AssertionError, match=reason) as refusal:
         run(models[family], lora, **engine)
     assert "merge it into the source with PEFT and convert again" in str(refusal.value)
@@ -113,9 +123,10 @@ def test_adapter_with_several_ranks(models: dict[str, Path], tmp_path: Path) -> 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_adapter_of_the_source_that_fits(models: dict[str, Path], family: str, tmp_path: Path) -> None:
-    """Adapters for o_proj and the MLP, and with QK-norm for k_proj, do in the exact conversion what they did before."""
+    """Adapters for q_proj, o_proj and the MLP, and with QK-norm for k_proj, do in the exact conversion what they did
+    before."""
     source = load(models[family].with_name(family))
-    names = ("o_proj", "gate_proj", "up_proj", "down_proj", *(["k_proj"] if family == "qwen3" else []))
+    names = ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj", *(["k_proj"] if family == "qwen3" else []))
     lora = adapter(source, names, tmp_path / "lora")
     assert_adapted(run(models[family], lora), source)
 

@@ -1,4 +1,4 @@
-"""Compiles this plugin's Triton kernels for packed rows for GPUs that need not be there.
+"""Compiles this plugin's Triton kernels for packed rows, and for queries, for GPUs that need not be there.
 
 The argument holds cases as JSON: format, heads, dtype, compute capability. The kernels are launched as in a server, but
 Triton is told of such a GPU, and stops after compiling. What each kernel takes of the GPU is printed as JSON. This runs
@@ -28,11 +28,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from vllm_mla_plugin.backends.gpu_absorb import absorb
 from vllm_mla_plugin.backends.gpu_means import Means
 from vllm_mla_plugin.backends.gpu_pack import pack
 from vllm_mla_plugin.backends.gpu_packed_decode import EXTRA, decode_packed
 from vllm_mla_plugin.backends.gpu_rows import widen
 from vllm_mla_plugin.checkpoint.layouts import A100, BLACKWELL, HOPPER, OTHER_GPU, SHARED_BYTES, packed_tiles
+from vllm_mla_plugin.testing.layer import absorption
 
 GPUS = {80: A100, 89: OTHER_GPU, 90: HOPPER, 100: BLACKWELL}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -91,6 +93,8 @@ def compile_case(spec: str, heads: int, dtype: str, capability: int) -> dict[str
     q_latent, q_rope = torch.zeros(4, heads, latent, dtype=new.dtype), torch.zeros(4, heads, 3 + rope, dtype=new.dtype)
     cache, slots = torch.zeros(5, 16, format.bytes_per_token, dtype=torch.uint8), torch.arange(4)
     with compiled_only(capability) as kernels:
+        q, weight, positions, turns = absorption(heads, 64, latent, rope, 4, new.dtype)
+        absorb(q, weight, positions, turns.to(new.dtype))
         pack(new[:, :latent], new[:, latent:], cache, slots, format)
         widen(cache, slots, slots, format, means, new.dtype)
         decode_packed(

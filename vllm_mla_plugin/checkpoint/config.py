@@ -32,7 +32,10 @@ class MLAFields:
             fields above are then the maxima, whatever was given for them. None: all layers have the same sizes.
         qk_nope_head_dim: per-head width of queries and keys without RoPE (0 for a model whose
             whole key keeps RoPE).
-        v_head_dim: per-head width of the values.
+        v_head_dim: per-head width of the values, and of the source's queries.
+        rotary_query_map: whether ``q_proj`` gives only each head's query in the source, and ``q_rope_proj`` makes the
+            rotary query from it (:class:`~vllm_mla_plugin.checkpoint.rotary_query.RotaryQueryMap`). False: ``q_proj``
+            gives both, as in all checkpoints of version 0.1.0.
         softmax_scale: factor on attention scores: ``head_dim ** -0.5`` of the source, times the
             square of its RoPE attention factor (YaRN).
         family: of the source.
@@ -54,6 +57,7 @@ class MLAFields:
     qk_rope_head_dims: list[int] | None = None
     qk_nope_head_dim: int = 128
     v_head_dim: int = 128
+    rotary_query_map: bool = False
     softmax_scale: float | None = None
     family: ClassVar[Family]
     converted_rope_parameters: dict[str, Any] | None = None
@@ -73,6 +77,8 @@ class MLAFields:
                 raise ValueError(f"{name}s has {len(sizes)} entries, but the model has {layers} layers.")
             setattr(self, name, max(sizes))
         self.cache_format(0)  # raises, if the formats do not fit
+        if self.rotary_query_map:
+            self.base_model_tp_plan = None  # transformers has no style that shares out the heads of such a map
 
     @property
     def attention_biases(self) -> tuple[bool, bool]:

@@ -11,6 +11,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward, ro
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from vllm_mla_plugin.checkpoint.query_norm import norm_queries
+from vllm_mla_plugin.checkpoint.rotary_query import RotaryQueryMap
 from vllm_mla_plugin.hf import xformers_attention
 from vllm_mla_plugin.hf.packed_cache import PackedLayer
 from vllm_mla_plugin.latent_packing import take_mean_out
@@ -66,15 +67,26 @@ class MLASelfAttention(nn.Module):
 
     def make_projections(self, config: PretrainedConfig, bias: bool) -> None:
         """Make the modules that :meth:`project` needs."""
-        query_width = config.num_attention_heads * (self.nope_dim + self.rope_dim)
-        self.q_proj = nn.Linear(config.hidden_size, query_width, bias=bias)
+        self.make_queries(config, self.nope_dim, bias)
         self.kv_a_proj_with_mqa = nn.Linear(config.hidden_size, self.latent_dim + self.rope_dim, bias=bias)
+
+    def make_queries(self, config: PretrainedConfig, own_dim: int, bias: bool) -> None:
+        """Make ``q_proj``, and ``q_rope_proj`` if the checkpoint has it; else ``own_dim`` numbers of each head come
+        before its rotary query."""
+        heads, mapped = config.num_attention_heads, config.rotary_query_map
+        self.q_rope_proj = RotaryQueryMap(heads, self.v_dim, self.rope_dim) if mapped else None
+        self.query_dim = self.v_dim if mapped else own_dim + self.rope_dim
+        self.q_proj = nn.Linear(config.hidden_size, heads * self.query_dim, bias=bias)
 
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries ``[batch, tokens, heads, nope + rope]``, and the rows to cache ``[batch, tokens, latent + rope]``,
         before RoPE."""
-        q = self.q_proj(hidden_states).unflatten(-1, (-1, self.nope_dim + self.rope_dim))
-        return q, self.kv_a_proj_with_mqa(hidden_states)
+        q = self.q_proj(hidden_states).unflatten(-1, (-1, self.query_dim))
+        return self.with_rotary(q), self.kv_a_proj_with_mqa(hidden_states)
+
+    def with_rotary(self, q: torch.Tensor) -> torch.Tensor:
+        """Queries ``[batch, tokens, heads, nope + rope]`` from what ``q_proj`` gives, after any norm."""
+        return q if self.q_rope_proj is None else self.q_rope_proj(q, self.nope_dim)
 
     def forward(
         self,
@@ -141,14 +153,14 @@ class QKNormMLASelfAttention(MLASelfAttention):
 
     - ``kv_a_proj_with_mqa`` maps ``[k; x]`` to the row to cache. The source's projection to values is folded into the
       part for ``x``.
-    - ``q_proj`` gives each head the source's query and, below it, the rotary part. Both are divided by the root mean
-      square of the query.
+    - ``q_proj`` gives each head the source's query and, below it, the rotary part, if ``q_rope_proj`` does not make
+      that. Both are divided by the root mean square of the query.
     - The weight of the query's norm, and the map of the part without RoPE, are folded into ``kv_b_proj``.
     """
 
     def make_projections(self, config: PretrainedConfig, bias: bool) -> None:
-        heads, kv_width = config.num_attention_heads, config.num_key_value_heads * self.v_dim
-        self.q_proj = nn.Linear(config.hidden_size, heads * (self.v_dim + self.rope_dim), bias=bias)
+        kv_width = config.num_key_value_heads * self.v_dim
+        self.make_queries(config, self.v_dim, bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=bias)
         self.over_heads = config.qk_norm == "all"
         self.norm_width = kv_width if self.over_heads else self.v_dim
@@ -156,11 +168,12 @@ class QKNormMLASelfAttention(MLASelfAttention):
         self.kv_a_proj_with_mqa = nn.Linear(kv_width + config.hidden_size, self.latent_dim + self.rope_dim, bias=bias)
 
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        q = self.q_proj(hidden_states).unflatten(-1, (-1, self.v_dim + self.rope_dim))
+        q = self.q_proj(hidden_states).unflatten(-1, (-1, self.query_dim))
         k = self.k_norm(self.k_proj(hidden_states).unflatten(-1, (-1, self.norm_width))).flatten(-2)
         cached = self.kv_a_proj_with_mqa(torch.cat((k, hidden_states), dim=-1))
-        q = norm_queries(q, self.v_dim, self.nope_dim, self.config.rms_norm_eps, self.over_heads)
-        return q, cached
+        kept = self.nope_dim if self.q_rope_proj is None else self.v_dim
+        q = norm_queries(q, self.v_dim, kept, self.config.rms_norm_eps, self.over_heads)
+        return self.with_rotary(q), cached
 
 
 class MLAModel:

@@ -12,8 +12,9 @@ from vllm.config import VllmConfig
 from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
 from vllm.model_executor.models.utils import WeightsMapper
 
-from vllm_mla_plugin.attention import MLASelfAttention, QKNormMLASelfAttention
+from vllm_mla_plugin.attention import MLASelfAttention
 from vllm_mla_plugin.models.adapters import ChecksAdapters
+from vllm_mla_plugin.qk_norm_attention import QKNormMLASelfAttention
 
 
 def attention_type(vllm_config: VllmConfig) -> type[MLASelfAttention]:

@@ -99,3 +99,24 @@ def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -
     new, total = scores.shape[1:]
     scores.masked_fill_(torch.ones(new, total, dtype=torch.bool).triu(total - new + 1), float("-inf"))
     return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v.double())
+
+
+def absorption(
+    heads: int, own: int, latent: int, rope: int, rows: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Random arguments of :func:`vllm_mla_plugin.backends.gpu_absorb.absorb`.
+
+    The queries are a part of a projection's result, and positions are out of order.
+    """
+    q = torch.randn(rows, heads * own + 3, dtype=dtype)[:, : heads * own].unflatten(-1, (heads, own))
+    weight = torch.randn(heads, own, latent + rope, dtype=dtype) * own**-0.5
+    angles = torch.outer(torch.arange(200.0), torch.rand(rope // 2))
+    return q, weight, torch.randperm(200).repeat(-(-rows // 200))[:rows], torch.cat((angles.cos(), angles.sin()), -1)
+
+
+def absorbed(q: torch.Tensor, weight: torch.Tensor, positions: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+    """What :func:`vllm_mla_plugin.backends.gpu_absorb.absorb` computes, in float64."""
+    out = torch.einsum("thd,hdn->thn", q.double(), weight.double())
+    cos, sin = turns.double()[positions][:, None].chunk(2, dim=-1)
+    latent, first, second = out.split([out.shape[-1] - turns.shape[-1], cos.shape[-1], cos.shape[-1]], dim=-1)
+    return torch.cat((latent, first * cos - second * sin, second * cos + first * sin), dim=-1)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from mla_converters.latent.maps import ROTARY_MAP
+
 FUSED = "qkv_proj"
 
 
@@ -71,3 +73,36 @@ class AttentionLayout:
                 heads = heads.double() * factors.view(-1, *(1,) * (heads.dim() - 2))
             canonical[name] = heads.flatten(0, 1)
         return canonical
+
+    def in_source_order(
+        self, weights: dict[str, torch.Tensor], factors: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Converted projections whose ``q_proj`` gives queries as the source stores them, where it gives no others.
+
+        ``q_proj`` is then the source's byte for byte if nothing trained it, and adapters of the source fit. What reads
+        the queries takes the order and the factors over.
+
+        Args:
+            weights: of :func:`mla_converters.latent.maps.mla_weights` for what :meth:`canonical` returns.
+            factors: as for :meth:`canonical`.
+        """
+        order = self.order()
+        plain = factors is None and order.equal(torch.arange(self.head_dim))
+        if plain or ROTARY_MAP not in weights:
+            return weights
+        restored, places = dict(weights), order.argsort()
+        normed = "k_norm.weight" in weights  # the factors are then in the norm's weight, which the maps hold already
+        ones = torch.ones(self.head_dim, dtype=torch.float64)
+        scale = ones if factors is None or normed else factors.double()
+        for name in ("q_proj.weight", "q_proj.bias"):
+            if name in weights:
+                heads = weights[name].unflatten(0, (self.heads, self.head_dim)).double()
+                heads = heads / scale.view(-1, *(1,) * (heads.dim() - 2))
+                restored[name] = heads[:, places].flatten(0, 1)
+        restored[ROTARY_MAP] = (weights[ROTARY_MAP].double() * scale[:, None])[:, places]
+        ups = weights["kv_b_proj.weight"].unflatten(0, (self.heads, -1)).double()
+        keys, values = ups.split([ups.shape[1] - self.head_dim, self.head_dim], dim=1)
+        if keys.shape[1]:
+            keys = (keys * scale[:, None])[:, places]
+            restored["kv_b_proj.weight"] = torch.cat((keys, values), dim=1).flatten(0, 1)
+        return restored

@@ -6,6 +6,7 @@ from mla_converters.checkpoints.config_keys import DUAL_CHUNK
 from mla_converters.checkpoints.source import Source
 from mla_converters.checkpoints.tensors import SECOND_TOKEN
 from mla_converters.latent.cache_size import CacheBudget
+from mla_converters.latent.maps import has_query_map
 from vllm_mla_plugin.checkpoint.cache_formats import CacheFormat
 from vllm_mla_plugin.checkpoint.latent_cache import latent_cache_json
 
@@ -65,6 +66,9 @@ def mla_config(
         "qk_rope_head_dim": budget.qk_rope_head_dim,
         "qk_nope_head_dim": nope_dim,
         "v_head_dim": source.head_dim,
+        "rotary_query_map": has_query_map(
+            source.head_dim, source.config.hidden_size, budget.qk_rope_head_dim, nope_dim, source.shape.qk_norm
+        ),
         "softmax_scale": source.softmax_scale,
         "converted_rope_parameters": dict(source.config.rope_parameters),
         **sizes,

@@ -187,10 +187,18 @@ class Source:
         """The tensors of a layer's attention in the common layout, named as below ``self_attn.``; see
         :class:`AttentionLayout`."""
         weights = {name: self.layer_tensor(index, f"self_attn.{name}") for name in self.attention_names(index)}
-        # The attention factor, which is a part of the softmax scale, is not for components that never turn.
+        return self.layout.canonical(weights, self._factors(index))
+
+    def converted_attention(self, index: int, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A layer's converted projections, with queries as this source stores them; see
+        :meth:`AttentionLayout.in_source_order`."""
+        return self.layout.in_source_order(weights, self._factors(index))
+
+    def _factors(self, index: int) -> torch.Tensor | None:
+        """Factors ``[d]`` on queries and keys: the attention factor is a part of the softmax scale, but is not for
+        components that never turn."""
         still = self.frequencies(index).repeat(2) == 0
-        factors = torch.where(still, 1 / self.rope[1], 1.0) if self.rope[1] != 1 and still.any() else None
-        return self.layout.canonical(weights, factors)
+        return torch.where(still, 1 / self.rope[1], 1.0) if self.rope[1] != 1 and still.any() else None
 
     def attention_meta(self, index: int) -> dict[str, torch.Tensor]:
         """Shapes and dtypes of the same, on the meta device."""

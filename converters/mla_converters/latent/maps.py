@@ -8,6 +8,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+ROTARY_MAP = "q_rope_proj.weight"
+"""The map from each head's query to its rotary query, by its name below ``self_attn.``."""
+
 
 @dataclass(frozen=True)
 class LatentMap:
@@ -34,6 +37,22 @@ class LatentMap:
     latent_to_value: torch.Tensor
 
 
+def has_query_map(head_dim: int, hidden: int, rope: int, nope: int, normed: bool) -> bool:
+    """Whether a layer stores each head's map from its own query to its rotary query, because that takes fewer numbers.
+
+    Without the map, ``q_proj`` has ``n + r`` rows of ``D`` numbers for each head, and with QK-norm ``d + r``. With it,
+    ``q_proj`` has ``d`` rows, and the map ``d * r`` numbers.
+
+    Args:
+        head_dim: ``d``.
+        hidden: ``D``.
+        rope: ``r``.
+        nope: ``n``.
+        normed: whether queries are normalised.
+    """
+    return head_dim * (hidden + rope) < ((head_dim if normed else nope) + rope) * hidden
+
+
 def mla_weights(source: dict[str, torch.Tensor], maps: LatentMap) -> dict[str, torch.Tensor]:
     """Fold ``maps`` into the projections of one attention layer.
 
@@ -46,14 +65,16 @@ def mla_weights(source: dict[str, torch.Tensor], maps: LatentMap) -> dict[str, t
 
     Returns:
         Tensors under DeepSeek's names: ``q_proj``, ``kv_a_proj_with_mqa`` (with biases if the source has them)
-        and ``kv_b_proj`` in float64, ``rope_freqs`` in float32, and ``o_proj`` unchanged. For a layer with norms, see
-        :func:`_qk_norm_weights`.
+        and ``kv_b_proj`` in float64, ``rope_freqs`` in float32, and ``o_proj`` unchanged. Where :func:`has_query_map`
+        says so, ``q_proj`` is the source's, ``q_rope_proj.weight`` ``[H, d, r]`` maps queries to rotary queries, and
+        ``kv_b_proj`` absorbs the map of the part without RoPE. For a layer with norms, see :func:`_qk_norm_weights`.
     """
     if "k_norm.weight" in source:
         return _qk_norm_weights(source, maps)
     kv_heads, head_dim, _ = maps.latent_to_value.shape
     heads = source["q_proj.weight"].shape[0] // head_dim
-    query_map = _by_head(torch.cat((maps.query_to_nope, maps.query_to_rope), dim=1), heads)  # [H, n + r, d]
+    key_up, value_up = _by_head(maps.latent_to_key, heads), _by_head(maps.latent_to_value, heads)
+    mapped = _has_query_map(source, maps, heads)
     key_map = maps.kv_to_latent[:, : kv_heads * head_dim]
     value_map = maps.kv_to_latent[:, kv_heads * head_dim :]
 
@@ -61,17 +82,18 @@ def mla_weights(source: dict[str, torch.Tensor], maps: LatentMap) -> dict[str, t
     for kind in ("weight", "bias"):
         if f"q_proj.{kind}" not in source:
             continue
-        q, k, v = (x.to(query_map).reshape(len(x), -1) for x in (source[f"{p}_proj.{kind}"] for p in "qkv"))
-        q = query_map @ q.view(-1, head_dim, q.shape[-1])  # [H, n + r, D], D = 1 for a bias
-        parts = {
-            "q_proj": q.flatten(0, 1),
-            "kv_a_proj_with_mqa": torch.cat((key_map @ k + value_map @ v, maps.key_to_rope @ k)),
-        }
-        for name, tensor in parts.items():
-            weights[f"{name}.{kind}"] = tensor if kind == "weight" else tensor.squeeze(-1)
-
-    up = torch.cat((maps.latent_to_key, maps.latent_to_value), dim=1)  # [g, n + d, R]
-    weights["kv_b_proj.weight"] = _by_head(up, heads).flatten(0, 1)
+        q, k, v = (source[f"{name}_proj.{kind}"] for name in "qkv")
+        k, v = k.to(key_map), v.to(key_map)
+        weights[f"kv_a_proj_with_mqa.{kind}"] = torch.cat((key_map @ k + value_map @ v, maps.key_to_rope @ k))
+        if not mapped:
+            query_map = _by_head(torch.cat((maps.query_to_nope, maps.query_to_rope), dim=1), heads)  # [H, n + r, d]
+            q = torch.einsum("hnd,hd...->hn...", query_map, q.to(query_map).unflatten(0, (heads, head_dim)))
+            q = q.flatten(0, 1)
+        weights[f"q_proj.{kind}"] = q.to(key_map.device)
+    if mapped:
+        weights[ROTARY_MAP] = _by_head(maps.query_to_rope, heads).mT.contiguous()
+        key_up = _by_head(maps.query_to_nope, heads).mT @ key_up if key_up.shape[1] else key_up  # [H, d, R]
+    weights["kv_b_proj.weight"] = torch.cat((key_up, value_up), dim=1).flatten(0, 1)
     weights["rope_freqs"] = maps.rope_freqs.clone()
     return weights
 
@@ -83,15 +105,17 @@ def _qk_norm_weights(source: dict[str, torch.Tensor], maps: LatentMap) -> dict[s
 
     - Keys: the source's projection to keys and its norm stay. The cached numbers are a linear map of the normalised
       keys and the layer's input.
-    - Rotary queries: a rotary query is a linear map of the normalised query. It is therefore a linear map of the
-      layer's input, divided by the query's root mean square. In ``q_proj``, its rows follow the source's in each head.
+    - Rotary queries: a rotary query is a linear map of the normalised query. Where :func:`has_query_map` says so,
+      ``q_rope_proj`` is that map, and the weight of the norm is folded into it. Elsewhere the rotary query is computed
+      as a linear map of the layer's input, divided by the query's root mean square: in ``q_proj``, its rows follow the
+      source's in each head.
     - Queries without RoPE: ``q_proj`` needs no rows for them, because ``kv_b_proj`` absorbs their map and the weight
       of their norm.
 
     Returns:
-        The source's ``k_proj``, ``k_norm`` and ``o_proj``; in float64 ``q_proj`` ``[H * (d + r), D]``,
-        ``kv_a_proj_with_mqa`` ``[R + r, g * d + D]``, which acts on ``[k; x]``, and ``kv_b_proj.weight``; biases if the
-        source has them; ``rope_freqs`` in float32.
+        The source's ``k_proj``, ``k_norm`` and ``o_proj``, and ``q_proj`` if ``q_rope_proj.weight`` ``[H, d, r]`` is
+        there; in float64 that, or else ``q_proj`` ``[H * (d + r), D]``; ``kv_a_proj_with_mqa`` ``[R + r, g * d + D]``,
+        which acts on ``[k; x]``, and ``kv_b_proj.weight``; biases if the source has them; ``rope_freqs`` in float32.
     """
     kv_heads, head_dim, _ = maps.latent_to_value.shape
     heads = source["q_proj.weight"].shape[0] // head_dim
@@ -106,8 +130,12 @@ def _qk_norm_weights(source: dict[str, torch.Tensor], maps: LatentMap) -> dict[s
         "kv_b_proj.weight": torch.cat((key_up, value_up), dim=1).flatten(0, 1),
         "rope_freqs": maps.rope_freqs.clone(),
     }
+    mapped = _has_query_map(source, maps, heads)
+    if mapped:
+        weights[ROTARY_MAP] = query_to_rope.mT.contiguous()
+        weights |= {name: tensor.to(norm.device) for name, tensor in source.items() if name.startswith("q_proj.")}
     for kind in ("weight", "bias"):
-        if f"q_proj.{kind}" in source:
+        if f"q_proj.{kind}" in source and not mapped:
             queries = source[f"q_proj.{kind}"].to(norm).unflatten(0, (heads, head_dim))  # [H, d, D], or [H, d]
             rotary = torch.einsum("hrd,hd...->hr...", query_to_rope, queries)
             weights[f"q_proj.{kind}"] = torch.cat((queries, rotary), dim=1).flatten(0, 1)
@@ -118,6 +146,12 @@ def _qk_norm_weights(source: dict[str, torch.Tensor], maps: LatentMap) -> dict[s
     name = "kv_a_proj_with_mqa.weight"
     weights[name] = torch.cat((torch.cat((key_map, maps.key_to_rope)), weights[name]), dim=1)
     return weights
+
+
+def _has_query_map(source: dict[str, torch.Tensor], maps: LatentMap, heads: int) -> bool:
+    rows, hidden = source["q_proj.weight"].shape
+    rope, nope = len(maps.key_to_rope), maps.query_to_nope.shape[1]
+    return has_query_map(rows // heads, hidden, rope, nope, "k_norm.weight" in source)
 
 
 def _by_head(maps: torch.Tensor, heads: int) -> torch.Tensor:

@@ -4,8 +4,10 @@ import torch
 from torch import nn
 
 from mla_converters.latent.attention import latent_attention, rotate
+from mla_converters.latent.maps import ROTARY_MAP
 from vllm_mla_plugin.checkpoint.cache_formats import CacheFormat
 from vllm_mla_plugin.checkpoint.query_norm import norm_queries
+from vllm_mla_plugin.checkpoint.rotary_query import RotaryQueryMap
 from vllm_mla_plugin.latent_packing import mean_at, round_trip, take_mean_out
 
 PROJECTIONS = ("q_proj", "k_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
@@ -60,6 +62,11 @@ class LatentAttention(nn.Module):
             projection = nn.Linear(columns, rows, bias="bias" in tensors, device="meta")
             projection.load_state_dict(tensors, assign=True)
             self.add_module(name, projection)
+        self.q_rope_proj = None
+        if ROTARY_MAP in weights:
+            with torch.device("meta"):
+                self.q_rope_proj = RotaryQueryMap(*weights[ROTARY_MAP].shape)
+            self.q_rope_proj.weight = nn.Parameter(weights[ROTARY_MAP].detach().to(device, dtype, copy=True))
         if qk_norm_eps is not None:
             self.norm_width = len(weights["k_norm.weight"])
             self.k_norm = nn.RMSNorm(self.norm_width, eps=qk_norm_eps, device="meta")
@@ -85,7 +92,10 @@ class LatentAttention(nn.Module):
         """What ``o_proj`` reads ``[windows, queries, H * d]``; arguments as for :meth:`forward`."""
         q = self.q_proj(x if positions is None else x[:, positions]).unflatten(-1, (self.heads, -1))
         if self.qk_norm_eps is not None:
-            q = norm_queries(q.float(), self.v_dim, self.nope_dim, self.qk_norm_eps, self.norm_over_heads)
+            kept = self.nope_dim if self.q_rope_proj is None else self.v_dim
+            q = norm_queries(q.float(), self.v_dim, kept, self.qk_norm_eps, self.norm_over_heads)
+        if self.q_rope_proj is not None:
+            q = self.q_rope_proj(q, self.nope_dim)
         q = q.transpose(1, 2)
         latent, k_rope = self._read(self._to_cache(x))
         kv = self.kv_b_proj(latent).unflatten(-1, (self.heads, -1)).transpose(1, 2)

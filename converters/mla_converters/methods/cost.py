@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from mla_converters.checkpoints.shape import Shape
 from mla_converters.latent.cache_size import CacheBudget
+from mla_converters.latent.maps import has_query_map
 from mla_converters.methods.base import Cost
 from mla_converters.resume.layer_pass import record_bytes
 from mla_converters.streaming.loss import CHUNK
@@ -97,24 +98,30 @@ def conversion_cost(
 def converted_numbers(shape: Shape, budget: CacheBudget) -> int:
     """Numbers in a converted layer's projections: to queries, outputs and cached numbers, and ``kv_b_proj``."""
     rope, latent, heads, head_dim = budget.qk_rope_head_dim, budget.kv_lora_rank, shape.query_heads, shape.head_dim
-    return (heads * (2 * head_dim + rope) + latent + rope) * shape.hidden + heads * 2 * head_dim * latent
+    rotary = heads * rope * min(shape.hidden, head_dim)
+    return (heads * 2 * head_dim + latent + rope) * shape.hidden + rotary + heads * 2 * head_dim * latent
 
 
 def written_bytes(shape: Shape, budget: CacheBudget, nope_dim: int) -> int:
     """Bytes of the converted checkpoint's tensors.
 
     ``q_proj``, ``kv_a_proj_with_mqa`` and ``kv_b_proj`` replace the projections to queries, keys and values. Each layer
-    gets ``rope_freqs``. All other tensors stay. With QK-norm the projection to keys stays too, ``kv_a_proj_with_mqa``
-    reads the keys and the layer's input, and the norm of queries disappears.
+    gets ``rope_freqs``, and where that is smaller, the map to rotary queries. All other tensors stay. With QK-norm the
+    projection to keys stays too, ``kv_a_proj_with_mqa`` reads the keys and the layer's input, and the norm of queries
+    disappears.
     """
     latent, rope, heads, head_dim = budget.kv_lora_rank, budget.qk_rope_head_dim, shape.query_heads, shape.head_dim
     added = heads * (nope_dim + head_dim) * latent
     inputs = shape.hidden + shape.qkv_bias
+    own = head_dim if shape.qk_norm else nope_dim
+    if has_query_map(head_dim, shape.hidden, rope, nope_dim, shape.qk_norm):
+        queries = heads * head_dim * (inputs + rope)
+    else:
+        queries = heads * (own + rope) * inputs
     if shape.qk_norm:
         keys = shape.kv_heads * head_dim
-        added += heads * rope * inputs + (latent + rope) * (keys + inputs) - keys * inputs - head_dim
+        added += queries - heads * head_dim * inputs + (latent + rope) * (keys + inputs) - keys * inputs - head_dim
     else:
-        projected = heads * (nope_dim + rope) + latent + rope  # queries, and the cached numbers
-        added += projected * inputs - shape.qkv_parameters
+        added += queries + (latent + rope) * inputs - shape.qkv_parameters
     parameters = shape.parameters + shape.layers * added
     return parameters * shape.weight_bytes + shape.layers * 4 * (rope // 2)

@@ -34,22 +34,26 @@ class Apart(nn.Module):
 
 
 class Heads(nn.Module):
-    """The weight of an output projection as one matrix for each head, ``[heads, rows, columns]``.
+    """A weight as one matrix for each head, ``[heads, rows, columns]``.
 
     Args:
         heads: number of heads.
+        rows: whether a head has some of the weight's rows; if not, it has some of its columns.
     """
 
-    def __init__(self, heads: int) -> None:
+    def __init__(self, heads: int, rows: bool) -> None:
         super().__init__()
         self.heads = heads
+        self.rows = rows
 
     def forward(self, by_head: torch.Tensor) -> torch.Tensor:
         """The weight that the parts form."""
-        return by_head.transpose(0, 1).flatten(1)
+        return by_head.flatten(0, 1) if self.rows else by_head.transpose(0, 1).flatten(1)
 
     def right_inverse(self, weight: torch.Tensor) -> torch.Tensor:
         """The parts of ``weight``; :meth:`forward` puts them together again."""
+        if self.rows:
+            return weight.unflatten(0, (self.heads, -1)).clone()
         return weight.unflatten(1, (self.heads, -1)).transpose(0, 1).contiguous()
 
 
@@ -67,14 +71,15 @@ def split_projections(attentions: Sequence[nn.Module]) -> list[nn.Module]:
 
     The weights of these blocks differ in scale:
 
-    - ``q_proj`` is split into the part without RoPE and the rotary part, because their keys differ in scale.
+    - ``q_proj`` is split into the part without RoPE and the rotary part, because their keys differ in scale. Where
+      ``q_rope_proj`` makes the rotary part, the two are apart already.
     - ``kv_b_proj`` is split into the part that makes keys and the part that makes values.
     - ``kv_a_proj_with_mqa``, with QK-norm, is split into the columns for the keys and the columns for the layer's
       input, because the keys may be hundreds of times larger than the input.
     - ``q_proj``, ``kv_b_proj`` and ``o_proj`` are also split into heads, and each head is a matrix of its own.
 
     Args:
-        attentions: modules with ``nope_dim``, ``rope_dim`` and ``v_dim``.
+        attentions: modules with ``nope_dim``, ``rope_dim``, ``v_dim``, and ``q_rope_proj`` or None.
 
     Returns:
         The projections that were split.
@@ -83,15 +88,17 @@ def split_projections(attentions: Sequence[nn.Module]) -> list[nn.Module]:
     for attention in attentions:
         normed = hasattr(attention, "k_norm")
         nope, rope, value = attention.nope_dim, attention.rope_dim, attention.v_dim
-        apart = {
-            "q_proj": Apart((value if normed else nope, rope), by_head=True),
-            "kv_b_proj": Apart((nope, value), by_head=True),
-        }
+        apart = {"kv_b_proj": Apart((nope, value), by_head=True)}
+        if attention.q_rope_proj is None:
+            apart["q_proj"] = Apart((value if normed else nope, rope), by_head=True)
         if normed:
             keys, hidden = attention.k_proj.weight.shape
             apart["kv_a_proj_with_mqa"] = Apart((keys, hidden), by_head=False)
         parts: dict[str, nn.Module] = {name: part for name, part in apart.items() if min(part.sizes)}
-        parts["o_proj"] = Heads(attention.o_proj.in_features // value)
+        heads = attention.o_proj.in_features // value
+        parts["o_proj"] = Heads(heads, rows=False)
+        if attention.q_rope_proj is not None:
+            parts["q_proj"] = Heads(heads, rows=True)
         for name, part in parts.items():
             projection = getattr(attention, name)
             parametrize.register_parametrization(projection, "weight", part)

@@ -28,7 +28,7 @@ def make_trainable(student: PreTrainedModel, choice: Train, lora_rank: int, seed
     Args:
         student: changed in place; all other weights stay as they are.
         choice: the weights of the attentions; all weights; or low-rank changes of the attentions' matrices (LoRA,
-            arXiv 2106.09685).
+            arXiv 2106.09685), and the maps to rotary queries, which are small.
         lora_rank: rank of these changes.
         seed: of their start.
 
@@ -39,6 +39,9 @@ def make_trainable(student: PreTrainedModel, choice: Train, lora_rank: int, seed
     attentions = [layer.self_attn for layer in student.model.layers]
     if choice == "lora":
         _add_adapters(student, lora_rank, seed)
+        for attention in attentions:
+            if attention.q_rope_proj is not None:
+                attention.q_rope_proj.requires_grad_(True)
     else:
         split_projections(attentions)
         for module in (student,) if choice == "all" else attentions:
