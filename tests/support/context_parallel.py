@@ -24,7 +24,7 @@ from vllm.model_executor.layers.attention.mla_attention import (
 )
 from vllm.v1.attention.backends.mla.prefill.cpu_sdpa import CPUSDPAMLAPrefillBackend
 from vllm.v1.attention.backends.utils import get_dcp_local_seq_lens
-from vllm.v1.attention.ops.dcp import MLADCPManager
+from vllm.v1.attention.ops import dcp
 
 from vllm_mla_plugin.backends import gpu
 from vllm_mla_plugin.testing.layer import Projection, Sizes, cached_tokens, make_cache, reference
@@ -39,6 +39,8 @@ def main() -> None:
     """Compute every case."""
     rank, meeting, cases = int(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
     gpu.shared_memory = lambda: SHARED_BYTES
+    # vLLM counts the constants of its merging kernel, which interpreted kernels do not name.
+    dcp.CorrectAttnCPOutKernel.kernel.constexprs = ["HEAD_DIM", "N_ROUNDED", "IS_BASE_E"]
     parallel = ParallelConfig(tensor_parallel_size=RANKS, decode_context_parallel_size=RANKS)
     parallel.set_dcp_defaults()
     config = VllmConfig(parallel_config=parallel, scheduler_config=SchedulerConfig.default_factory())
@@ -71,7 +73,7 @@ def errors(config: VllmConfig, rank: int, latent: int, rope: int, interleave: in
     mine = slice(rank * sizes.heads, (rank + 1) * sizes.heads)
     own_cache, own_table = own_tokens(contexts, sizes, rank, interleave)
     impl = make_impl(sizes, weight[mine])
-    manager = MLADCPManager(
+    manager = dcp.MLADCPManager(
         config, torch.device("cpu"), sizes.heads, latent + rope, latent, torch.float32, torch.float32, None, True, False
     )
     own_lengths = get_dcp_local_seq_lens(torch.tensor(LENGTHS), RANKS, rank, interleave)

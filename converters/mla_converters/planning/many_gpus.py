@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 
 from mla_converters.checkpoints.shape import PlannedSource, Shape
 from mla_converters.checkpoints.vllm_caches import FP8, INT4, VllmCache, vllm_caches
-from mla_converters.errors import ConversionError
 from mla_converters.planning.layouts import Candidate
 from mla_converters.reports.plan import GpuCache, PlannedGpus, Way
 from vllm_mla_plugin.checkpoint.layouts import GPUS
@@ -51,19 +50,12 @@ def plan_gpus(source: PlannedSource, conversions: dict[Candidate, int], gpus: in
         conversions: the conversions to compare, with the bytes of their weights.
         gpus: how many GPUs there are.
         memory: bytes of each GPU for the cache, with tensor parallel.
-
-    Raises:
-        ConversionError: nothing fits.
     """
     caches = [
         *_source_caches(source, gpus),
         *(_converted(source, each, weights, gpus) for each, weights in conversions.items() if _on_gpus(each, source)),
     ]
     found = [placed for cache in caches for placed in _ways(cache, source.shape, gpus, memory)]
-    if not any(placed.tokens for placed in found):
-        raise ConversionError(
-            f"No cache of this model fits {memory:,} bytes on each of {gpus} GPUs: give a larger --memory."
-        )
     return PlannedGpus(gpus=gpus, memory_bytes=memory, ways=found, recommended=_recommend(found, source, gpus))
 
 
