@@ -134,10 +134,10 @@ def test_many_gpus_share_experts(planned: Planner, command_line: CommandLine, tm
     model = RandomModel("qwen3_moe", heads=6, kv_heads=3, head_dim=32, hidden=192, experts=QWEN3_EXPERTS)
     source = model.save(tmp_path / "source")
     shape = read_source(str(source)).shape
-    assert 0 < shape.layers * shape.expert_parameters < shape.parameters
+    assert 0 < shape.expert_parameters < shape.parameters
     found = ways(planned(source, "--memory", "1GiB", "--tensor-parallel", 2))
     assert ("", "tensor parallel") not in found and ("--cache-ratio 0.25", "tensor parallel") in found
-    shared = 4 * (shape.parameters - shape.layers * shape.expert_parameters) // 2
+    shared = 4 * (shape.parameters - shape.expert_parameters) // 2
     assert found["", "data-parallel attention"][1] == 2 * ((GIB - shared) // found["", "data-parallel attention"][0])
     code, table, _ = command_line("plan", source, "--tensor-parallel", 2, "--memory", "1GiB")
     assert code == 0 and "2 GPUs with 1GiB each" in table and "--data-parallel-size 2" in " ".join(table.split())

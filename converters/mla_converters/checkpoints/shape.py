@@ -31,7 +31,7 @@ class Shape:
         embedding_parameters: of the input embedding.
         layer_parameters: of one layer; of its experts only as many as a token uses.
         attention_parameters: of one layer's attention.
-        expert_parameters: of all experts of a layer; 0 without experts.
+        expert_parameters: of all experts of all layers; 0 without experts.
         mlp_width: numbers inside a layer's MLP; 0 where all are mixtures of experts.
         qkv_parameters: of its projections to queries, keys and values.
         qkv_bias: whether these have a bias.
@@ -153,7 +153,7 @@ def shape_of(config: PretrainedConfig, skeleton: torch.nn.Module, weight_bytes: 
         embedding_parameters=_count(skeleton.get_input_embeddings()),
         layer_parameters=max(_used_parameters(layer, config) for layer in skeleton.model.layers),
         attention_parameters=_count(attention),
-        expert_parameters=max(_expert_parameters(layer) for layer in skeleton.model.layers),
+        expert_parameters=sum(map(_expert_parameters, skeleton.model.layers)),
         mlp_width=max(0 if has_experts(layer) else config.intermediate_size for layer in skeleton.model.layers),
         qkv_parameters=sum(map(_count, inputs)),
         qkv_bias=inputs[0].bias is not None,

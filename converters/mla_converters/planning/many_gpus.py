@@ -56,7 +56,7 @@ def plan_gpus(source: PlannedSource, conversions: dict[Candidate, int], gpus: in
         *(_converted(source, each, weights, gpus) for each, weights in conversions.items() if _on_gpus(each, source)),
     ]
     found = [placed for cache in caches for placed in _ways(cache, source.shape, gpus, memory)]
-    return PlannedGpus(gpus=gpus, memory_bytes=memory, ways=found, recommended=_recommend(found, source, gpus))
+    return PlannedGpus(gpus=gpus, memory_bytes=memory, ways=found, recommended=_recommend(found, gpus))
 
 
 def _on_gpus(candidate: Candidate, source: PlannedSource) -> bool:
@@ -126,15 +126,15 @@ def _ways(cache: Cached, shape: Shape, gpus: int, memory: int) -> list[GpuCache]
             shared = -(-cache.tensor // cache.sharing)
             context = [*tensor, "--decode-context-parallel-size", str(cache.sharing)]
             add(Way.CONTEXT, context, shared, memory // shared)
-    experts = shape.layers * shape.expert_parameters * shape.weight_bytes
+    experts = shape.expert_parameters * shape.weight_bytes
     left = max(0, memory - (cache.weights - experts) * (gpus - 1) // gpus)
     data = ["--data-parallel-size", str(gpus), *(["--enable-expert-parallel"] if experts else [])]
     add(Way.DATA, data, cache.row, gpus * (left // cache.row))
     return found
 
 
-def _recommend(found: list[GpuCache], source: PlannedSource, gpus: int) -> str:
-    """One sentence: what holds the most tokens, and how much more that is than the best of the other model."""
+def _recommend(found: list[GpuCache], gpus: int) -> str:
+    """In a sentence: what holds the most tokens, and how much more that is than the best of the other model."""
     best, other = (
         max((placed for placed in found if placed.model == model), key=lambda placed: placed.tokens, default=None)
         for model in ("conversion", "source")
@@ -142,13 +142,12 @@ def _recommend(found: list[GpuCache], source: PlannedSource, gpus: int) -> str:
     if best is None or (other is not None and other.tokens >= best.tokens):
         best, other = other, best
     assert best is not None
-    more = (
-        ""
-        if other is None or not other.tokens
-        else (f", {best.tokens / other.tokens:.1f} times as many as the {_named(other)}")
-    )
-    advice = "" if best.model == "conversion" else "convert nothing for the sake of memory, because "
-    note = f" {UNTRIED}" if best.way == Way.CONTEXT and best.model == "conversion" else ""
+    more = ""
+    if other is not None and other.tokens:
+        more = f", {best.tokens / other.tokens:.2f} times as many as the {_named(other)}"
+    converted = best.model == "conversion"
+    advice = "" if converted else "convert nothing for the sake of memory, because "
+    note = f" {UNTRIED}" if converted and best.way == Way.CONTEXT else ""
     return f"On {gpus} GPUs, {advice}the {_named(best)} holds most: {best.tokens:,} tokens{more}.{note}"
 
 
