@@ -150,6 +150,7 @@ def test_scratch_is_reserved(ranks: int, monkeypatch: pytest.MonkeyPatch) -> Non
     """What is reserved before vLLM sizes the cache is enough for every batch, once the workspace must not grow."""
     monkeypatch.setattr(gpu_backend, "shared_memory", lambda: 227 << 10)
     monkeypatch.setattr(gpu_backend, "current_platform", SimpleNamespace(num_compute_units=lambda: 132))
+    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)  # vLLM's workspace wants a GPU for it
     gpu_backend.gpu_tiles.cache_clear()
     impl = AnySizeTritonMLAImpl.__new__(AnySizeTritonMLAImpl)  # its constructor needs a GPU
     impl.num_heads, impl.dcp_world_size, impl.kv_lora_rank, impl.qk_rope_head_dim = 9, ranks, 128, 64
