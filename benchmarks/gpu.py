@@ -1,10 +1,13 @@
-"""Measures throughput and KV capacity on a GPU: MLA against MHA and GQA.
+"""Measures throughput and KV capacity on a GPU: MLA against MHA and GQA, each with the caches that vLLM can keep of it.
 
-    python -m benchmarks.gpu [--only NAME] [--cache 16.5] [--rounds 1]
+    python -m benchmarks.gpu [--only NAME] [--engines ENGINE ...] [--cache 16.5] [--rounds 1]
 
-Only the shapes are real: weights are random, and nothing is downloaded. Serves pairs of configurations through vLLM,
-each engine with the same memory for its cache. After each model it writes benchmarks/results/gpu.json, with the ratios
-of pairs and whether they reach their targets. Rows that are in the file already are kept: remove them to measure again.
+Only the shapes are real: weights are random, and nothing is downloaded. Serves configurations through vLLM, each engine
+with the same memory for its cache: the source with 16 bits, fp8, int4_per_token_head and turboquant_4bit_nc, and its
+conversion with 16 bits, fp8 and packed rows. A GPU that does not serve one of them says so, and the others go on. After
+each engine it writes benchmarks/results/gpu.json, with the ratios of conversions to the source in 16 bits and to its
+other caches, and whether they reach their targets. Rows that are in the file already are kept: remove them to measure
+again.
 
 `most` requests are as many as a model's cache holds at full length, so that both models are measured with a full cache.
 `--try` runs one layer on short prompts, which shows whether everything works.
@@ -15,7 +18,7 @@ import json
 import shlex
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +27,27 @@ from transformers import LlamaConfig
 
 from benchmarks.common import RESULTS, plain_parser, write_result
 from mla_converters.bench.run import bench
+from mla_converters.errors import ConversionError
+from mla_converters.latent.packed_sizes import uniform_format
 from mla_converters.options import MOST, BenchOptions, Workload
 from vllm_mla_plugin.checkpoint.config import CONFIG_CLASSES
+from vllm_mla_plugin.checkpoint.latent_cache import latent_cache_json
 
 LLAMA_2_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
 LLAMA_3_8B = LLAMA_2_7B | {"intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256}
 RATE, DECODE, CAPACITY = "output_tokens_per_second", "decode_tokens_per_second", "kv_capacity_tokens"
+
+ENGINES: dict[str, tuple[str, dict[str, str]]] = {
+    "source": ("source", {}),
+    "source fp8": ("source", {"kv_cache_dtype": "fp8"}),
+    "source int4": ("source", {"kv_cache_dtype": "int4_per_token_head"}),
+    "source turboquant": ("source", {"kv_cache_dtype": "turboquant_4bit_nc"}),
+    "mla": ("mla", {}),
+    "mla fp8": ("mla", {"kv_cache_dtype": "fp8"}),
+    "mla packed": ("packed", {}),
+}
+"""What is measured: the folder of a configuration, and the arguments of its engine."""
+PACKED_BITS = 4
 
 Targets = dict[Workload, dict[str, float]]
 """Workloads to measure and, of each, the smallest ratios to the source that are expected."""
@@ -41,7 +59,8 @@ class Case:
 
     Attributes:
         shape: fields of the source's configuration; the head size is 128.
-        targets: see :data:`Targets`.
+        targets: of the conversion in 16 bits, compared with the source in 16 bits; see :data:`Targets`.
+        fp8_targets: the same, compared with the source's fp8 cache.
         latent: ``kv_lora_rank`` of the conversion.
         rope: its ``qk_rope_head_dim``.
     """
@@ -50,6 +69,7 @@ class Case:
     targets: Targets
     latent: int = 512
     rope: int = 64
+    fp8_targets: Targets = field(default_factory=dict)
 
 
 CASES = {
@@ -57,13 +77,14 @@ CASES = {
     "llama-3-8b": Case(
         LLAMA_3_8B,
         {
-            Workload(MOST, 8192, 8192): {RATE: 2.5, CAPACITY: 3.55},
+            Workload(MOST, 8192, 8192): {RATE: 2.6, CAPACITY: 3.55},
             Workload(MOST, 32768, 512): {DECODE: 2.5},
             # Small caches leave little to gain here, but nothing may be lost either.
             Workload(64, 128, 256): {RATE: 0.95},
             Workload(1, 1024, 256): {RATE: 0.95},
             Workload(1, 8192, 256): {RATE: 0.95},
         },
+        fp8_targets={Workload(MOST, 8192, 8192): {RATE: 1.3}},
     ),
     # Half of the cache; this plugin's own kernel decodes it.
     "llama-3-8b-half": Case(LLAMA_3_8B, {Workload(MOST, 8192, 1024): {CAPACITY: 1.99}}, latent=960),
@@ -71,13 +92,16 @@ CASES = {
 
 
 def write_configs(case: Case, layers: int | None, folder: Path) -> None:
-    """Write ``config.json`` of the source and of its conversion, and nothing else, into ``source`` and ``mla``."""
+    """Write ``config.json`` of the source and of its conversions into the folders of :data:`ENGINES`."""
     shape: dict[str, Any] = case.shape | {"max_position_embeddings": 65536, "dtype": "bfloat16"}
     if layers is not None:
         shape["num_hidden_layers"] = layers
     mla = {"kv_lora_rank": case.latent, "qk_rope_head_dim": case.rope, "qk_nope_head_dim": 128, "v_head_dim": 128}
     LlamaConfig(**shape, architectures=["LlamaForCausalLM"]).save_pretrained(folder / "source")
-    CONFIG_CLASSES["llama_mla"](**shape, **mla, architectures=["LlamaMLAForCausalLM"]).save_pretrained(folder / "mla")
+    packed = {"latent_cache": latent_cache_json([uniform_format(case.latent, case.rope, PACKED_BITS)])}
+    for name, cache in (("mla", {}), ("packed", packed)):
+        config = CONFIG_CLASSES["llama_mla"](**shape, **mla, **cache, architectures=["LlamaMLAForCausalLM"])
+        config.save_pretrained(folder / name)
 
 
 def workload(row: dict[str, Any]) -> Workload:
@@ -86,15 +110,17 @@ def workload(row: dict[str, Any]) -> Workload:
 
 
 def measure(
-    name: str, model: str, workloads: tuple[Workload, ...], cache: float, rounds: int, trial: bool
+    name: str, engine: str, workloads: tuple[Workload, ...], cache: float, rounds: int, trial: bool
 ) -> list[dict[str, Any]]:
-    """Measure one model and return its rows, one for each workload."""
+    """Measure one engine and return its rows, one for each workload."""
     case = CASES[name]
+    model, arguments = ENGINES[engine]
     options = BenchOptions(
         workloads=(Workload(2, 32, 8),) if trial else workloads,
         rounds=rounds,
         load_format="dummy",
         cache=round(cache * 2**30),
+        engine=arguments,
     )
     with tempfile.TemporaryDirectory(prefix="vllm-mla-gpu-") as folder:
         write_configs(case, 1 if trial else None, Path(folder))
@@ -102,33 +128,58 @@ def measure(
     rows = report["models"]
     for row in rows:
         del row["ratios"]  # of the model to itself
-        row |= {"case": name, "name": model, "cache_gib": cache}
+        row |= {"case": name, "name": engine, "cache_gib": cache}
         row |= {"hardware": report["hardware"], "versions": report["versions"]}
         shown = ("requests", "input_len", "output_len", RATE, DECODE, "kv_capacity_tokens", "peak_concurrency")
-        print(name, model, {key: row[key] for key in shown}, flush=True)
+        print(name, engine, {key: row[key] for key in shown}, flush=True)
     return rows
 
 
 def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """All rows; those of conversions get their ratios to the source's row, if there is one, and their targets."""
-    sources = {(row["case"], workload(row)): row for row in rows if row["name"] == "source"}
+    """All rows; those of conversions get their ratios to each cache of the source, and their targets.
+
+    ``ratios`` are those to the source in 16 bits, ``rival_ratios`` those to its other caches by the engine's name, and
+    ``ratios_to_best`` the smallest of all.
+    """
+    sources: dict[tuple[str, Workload], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        if row["name"].startswith("source"):
+            sources.setdefault((row["case"], workload(row)), {})[row["name"]] = row
     result = []
     for row in rows:
-        source = sources.get((row["case"], workload(row)))
-        if row["name"] == "mla" and source is not None:
-            ratios = {key: row[key] / source[key] for key in (RATE, DECODE, CAPACITY) if row[key] and source[key]}
-            targets = CASES[row["case"]].targets[workload(row)]
-            reached = {key: ratios.get(key, 0) >= least for key, least in targets.items()}
-            row = row | {"ratios": ratios, "targets": targets, "reached": reached}
-            print(row["case"], row["requests"], f"{row['input_len']}:{row['output_len']}", ratios, reached, flush=True)
+        others = {} if row["name"].startswith("source") else sources.get((row["case"], workload(row)), {})
+        found = {name: ratios(row, other) for name, other in others.items()}
+        if "source" in found:
+            shared = set.intersection(*map(set, found.values()))
+            best = {key: min(each[key] for each in found.values()) for key in sorted(shared)}
+            own, fp8 = found.pop("source"), found.get("source fp8")
+            row = row | {"ratios": own, "rival_ratios": found, "ratios_to_best": best}
+            if row["name"] == "mla":
+                case = CASES[row["case"]]
+                row |= {"targets": case.targets[workload(row)], "fp8_targets": case.fp8_targets.get(workload(row), {})}
+                row["reached"] = reached(row["targets"], own)
+                row["fp8_reached"] = {} if fp8 is None else reached(row["fp8_targets"], fp8)
+            size = f"{row['requests']} x {row['input_len']}:{row['output_len']}"
+            print(row["case"], row["name"], size, own, found, row.get("reached"), row.get("fp8_reached"), flush=True)
         result.append(row)
     return result
+
+
+def ratios(row: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
+    """How many times as good a row's figures are as another row's, as far as both have them."""
+    return {key: row[key] / other[key] for key in (RATE, DECODE, CAPACITY) if row[key] and other[key]}
+
+
+def reached(targets: dict[str, float], ratios: dict[str, float]) -> dict[str, bool]:
+    """Whether the ratios reach their targets."""
+    return {key: ratios.get(key, 0) >= least for key, least in targets.items()}
 
 
 def main() -> None:
     """Measure, print, and write the result file."""
     parser = plain_parser(__doc__)
-    parser.add_argument("--only", choices=CASES, help="one pair instead of all")
+    parser.add_argument("--only", choices=CASES, help="one case instead of all")
+    parser.add_argument("--engines", choices=ENGINES, nargs="+", default=list(ENGINES), help="some engines, not all")
     # Two requests of 8K + 8K fill 16.5 GiB for Llama-2-7B, and eight for Llama-3-8B; a little is left.
     parser.add_argument("--cache", type=float, default=16.5, help="memory of each engine's cache in GiB")
     parser.add_argument("--rounds", type=int, default=1)
@@ -139,12 +190,18 @@ def main() -> None:
     result = RESULTS / "gpu.json"
     rows: list[dict[str, Any]] = json.loads(result.read_text())["rows"] if result.exists() else []
     command = shlex.join(["python", "-m", "benchmarks.gpu", *sys.argv[1:]])
-    for name, model in itertools.product([arguments.only] if arguments.only else CASES, ("source", "mla")):
-        known = [workload(row) for row in rows if (row["case"], row["name"]) == (name, model)]
+    for name, engine in itertools.product([arguments.only] if arguments.only else CASES, arguments.engines):
+        known = [workload(row) for row in rows if (row["case"], row["name"]) == (name, engine)]
         missing = tuple(each for each in CASES[name].targets if each not in known)
         if not missing and not arguments.trial:
             continue
-        new = measure(name, model, missing, arguments.cache, arguments.rounds, arguments.trial)
+        try:
+            new = measure(name, engine, missing, arguments.cache, arguments.rounds, arguments.trial)
+        except ConversionError as refusal:
+            if engine in ("source", "mla"):
+                raise
+            print(name, engine, f"not measured: {refusal}", flush=True)
+            continue
         if not arguments.trial:
             rows = compared(rows + [row | {"command": command} for row in new])
             write_result("gpu", command, {"rows": rows})

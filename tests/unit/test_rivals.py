@@ -15,6 +15,7 @@ from vllm.v1.attention.backends.turboquant_attn import TurboQuantAttentionBacken
 from vllm.v1.attention.ops.int4_per_token_head import single_rht
 from vllm.v1.kv_cache_interface import FullAttentionSpec, get_kv_quant_mode
 
+from benchmarks import gpu
 from benchmarks.common import CODE
 from benchmarks.quantisers import (
     by_channel,
@@ -26,6 +27,7 @@ from benchmarks.quantisers import (
     uniform,
 )
 from benchmarks.rivals import RIVALS, Rival, perplexity
+from mla_converters.checkpoints.models import read_config
 
 HEAD = 64
 
@@ -212,3 +214,23 @@ def test_on_a_real_model(smollm2: Path) -> None:
     assert 0 < lost["int4_per_token_head"] < 0.12
     assert 0 < lost["kivi 4 bits"] < lost["int4_per_token_head"]
     assert lost["kivi 2 bits"] > lost["kivi 2 bits, recent in 16"] > 0.1
+
+
+def test_ratios_of_the_gpu_benchmark(tmp_path: Path) -> None:
+    """A conversion is compared with each cache of the source; the smallest ratio is the one to the best of them."""
+    work = {"case": "llama-3-8b", "requests": "most", "input_len": 8192, "output_len": 8192}
+    speeds = {"source": (100, 90), "source fp8": (210, 180), "source int4": (200, 400), "mla": (280, 320)}
+    rows = [
+        work | {"name": name, gpu.RATE: rate, gpu.DECODE: None, gpu.CAPACITY: tokens}
+        for name, (rate, tokens) in speeds.items()
+    ]
+    *sources, mla = gpu.compared(rows)
+    assert all("ratios" not in row for row in sources)
+    assert mla["ratios"] == {gpu.RATE: 2.8, gpu.CAPACITY: 320 / 90}
+    assert mla["rival_ratios"]["source int4"] == {gpu.RATE: 1.4, gpu.CAPACITY: 0.8}
+    assert mla["ratios_to_best"] == {gpu.RATE: 280 / 210, gpu.CAPACITY: 0.8}
+    assert mla["reached"] == {gpu.RATE: True, gpu.CAPACITY: True} and mla["fp8_reached"] == {gpu.RATE: True}
+    case = gpu.CASES["llama-3-8b"]
+    gpu.write_configs(case, 1, tmp_path)
+    assert read_config(tmp_path / "packed", trust_remote_code=False).cache_format(0).latent[0].bits == 4
+    assert {folder for folder, _ in gpu.ENGINES.values()} == {path.name for path in tmp_path.iterdir()}

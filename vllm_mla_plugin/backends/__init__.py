@@ -7,6 +7,7 @@ from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.backends.mla.prefill.base import MLADimensions, MLAPrefillBackend
 from vllm.v1.attention.backends.mla.prefill.selector import get_mla_prefill_backend
 
+from vllm_mla_plugin.backends.context_parallel import refuse_context_parallel
 from vllm_mla_plugin.checkpoint.cache_formats import CacheFormat
 from vllm_mla_plugin.checkpoint.layouts import MAX_PREFILL_HEAD_SIZE, VLLM_FP8_LAYOUTS, VLLM_LAYOUTS, packed_tiles
 
@@ -22,11 +23,12 @@ def select_backend(latent: int, rope: int, format: CacheFormat | None = None) ->
         format: how its cache is packed; None if it is not.
 
     Raises:
-        ValueError: no GPU kernel takes the sizes or the dtypes; or layers differ in size; or nothing serves packed rows
-            on this device.
+        ValueError: no GPU kernel takes the sizes or the dtypes; or layers differ in size; or nothing serves packed
+            rows, or decode context parallelism, on this device.
     """
     if format is not None:
         return _select_packed_backend(format)
+    refuse_context_parallel(get_current_vllm_config(), latent)
     if current_platform.is_cpu():
         from vllm_mla_plugin.backends.cpu import AnySizeCPUMLABackend
 

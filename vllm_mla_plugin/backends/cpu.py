@@ -54,6 +54,11 @@ class AnySizeCPUMLABackend(CPUMLABackend):
     def supports_block_size(cls, block_size: int | None) -> bool:
         return True
 
+    @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        """What vLLM takes up to 0.32, too. Its 0.33 would take 128 tokens, of which prefixes rarely are multiples."""
+        return 16
+
     @staticmethod
     def get_impl_cls() -> type["AnySizeCPUMLAImpl"]:
         return AnySizeCPUMLAImpl

@@ -11,6 +11,7 @@ import vllm.envs as envs
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention.mla_attention import (
     MLACommonMetadata,
+    MLACommonMetadataBuilder,
     accumulate_mla_context_chunk,
     init_mla_context_partial,
 )
@@ -18,8 +19,10 @@ from vllm.platforms import current_platform
 from vllm.triton_utils import triton
 from vllm.v1.attention.backend import AttentionLayer
 from vllm.v1.attention.backends.mla.triton_mla import TritonMLABackend, TritonMLAImpl, TritonMLAMetadataBuilder
+from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.worker.workspace import current_workspace_manager, is_workspace_manager_initialized
 
+from vllm_mla_plugin.backends.context_parallel import all_parts, own_part
 from vllm_mla_plugin.backends.gpu_decode import decode, suited_parts
 from vllm_mla_plugin.backends.metadata import AnySizeMLAMetadata
 from vllm_mla_plugin.checkpoint.layouts import PackedTiles, Tiles, suited_tiles
@@ -59,22 +62,38 @@ def scratch_rows(most: int, heads: int, tiles: Tiles | PackedTiles, units: int) 
     return max(rows * suited_parts(rows, heads, tiles, units) for rows in range(1, most + 1))
 
 
+def reserve(most: int, heads: int, tiles: Tiles | PackedTiles, numbers: int) -> None:
+    """Reserve scratch of the decode kernel in vLLM's workspace, where there is one.
+
+    Args:
+        most, heads, tiles: as for :func:`scratch_rows`.
+        numbers: of a part's result.
+    """
+    if is_workspace_manager_initialized():
+        rows = scratch_rows(most, heads, tiles, current_platform.num_compute_units())
+        current_workspace_manager().get_simultaneous(((rows, heads, numbers), torch.float32))
+
+
 class AnySizeTritonMLAMetadataBuilder(TritonMLAMetadataBuilder):
     """Builds :class:`AnySizeMLAMetadata`."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.metadata_cls = AnySizeMLAMetadata
+    def __init__(
+        self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+    ) -> None:
+        # Not vLLM's Triton builder: from 0.33 on, its constructor reserves the scratch of vLLM's kernel, which is
+        # larger than ours and comes too late to be taken out of the memory for the cache.
+        MLACommonMetadataBuilder.__init__(
+            self, kv_cache_spec, layer_names, vllm_config, device, metadata_cls=AnySizeMLAMetadata
+        )
+        # As in vLLM's: ranks that share contexts do not advance their lengths between the steps of a draft.
+        self.supports_draft_decode_metadata_update = self.dcp_world_size == 1
+        self.reserve_scratch()
 
-    def _reserve_attn_logits_workspace(self) -> None:
+    def reserve_scratch(self) -> None:
         """Reserve the decode kernel's scratch now, because it must not grow once graphs are captured."""
-        if not is_workspace_manager_initialized():
-            return
         heads = self.num_heads * self.dcp_world_size
         most = self.vllm_config.scheduler_config.max_num_seqs * self.reorder_batch_threshold
-        tiles, numbers = self.decode_tiles(heads)
-        rows = scratch_rows(most, heads, tiles, current_platform.num_compute_units())
-        current_workspace_manager().get_simultaneous(((rows, heads, numbers), torch.float32))
+        reserve(most, heads, *self.decode_tiles(heads))
 
     def decode_tiles(self, heads: int) -> tuple[Tiles | PackedTiles, int]:
         """Tiles of the decode kernel, and the numbers of a part's result."""
@@ -159,9 +178,9 @@ class AnySizeTritonMLAImpl(TritonMLAImpl):
         """Decode; shapes as in :meth:`vllm_mla_plugin.backends.cpu.AnySizeCPUMLAImpl.forward_mqa`, and log-sum-exp."""
         assert attn_metadata.decode is not None
         q_latent, q_rope = q if isinstance(q, tuple) else q.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
-        _, heads, latent = q_latent.shape
-        tiles = gpu_tiles(latent, self.qk_rope_head_dim, heads, self.kv_cache_dtype)
-        scratch = self.make_scratch(q_latent, tiles, latent + 1)
+        tiles, numbers = self.decode_tiles(q_latent.shape[1])
+        assert isinstance(tiles, Tiles)
+        scratch = self.make_scratch(q_latent, tiles, numbers)
         return decode(
             q_latent,
             q_rope,
@@ -175,6 +194,19 @@ class AnySizeTritonMLAImpl(TritonMLAImpl):
             tiles=tiles,
             parts=scratch.shape[2],
         )
+
+    def decode_tiles(self, heads: int) -> tuple[Tiles | PackedTiles, int]:
+        """As for the metadata builder."""
+        tiles = gpu_tiles(self.kv_lora_rank, self.qk_rope_head_dim, heads, self.kv_cache_dtype)
+        return tiles, self.kv_lora_rank + 1
+
+    def reserve_workspace(self) -> None:
+        """Reserve scratch as the metadata builder does; vLLM calls this from 0.33 on, before it sizes the cache."""
+        from vllm.v1.attention.backend import max_decode_query_len  # vLLM has it from 0.32 on
+
+        heads = self.num_heads * self.dcp_world_size
+        most = self._vllm_config.scheduler_config.max_num_seqs * max_decode_query_len(self._vllm_config)
+        reserve(most, heads, *self.decode_tiles(heads))
 
     def make_scratch(self, q_latent: torch.Tensor, tiles: Tiles | PackedTiles, numbers: int) -> torch.Tensor:
         """Scratch of the decode kernel, ``[rows, heads, parts, numbers]`` float32: as many parts as suit the batch."""
@@ -202,15 +234,19 @@ class AnySizeTritonMLAImpl(TritonMLAImpl):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention to earlier context, in chunks that fit vLLM's workspace, for ``forward_mha`` to merge.
 
+        With decode context parallelism, the ranks exchange their parts of a chunk.
+
         Returns:
             ``[tokens, heads, v]`` and the log-sum-exp ``[heads, tokens]``.
         """
         prefill = attn_metadata.prefill
         assert prefill is not None and prefill.chunked_context is not None and prefill.prefill_backend is not None
-        merged = None
+        merged, group = None, getattr(prefill.chunked_context.dcp_manager, "group", None)
         for chunk in prefill.chunked_context.chunks:
             table = prefill.block_table[chunk.request_slice]
-            rows = self.read_context(kv_c_and_k_pe_cache, table, chunk, q.dtype, k_scale)
+            rows = self.read_context(kv_c_and_k_pe_cache, table, own_part(chunk), q.dtype, k_scale)
+            if group is not None:
+                rows = all_parts(rows, chunk, group)
             latent, k_rope = rows.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
             kv = self.kv_b_proj(latent)[0].view(-1, self.num_heads, self.qk_nope_head_dim + self.v_head_dim)
             k_nope, v = kv.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
@@ -222,3 +258,14 @@ class AnySizeTritonMLAImpl(TritonMLAImpl):
             accumulate_mla_context_chunk(chunk, *part, *merged)
         assert merged is not None
         return merged
+
+    def _context_parallel_compute_prefill_context(
+        self,
+        q: torch.Tensor,
+        kv_c_and_k_pe_cache: torch.Tensor,
+        attn_metadata: MLACommonMetadata,
+        k_scale: torch.Tensor,
+        **arguments: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same with decode context parallelism: vLLM's method reads fp8 rows of 320 and 576 numbers only."""
+        return self._compute_prefill_context(q, kv_c_and_k_pe_cache, attn_metadata, k_scale)

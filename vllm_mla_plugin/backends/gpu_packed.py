@@ -36,7 +36,7 @@ class PackedTritonMLAMetadataBuilder(AnySizeTritonMLAMetadataBuilder):
         self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         layer: Any = vllm_config.compilation_config.static_forward_context[layer_names[0]]
-        self.cache_format: CacheFormat = layer.cache_format  # vLLM's constructor already reserves scratch
+        self.cache_format: CacheFormat = layer.cache_format  # the constructor already reserves scratch
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
 
     def decode_tiles(self, heads: int) -> tuple[PackedTiles, int]:
@@ -124,7 +124,7 @@ class PackedTritonMLAImpl(AnySizeTritonMLAImpl):
         """Decode; as :meth:`vllm_mla_plugin.backends.gpu.AnySizeTritonMLAImpl.forward_mqa`."""
         assert attn_metadata.decode is not None
         q_latent, q_rope = q if isinstance(q, tuple) else q.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
-        scratch = self.make_scratch(q_latent, self.tiles, self.kv_lora_rank + EXTRA)
+        scratch = self.make_scratch(q_latent, *self.decode_tiles(q_latent.shape[1]))
         return decode_packed(
             q_latent,
             q_rope,
@@ -139,6 +139,10 @@ class PackedTritonMLAImpl(AnySizeTritonMLAImpl):
             tiles=self.tiles,
             parts=scratch.shape[2],
         )
+
+    def decode_tiles(self, heads: int) -> tuple[PackedTiles, int]:
+        """As for unpacked rows."""
+        return self.tiles, self.kv_lora_rank + EXTRA
 
     def forward_mha(
         self,

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from mla_converters.bench.contenders import Contender, contenders, is_mla
 from mla_converters.checkpoints.models import Model, find_models
 from mla_converters.engines.process import Engine
 from mla_converters.errors import ConversionError
@@ -23,12 +24,17 @@ DEFAULT_LENGTHS = (1024, 2048, 4096, 8192, 16384)
 """Input and output lengths of TransMLA's speed measurements (Meng et al. 2025)."""
 RATES = ("output_tokens_per_second", "decode_tokens_per_second")
 TIMES = ("time_to_first_token", "time_per_output_token")
+Runs = dict[tuple[str, Workload], list[dict[str, Any]]]
+"""By an engine's name and a workload, what each round measured."""
 CPU_CACHE_BYTES = 4 * 2**30
 """On a CPU, vLLM would take most of the memory for one engine's cache; here several engines run side by side."""
 
 
 def bench(names: list[str], options: BenchOptions, *, quiet: bool = False) -> BenchReport:
     """Measure how fast vLLM serves several models.
+
+    A conversion is also compared with the other caches that vLLM can keep of the first model, see
+    :func:`mla_converters.bench.contenders.contenders`.
 
     On a CPU all engines run from the start and take turns at every workload, so that other work of the machine slows
     all of them down equally. On a GPU each engine needs the memory for itself: in every round, the engines of the
@@ -40,7 +46,7 @@ def bench(names: list[str], options: BenchOptions, *, quiet: bool = False) -> Be
         quiet: no progress bar.
 
     Returns:
-        The report: hardware, versions and, for each model and workload, a row with medians over the rounds, ratios to
+        The report: hardware, versions and, for each engine and workload, a row with medians over the rounds, ratios to
         the first model, and all rounds.
 
     Raises:
@@ -50,18 +56,21 @@ def bench(names: list[str], options: BenchOptions, *, quiet: bool = False) -> Be
     with ExitStack() as stack:
         models = find_models(names, stack)
         workloads = _workloads(models, options)
+        entered, notes = contenders(models, options)
         progress = stack.enter_context(progress_bars(quiet))
-        task = progress.add_task("Measuring", total=len(models) * options.rounds * len(workloads))
+        task = progress.add_task("Measuring", total=len(entered) * options.rounds * len(workloads))
         facts: dict[str, dict[str, Any]] = {}
-        runs: dict[tuple[str, Workload], list[dict[str, Any]]] = {}
-        for model, workload, run in _measure(models, workloads, options, facts):
-            runs.setdefault((model.name, workload), []).append(run)
+        runs: Runs = {}
+        for name, workload, run in _measure(entered, workloads, options, facts, notes):
+            runs.setdefault((name, workload), []).append(run)
             progress.advance(task)
-    rows = [_row(model, workload, runs, facts, models[0]) for workload in workloads for model in models]
+    measured = [each for each in entered if each.name in facts]
+    rows = [_row(each, workload, runs, facts, measured) for workload in workloads for each in measured]
     first = facts[models[0].name]
     return BenchReport(
         models=rows,
         engines=facts,
+        notes=notes,
         rounds=options.rounds,
         load_format=options.load_format,
         engine_arguments=options.engine,
@@ -107,24 +116,43 @@ def _workloads(models: list[Model], options: BenchOptions) -> list[Workload]:
 
 
 def _measure(
-    models: list[Model], workloads: list[Workload], options: BenchOptions, facts: dict[str, dict[str, Any]]
-) -> Iterator[tuple[Model, Workload, dict[str, Any]]]:
-    """Yield the runs of all models, in turns, and put the facts of each model's engine into ``facts``."""
+    entered: list[Contender],
+    workloads: list[Workload],
+    options: BenchOptions,
+    facts: dict[str, dict[str, Any]],
+    notes: list[str],
+) -> Iterator[tuple[str, Workload, dict[str, Any]]]:
+    """Yield the runs of all engines, in turns, and put the facts of each engine into ``facts``.
+
+    Where vLLM does not start an engine with another cache than a model's own, its sentence goes into ``notes``.
+    """
+
+    def start(stack: ExitStack, contender: Contender) -> Engine | None:
+        try:
+            engine = stack.enter_context(_engine(contender, workloads, options))
+        except ConversionError as refusal:
+            if contender.cache is None:
+                raise
+            notes.append(str(refusal))
+            return None
+        facts[contender.name] = engine.facts
+        return engine
+
     if torch.cuda.is_available():
         for seed in range(options.rounds):
-            for model in models:
-                with _engine(model, workloads, options) as engine:
-                    facts[model.name] = engine.facts
-                    for workload in workloads:
-                        yield model, workload, _serve(engine, workload, seed)
+            for contender in [each for each in entered if seed == 0 or each.name in facts]:
+                with ExitStack() as stack:
+                    if (engine := start(stack, contender)) is not None:
+                        for workload in workloads:
+                            yield contender.name, workload, _serve(engine, workload, seed)
         return
     with ExitStack() as stack:
-        engines = [stack.enter_context(_engine(model, workloads, options)) for model in models]
-        facts.update({model.name: engine.facts for model, engine in zip(models, engines, strict=True)})
+        engines = {contender.name: start(stack, contender) for contender in entered}
         for seed in range(options.rounds):
             for workload in workloads:
-                for model, engine in zip(models, engines, strict=True):
-                    yield model, workload, _serve(engine, workload, seed)
+                for name, engine in engines.items():
+                    if engine is not None:
+                        yield name, workload, _serve(engine, workload, seed)
 
 
 def _serve(engine: Engine, workload: Workload, seed: int) -> dict[str, Any]:
@@ -143,11 +171,11 @@ def _request_count(workload: Workload, facts: dict[str, Any]) -> int:
 
 
 @contextmanager
-def _engine(model: Model, workloads: list[Workload], options: BenchOptions) -> Iterator[Engine]:
-    """A model's engine, warmed up."""
+def _engine(contender: Contender, workloads: list[Workload], options: BenchOptions) -> Iterator[Engine]:
+    """A contender's engine, warmed up."""
     longest = max(workload.input_len + workload.output_len for workload in workloads)
     arguments: dict[str, Any] = {
-        "model": model.path,
+        "model": contender.model.path,
         "dtype": options.dtype,
         "load_format": options.load_format,
         "max_model_len": longest,
@@ -160,34 +188,52 @@ def _engine(model: Model, workloads: list[Workload], options: BenchOptions) -> I
     if cache is not None:
         arguments["kv_cache_memory_bytes"] = cache
     advice = "give fewer --requests, shorter --lengths or a smaller --cache"
-    with Engine(f"serve {model.name}", arguments | options.engine, advice=advice) as engine:
+    own = contender.arguments
+    if "hf_overrides" in own and "hf_overrides" in options.engine:
+        own = own | {"hf_overrides": options.engine["hf_overrides"] | own["hf_overrides"]}
+    with Engine(f"serve {contender.name}", arguments | options.engine | own, advice=advice) as engine:
         # The first requests take longer, because some things are compiled or allocated once.
         engine.measure(requests=2, input_len=min(64, longest - 4), output_len=4, seed=-1)
         yield engine
 
 
 def _row(
-    model: Model,
+    contender: Contender,
     workload: Workload,
-    runs: dict[tuple[str, Workload], list[dict[str, Any]]],
+    runs: Runs,
     facts: dict[str, dict[str, Any]],
-    first: Model,
+    measured: list[Contender],
 ) -> BenchRow:
-    own, base = runs[model.name, workload], runs[first.name, workload]
+    model, first = contender.model, measured[0].model
+    own = runs[contender.name, workload]
+
+    def ratios(base: str) -> dict[str, float | None]:
+        others = runs[base, workload]
+        return {
+            "kv_capacity": facts[contender.name]["kv_capacity_tokens"] / facts[base]["kv_capacity_tokens"],
+            **{key: _ratio(own, others, key) for key in RATES},
+            **{key: _ratio(others, own, key) for key in TIMES},
+        }
+
+    rivals = [each.name for each in measured if each.model is first]
+    compared = model is not first and not is_mla(first) and len(rivals) > 1
     return BenchRow(
-        name=model.name,
+        name=contender.name,
         cached_per_token_and_layer=model.cached_numbers,
-        **_cache(model, facts[model.name]),
+        **_cache(model, facts[contender.name]),
         **asdict(workload),
-        kv_capacity_tokens=facts[model.name]["kv_capacity_tokens"],
+        kv_capacity_tokens=facts[contender.name]["kv_capacity_tokens"],
         **medians(own),
-        ratios={
-            "kv_capacity": facts[model.name]["kv_capacity_tokens"] / facts[first.name]["kv_capacity_tokens"],
-            **{key: _ratio(own, base, key) for key in RATES},
-            **{key: _ratio(base, own, key) for key in TIMES},
-        },
+        ratios=ratios(first.name),
+        ratios_to_best=_least([ratios(rival) for rival in rivals]) if compared else None,
         runs=[Figures(**run) for run in own],
     )
+
+
+def _least(ratios: list[dict[str, float | None]]) -> dict[str, float | None]:
+    """The smallest of each ratio, which is that to the best; None where a figure is missing."""
+    known = {key: [each[key] for each in ratios] for key in ratios[0]}
+    return {key: None if None in values else min(values) for key, values in known.items()}  # type: ignore[type-var]
 
 
 def _cache(model: Model, facts: dict[str, Any]) -> dict[str, Any]:

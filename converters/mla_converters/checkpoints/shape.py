@@ -31,6 +31,7 @@ class Shape:
         embedding_parameters: of the input embedding.
         layer_parameters: of one layer; of its experts only as many as a token uses.
         attention_parameters: of one layer's attention.
+        expert_parameters: of all experts of all layers; 0 without experts.
         mlp_width: numbers inside a layer's MLP; 0 where all are mixtures of experts.
         qkv_parameters: of its projections to queries, keys and values.
         qkv_bias: whether these have a bias.
@@ -49,6 +50,7 @@ class Shape:
     embedding_parameters: int
     layer_parameters: int
     attention_parameters: int
+    expert_parameters: int
     mlp_width: int
     qkv_parameters: int
     qkv_bias: bool
@@ -151,6 +153,7 @@ def shape_of(config: PretrainedConfig, skeleton: torch.nn.Module, weight_bytes: 
         embedding_parameters=_count(skeleton.get_input_embeddings()),
         layer_parameters=max(_used_parameters(layer, config) for layer in skeleton.model.layers),
         attention_parameters=_count(attention),
+        expert_parameters=sum(map(_expert_parameters, skeleton.model.layers)),
         mlp_width=max(0 if has_experts(layer) else config.intermediate_size for layer in skeleton.model.layers),
         qkv_parameters=sum(map(_count, inputs)),
         qkv_bias=inputs[0].bias is not None,
@@ -164,11 +167,15 @@ def has_experts(layer: torch.nn.Module) -> bool:
     return hasattr(layer.mlp, "experts")
 
 
+def _expert_parameters(layer: torch.nn.Module) -> int:
+    return _count(layer.mlp.experts) if has_experts(layer) else 0
+
+
 def _used_parameters(layer: torch.nn.Module, config: PretrainedConfig) -> int:
     """Parameters of a layer that take part in computing a token."""
     if not has_experts(layer):
         return _count(layer)
-    experts = _count(layer.mlp.experts)
+    experts = _expert_parameters(layer)
     return _count(layer) - experts + experts * config.num_experts_per_tok // layer.mlp.experts.num_experts
 
 

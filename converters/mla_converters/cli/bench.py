@@ -31,6 +31,10 @@ A shape, without its weights (config.json is enough):
 
 `vllm-mla bench ./Llama-3.1-8B ./llama-mla --load-format dummy`
 
+Without the rivals, vLLM's own formats of the first model's cache:
+
+`vllm-mla bench ./smol ./smol-mla --rivals none`
+
 Every request has the same length and is sent at once. Ratios are to the first model; above 1 is better than it.
 See docs/benchmarking.md for what each number means.
 """
@@ -87,16 +91,24 @@ def _print_report(report: BenchReport) -> None:
             table.add_column(short[row.name], justify="right", overflow="fold")
         table.add_row("cache", *map(_cache, measured))
         for label, key, figure in FIGURES:
-            table.add_row(label, *(_cell(figure(row), row.ratios.get(key)) for row in measured))
+            table.add_row(label, *(_cell(figure(row), key, row) for row in measured))
         out.print(table)
-    out.print("In parentheses: how many times as good as the first model.", highlight=False)
+    for note in report.notes:
+        out.print(note, highlight=False, markup=False)
+    better = "In parentheses: how many times as good as the first model"
+    if any(row.ratios_to_best for row in rows):
+        better += ", and as the first model with whichever of its caches is best for the figure"
+    out.print(f"{better}.", highlight=False)
 
 
-def _cell(value: float | None, ratio: float | None) -> str:
+def _cell(value: float | None, key: str, row: BenchRow) -> str:
+    """A figure, with its ratios."""
     if value is None:
         return "—"
     text = f"{value:,.1f}" if value < 1000 and value != int(value) else f"{value:,.0f}"
-    return text if ratio is None else f"{text} ({ratio:.2f}x)"
+    known = [ratios.get(key) for ratios in (row.ratios, row.ratios_to_best or {})]
+    shown = ", ".join(f"{ratio:.2f}x" for ratio in known if ratio is not None)
+    return f"{text} ({shown})" if shown else text
 
 
 def _cache(row: BenchRow) -> str:

@@ -15,6 +15,7 @@ from mla_converters.reports.plan import (
     Layout,
     Plan,
     PlannedConversion,
+    PlannedGpus,
     PlannedModel,
     PlannedTraining,
     Recommendation,
@@ -30,6 +31,10 @@ EPILOG = """
 What would Llama 3.1 look like with MLA? No weights are fetched, only its config.json:
 
 `vllm-mla plan meta-llama/Llama-3.1-8B --memory 40GiB`
+
+What do eight GPUs hold of it, by how they share the work?
+
+`vllm-mla plan meta-llama/Llama-3.1-8B --tensor-parallel 8 --memory 40GiB`
 
 What does training it take, on eight GPUs?
 
@@ -75,11 +80,15 @@ def _print_plan(result: Plan, memory: str) -> None:
     out.print(_cost_table(result.conversion, result.recommended))
     if result.training is not None:
         out.print(_training_table(result.training))
+    if result.gpus is not None:
+        out.print(_many_gpus_table(result.gpus, memory))
     print_warnings(out, result.warnings)
     for advice in result.advice:
         out.print(advice.what, highlight=False)
         out.print(f"    {advice.command}", highlight=False, soft_wrap=True, markup=False)
     out.print(f"Recommended: {result.recommended.reason}", highlight=False)
+    if result.gpus is not None:
+        out.print(result.gpus.recommended, highlight=False)
     out.print(result.command, highlight=False, soft_wrap=True, markup=False)
 
 
@@ -186,6 +195,20 @@ def _training_table(training: PlannedTraining) -> Table:
     speed = "measured here" if training.measured else "from its peak"
     table.add_row(f"Speed of a device, {speed}", f"{training.tokens_per_second_and_device:,.0f} tokens/s")
     table.add_row("Time", f"{training.hours:,.1f} hours")
+    return table
+
+
+def _many_gpus_table(gpus: PlannedGpus, memory: str) -> Table:
+    """What each of several GPUs caches, by how they share the work."""
+    title = f"{gpus.gpus} GPUs with {memory} each for the cache"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=0, pad_edge=False)  # fits 80 columns
+    table.add_column("Cache", min_width=OPTIONS_WIDTH)
+    table.add_column("GPUs share by")
+    table.add_column("KV bytes per\ntoken and GPU", justify="right")
+    table.add_column("Tokens in\nall GPUs", justify="right")
+    for way in gpus.ways:
+        cache = " ".join([way.model, *way.options] if way.model == "source" else way.options)
+        table.add_row(cache, way.way, f"{way.kv_bytes_per_token:,}", f"{way.tokens:,}")
     return table
 
 

@@ -11,6 +11,18 @@ from mla_converters.options.base import Flag, OptionsModel
 from mla_converters.options.plan import parse_memory
 
 MOST: Literal["most"] = "most"
+RIVALS = (
+    "fp8",
+    "fp8_per_token_head",
+    "int8_per_token_head",
+    "int4_per_token_head",
+    "nvfp4",
+    "turboquant_k8v4",
+    "turboquant_4bit_nc",
+    "turboquant_k3v4_nc",
+    "turboquant_3bit_nc",
+)
+"""vLLM's formats of a cache of keys and values, as ``--kv-cache-dtype`` names them."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +65,15 @@ def _parse_cache(value: Any) -> Any:
     return parse_memory(value, "--cache") if isinstance(value, str) else value
 
 
+def _parse_rivals(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    names = tuple(name.strip() for name in value.split(",")) if value != "none" else ()
+    if unknown := [name for name in names if name not in RIVALS]:
+        raise OptionError(f"--rivals has {unknown[0]!r}, but must be none or some of: {', '.join(RIVALS)}.")
+    return names
+
+
 def _parse_engine(value: Any) -> Any:
     if not isinstance(value, str):
         return value
@@ -80,6 +101,7 @@ class BenchOptions(OptionsModel):
         rounds: number of measurements of every model; the medians are reported.
         dtype: dtype of weights and cache; ``auto`` leaves it to the model.
         load_format: ``auto``, or ``dummy`` for random weights.
+        rivals: formats of vLLM in which the first model's cache is measured too, where it is compared with others.
         cache: bytes of each engine's cache; None for vLLM's choice on a GPU, 4 GiB on a CPU.
         engine: further arguments of ``vllm.LLM``.
         workloads: workloads to measure instead of ``requests`` at ``lengths``.
@@ -102,6 +124,15 @@ class BenchOptions(OptionsModel):
     )
     rounds: Annotated[int, Flag(panel="Requests")] = Field(
         3, ge=1, description="Turns of every model; medians are reported."
+    )
+    rivals: Annotated[
+        tuple[str, ...],
+        BeforeValidator(_parse_rivals),
+        Flag(panel="Requests", metavar="FORMAT,…", default="fp8,int4_per_token_head,turboquant_4bit_nc"),
+    ] = Field(
+        ("fp8", "int4_per_token_head", "turboquant_4bit_nc"),
+        description="vLLM's formats of the first model's cache to measure too, as far as the device serves them; "
+        "conversions are then measured in 16 bits and fp8 too. **none**: every model as it is.",
     )
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], Flag(panel="Engine")] = Field(
         "auto", description="Of all models."

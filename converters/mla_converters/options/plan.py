@@ -82,10 +82,16 @@ class PlanOptions(Calibration, MethodChoice, PlanTraining):
         revision: branch, tag or commit of a hub id.
         dtype: dtype in which the model will be served; None for the default of ``vllm serve``: the source's dtype, but
             bfloat16 if that is float32.
+        tensor_parallel: number of GPUs to plan for; with more than one, the plan says what each of them caches.
     """
 
     memory: Annotated[str, BeforeValidator(_memory)] = Field(
         "16GiB", description="Memory for the KV cache, to say how many tokens fit: 16GiB, 80GB …"
+    )
+    tensor_parallel: int = Field(
+        1,
+        ge=1,
+        description="GPUs that serve together: say what each caches. --memory is then that of each GPU.",
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
     dtype: Annotated[Dtype | None, Flag(default="the source's; bfloat16 for float32")] = Field(

@@ -6,21 +6,23 @@ from pathlib import Path
 
 from mla_converters.checkpoints.families import window_refusal
 from mla_converters.checkpoints.shape import PlannedSource, read_source
+from mla_converters.checkpoints.vllm_caches import VllmCache, vllm_caches
 from mla_converters.methods.base import Cost
 from mla_converters.methods.registry import METHODS, method_of
 from mla_converters.options import CacheSizes, ConvertOptions, ExactOptions, MethodOptions, PlanOptions
 from mla_converters.options.convert import conversion_flags
 from mla_converters.planning.layouts import Candidate, candidates
+from mla_converters.planning.many_gpus import plan_gpus
 from mla_converters.planning.proof import proof_core_seconds
 from mla_converters.planning.recommendation import advice, recommend
 from mla_converters.planning.sampling import sampling_core_seconds, sampling_memory
 from mla_converters.planning.training import planned_training
-from mla_converters.planning.vllm_caches import VllmCache, vllm_caches
 from mla_converters.reports.plan import (
     CacheSize,
     Layout,
     Plan,
     PlannedConversion,
+    PlannedGpus,
     PlannedModel,
     Recommendation,
     VllmCacheSize,
@@ -54,6 +56,7 @@ def plan(name: str, options: PlanOptions | None = None) -> Plan:
         layouts=[_describe_layout(source, candidate, memory) for candidate in candidates(shape, options.method)],
         conversion=_describe_conversion(source, options, costs),
         training=planned_training(source, chosen, options) if options.heal else None,
+        gpus=_plan_gpus(source, chosen, options) if options.tensor_parallel > 1 else None,
         advice=advice(source, command, exact_command),
         recommended=Recommendation(
             options=list(chosen.options), cache_ratio=round(chosen.ratio(shape), 6), reason=reason
@@ -73,6 +76,16 @@ def _costs(source: PlannedSource, chosen: Candidate, options: PlanOptions) -> di
         method = method_of(options.method if name == options.method.name else entry.options())
         costs[name] = method.cost(source.shape, chosen.cache, options.calibration_tokens)
     return costs
+
+
+def _plan_gpus(source: PlannedSource, chosen: Candidate, options: PlanOptions) -> PlannedGpus:
+    """What several GPUs cache of the recommended conversion, and of the largest with kernels of vLLM's own."""
+    shape, method = source.shape, method_of(options.method)
+    others = [candidate for candidate in candidates(shape, options.method) if candidate.is_vllms]
+    weights = {
+        each: method.cost(shape, each.cache, options.calibration_tokens).weights_bytes for each in (chosen, *others[:1])
+    }
+    return plan_gpus(source, weights, options.tensor_parallel, options.memory_bytes)
 
 
 def _describe_source(source: PlannedSource, memory_bytes: int) -> PlannedModel:

@@ -4,12 +4,12 @@ import shlex
 from collections.abc import Iterable
 
 from mla_converters.checkpoints.shape import PlannedSource
+from mla_converters.checkpoints.vllm_caches import FP8, INT4, VllmCache, vllm_caches
 from mla_converters.methods.registry import method_of
 from mla_converters.options import CacheSizes, ExactOptions, MethodOptions
 from mla_converters.options.convert import DEFAULT_CACHE_RATIO
 from mla_converters.planning.layouts import Candidate, asked, candidates, share_sizes
 from mla_converters.planning.serving import CPU
-from mla_converters.planning.vllm_caches import FP8, INT4, VllmCache, vllm_caches
 from mla_converters.reports.plan import Advice
 from vllm_mla_plugin.checkpoint.layouts import GPUS, MAX_PREFILL_HEAD_SIZE, PLUGIN_BACKEND
 

@@ -36,10 +36,10 @@ class Figures(Part):
 
 
 class BenchRow(Figures):
-    """One model and one workload: medians over the rounds.
+    """One engine and one workload: medians over the rounds.
 
     Attributes:
-        name: name of the model.
+        name: name of the model and, if its cache is not as its configuration says, of the cache.
         cached_per_token_and_layer: cached numbers; None for a model without attention.
         cache_format: dtype of the cached numbers, or the packed format (one for each layer where layers differ).
         bytes_per_token_and_layer: what vLLM allocates, scales and padding included; the mean where layers differ. None
@@ -48,6 +48,8 @@ class BenchRow(Figures):
         requests, input_len, output_len: the workload.
         kv_capacity_tokens: number of tokens that fit into the engine's cache.
         ratios: for each figure, how many times as good as the first model; None if a figure is missing.
+        ratios_to_best: the same, compared with the best cache of the first model for each figure, its own among them.
+            None for the first model, and where only its own cache was measured.
         runs: the figures of every round.
     """
 
@@ -61,6 +63,7 @@ class BenchRow(Figures):
     output_len: int
     kv_capacity_tokens: int
     ratios: dict[str, float | None]
+    ratios_to_best: dict[str, float | None] | None = None
     runs: list[Figures]
 
 
@@ -68,8 +71,9 @@ class BenchReport(Report):
     """How fast vLLM serves models, side by side.
 
     Attributes:
-        models: a row for each model and workload.
-        engines: facts on the engine of each model.
+        models: a row for each engine and workload.
+        engines: facts on each engine.
+        notes: sentences about caches that were not measured.
         rounds, load_format, engine_arguments: the options of the benchmark.
         hardware, versions: the hardware, and the versions of the packages.
         seconds: time of the whole benchmark.
@@ -78,6 +82,7 @@ class BenchReport(Report):
 
     models: list[BenchRow]
     engines: dict[str, dict[str, Any]]
+    notes: list[str]
     rounds: int
     load_format: str
     engine_arguments: dict[str, Any]

@@ -1,5 +1,6 @@
 """The report of ``vllm-mla plan``."""
 
+from enum import StrEnum
 from typing import Any
 
 from mla_converters.reports.base import Part, Report
@@ -132,6 +133,50 @@ class PlannedTraining(Part):
     hours: float
 
 
+class Way(StrEnum):
+    """How GPUs share the work."""
+
+    TENSOR = "tensor parallel"
+    CONTEXT = "decode context parallel"
+    DATA = "data-parallel attention"
+
+
+class GpuCache(Part):
+    """What GPUs cache in one of these ways.
+
+    Attributes:
+        model: ``source`` or ``conversion``.
+        options: the options with which ``vllm-mla convert`` gives this cache, or ``vllm serve`` keeps the source's.
+        way: how the GPUs share the work.
+        serve_options: the options with which ``vllm serve`` does so.
+        kv_bytes_per_token: bytes per token in all layers, on each GPU that keeps the token.
+        tokens: number of tokens that fit, on all GPUs together.
+    """
+
+    model: str
+    options: list[str]
+    way: Way
+    serve_options: list[str]
+    kv_bytes_per_token: int
+    tokens: int
+
+
+class PlannedGpus(Part):
+    """What several GPUs cache.
+
+    Attributes:
+        gpus: how many.
+        memory_bytes: for the cache on each GPU, with tensor parallel. Where all weights lie on each GPU, less is left.
+        ways: each way that vLLM takes, for each cache.
+        recommended: what to do, in a sentence.
+    """
+
+    gpus: int
+    memory_bytes: int
+    ways: list[GpuCache]
+    recommended: str
+
+
 class Advice(Part):
     """What to do to get a cache of about some size.
 
@@ -163,6 +208,7 @@ class Plan(Report):
     layouts: list[Layout]
     conversion: PlannedConversion
     training: PlannedTraining | None = None
+    gpus: PlannedGpus | None = None
     advice: list[Advice]
     recommended: Recommendation
     warnings: list[str]
