@@ -11,7 +11,6 @@ from torch import nn
 from transformers import PretrainedConfig
 from vllm.config import CacheConfig, get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
-from vllm.model_executor.layers.attention import MLAAttention
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
@@ -28,6 +27,7 @@ from vllm.v1.attention.backends.mla.prefill.base import MLADimensions
 
 from vllm_mla_plugin.backends import select_backend, select_prefill_backend
 from vllm_mla_plugin.checkpoint.query_norm import norm_queries
+from vllm_mla_plugin.latent_attention import LatentAttention
 from vllm_mla_plugin.latent_packing import take_mean_out
 from vllm_mla_plugin.packed_attention import PackedMLAAttention, served_format
 from vllm_mla_plugin.rope import FrequencyRotaryEmbedding
@@ -143,7 +143,7 @@ class MLASelfAttention(nn.Module):
                 "rope_freqs": self.rope_freqs,
                 "max_position": model_config.max_model_len,
             }
-        self.attn = (MLAAttention if format is None else PackedMLAAttention)(
+        self.attn = (LatentAttention if format is None else PackedMLAAttention)(
             num_heads=self.num_heads,
             scale=config.softmax_scale,
             qk_nope_head_dim=self.nope_dim,

@@ -21,8 +21,10 @@ from vllm.v1.attention.backends.mla.triton_mla import TritonMLABackend, TritonML
 from vllm.v1.worker.workspace import current_workspace_manager, is_workspace_manager_initialized
 
 from vllm_mla_plugin.backends.gpu_decode import decode, suited_parts
+from vllm_mla_plugin.backends.gpu_merge import Parts
 from vllm_mla_plugin.backends.metadata import AnySizeMLAMetadata
 from vllm_mla_plugin.checkpoint.layouts import PackedTiles, Tiles, suited_tiles
+from vllm_mla_plugin.latent_attention import LatentAttention
 
 
 @cache
@@ -60,11 +62,14 @@ def scratch_rows(most: int, heads: int, tiles: Tiles | PackedTiles, units: int) 
 
 
 class AnySizeTritonMLAMetadataBuilder(TritonMLAMetadataBuilder):
-    """Builds :class:`AnySizeMLAMetadata`."""
+    """Builds :class:`AnySizeMLAMetadata`. Layers of different sizes have a builder for each size."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.metadata_cls = AnySizeMLAMetadata
+        if self.dcp_world_size == 1:
+            # Only vLLM's own gather of context would write here: tens of MB for each size.
+            self.chunked_prefill_workspace = torch.empty(0, device=self.device)
 
     def _reserve_attn_logits_workspace(self) -> None:
         """Reserve the decode kernel's scratch now, because it must not grow once graphs are captured."""
@@ -155,26 +160,45 @@ class AnySizeTritonMLAImpl(TritonMLAImpl):
         kv_c_and_k_pe_cache: torch.Tensor,
         attn_metadata: MLACommonMetadata,
         layer: AttentionLayer,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Decode; shapes as in :meth:`vllm_mla_plugin.backends.cpu.AnySizeCPUMLAImpl.forward_mqa`, and log-sum-exp."""
+    ) -> tuple[torch.Tensor | Parts, torch.Tensor | None]:
+        """Decode; shapes as in :meth:`vllm_mla_plugin.backends.cpu.AnySizeCPUMLAImpl.forward_mqa`, and log-sum-exp; or
+        as :meth:`merged` says."""
         assert attn_metadata.decode is not None
         q_latent, q_rope = q if isinstance(q, tuple) else q.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
         _, heads, latent = q_latent.shape
         tiles = gpu_tiles(latent, self.qk_rope_head_dim, heads, self.kv_cache_dtype)
-        scratch = self.make_scratch(q_latent, tiles, latent + 1)
-        return decode(
+        parts = decode(
             q_latent,
             q_rope,
             kv_c_and_k_pe_cache,
             attn_metadata.decode.block_table,
             attn_metadata.decode.seq_lens,
-            scratch,
+            self.make_scratch(q_latent, tiles, latent + 1),
             layer._k_scale,
             scale=self.scale,
             causal=attn_metadata.causal,
             tiles=tiles,
-            parts=scratch.shape[2],
         )
+        return self.merged(parts, attn_metadata, layer)
+
+    def merged(
+        self, parts: Parts, attn_metadata: MLACommonMetadata, layer: AttentionLayer
+    ) -> tuple[torch.Tensor | Parts, torch.Tensor | None]:
+        """Results and their log-sum-exp; or the parts as they are, which the layer then merges together with its
+        product with W_UV.
+
+        That saves a launch, which matters for few queries. A batch with prefill takes much longer than a launch.
+        """
+        if (
+            isinstance(layer, LatentAttention)
+            and layer.merges_parts
+            and attn_metadata.num_prefills == 0
+            and self.dcp_world_size == 1  # other ranks' results are merged before the product
+            and not envs.VLLM_BATCH_INVARIANT  # a result must not depend on how many queries there are
+            and parts.suits_projection(self.v_head_dim)
+        ):
+            return parts, None
+        return parts.merge()
 
     def make_scratch(self, q_latent: torch.Tensor, tiles: Tiles | PackedTiles, numbers: int) -> torch.Tensor:
         """Scratch of the decode kernel, ``[rows, heads, parts, numbers]`` float32: as many parts as suit the batch."""
