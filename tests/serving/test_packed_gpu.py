@@ -2,16 +2,13 @@
 GPUs that are not there. ``tests/gpu`` runs them on one."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from support.files import ROOT
+from support.modules import run_support
 from vllm.config import CompilationConfig
 
 pytest.importorskip("triton", reason="without Triton, vLLM has no such kernel")
@@ -32,20 +29,6 @@ COMPILED = {
     ("960x4g64/64x8g64s", 16, "bfloat16", 89): 256,
     ("37x5g16+5x2g8c+6x16/6x6g6s/a4", 9, "float16", 80): 256,
 }
-
-
-def run_support(module: str, *arguments: str, **environment: str) -> dict[str, Any]:
-    """What a module of ``tests/support`` prints as JSON."""
-    result = subprocess.run(
-        [sys.executable, "-m", f"support.{module}", *arguments],
-        env={**os.environ, **environment},
-        cwd=ROOT / "tests",
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads(result.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ def assert_close(got: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) 
     assert error < TOLERANCE[dtype], f"relative error {error:.1e}"
 
 
-def projection_error(parts: Any, merged: torch.Tensor, values: int = 24) -> float:
+def projection_error(parts: Any, merged: torch.Tensor, values: int = 40) -> float:
     """The largest error of merging together with the product with W_UV, against the product of what merging alone gave.
 
     Args:

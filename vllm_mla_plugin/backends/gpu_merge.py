@@ -241,8 +241,9 @@ class Parts:
         latent_tile = max(16, triton.next_power_of_2(self.latent))
         # Half of the GPU's units (SMs) at most: with all of them, the L2 cache is what bounds the kernel.
         slices = min(MAX_SLICES, max(1, current_platform.num_compute_units() // (2 * rows * heads)))
-        values_tile = min(max(16, triton.next_power_of_2(values)), max(8, WEIGHT_NUMBERS // latent_tile))
-        each = cdiv(cdiv(values, slices), values_tile) * values_tile
+        each = cdiv(values, slices)
+        values_tile = min(max(16, triton.next_power_of_2(each)), max(8, WEIGHT_NUMBERS // latent_tile))
+        each = cdiv(each, values_tile) * values_tile
         project_parts[(rows, heads, cdiv(values, each))](
             self.results,
             self.lengths,
