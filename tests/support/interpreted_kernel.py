@@ -54,7 +54,7 @@ def error(heads: int, latent: int, rope: int, queries: int, causal: bool) -> flo
     )
     output, lse = parts.merge()
     worst = output[-queries:].abs().max().item()
-    if heads < 40:
+    if heads == 1 or latent in (100, 500):  # the interpreter is slow
         worst = max(worst, projection_error(parts, output))
     q = torch.cat((q_latent, q_rope), dim=-1)
     for i in range(len(LENGTHS) * queries):
