@@ -14,7 +14,8 @@ from support.files import CALIBRATION
 from support.models import RandomModel, load, save_random_mla
 from transformers import AutoConfig
 
-from mla_converters.methods.attention_aware.layer_sizes import spread
+from mla_converters.latent.cache_size import CacheBudget
+from mla_converters.methods.attention_aware.layer_sizes import candidate_sizes, spread
 
 SIZES = {
     "widths": ([48, 16, 33, 16], [16, 8, 4, 12]),
@@ -74,6 +75,16 @@ def test_sizes_go_where_they_save_most(most: int) -> None:
         )
         assert sum(chosen) <= total and len(set(chosen)) <= most
         assert sum(cost[size] for cost, size in zip(costs, chosen, strict=True)) == pytest.approx(best)
+
+
+def test_candidate_sizes() -> None:
+    """A layer may have a half to twice the common size, unless it would take a GPU away that serves the common size."""
+    common = CacheBudget(512, 64)
+    assert candidate_sizes(common, 1024, 128)[2 * 576] == CacheBudget(1024, 128)
+    assert sorted(candidate_sizes(common, 1024, 128)) == [288, 432, 504, 576, 648, 720, 864, 1152]
+    wide = candidate_sizes(CacheBudget(512, 96), 1024, 128)
+    assert max(size.qk_rope_head_dim for size in wide.values()) == 120, "prefill takes heads of 128 + 128 numbers"
+    assert max(candidate_sizes(CacheBudget(512, 96), 1024, 256)) == 2 * 608, "no GPU serves the common size either"
 
 
 def test_measured_sizes(tmp_path: Path) -> None:

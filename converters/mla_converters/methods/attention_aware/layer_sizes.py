@@ -21,6 +21,7 @@ from mla_converters.methods.layer_conversion import map_errors
 from mla_converters.resume.layer_pass import Record, Streams
 from mla_converters.streaming.layers import embed, logits
 from mla_converters.text.calibration import Calibration
+from vllm_mla_plugin.checkpoint.layouts import GPUS, gpu_backends
 
 SHARES = (0.5, 0.75, 0.875, 1.125, 1.25, 1.5, 2.0)  # a layer's size, relative to the size if all layers had the same
 SENSITIVITY_TOKENS = 512  # tokens at the end of a window whose predictions are compared
@@ -36,6 +37,26 @@ def scaled_budget(budget: CacheBudget, share: float, width: int) -> CacheBudget 
     total = round(budget.width * share / GRAIN) * GRAIN
     fits = rope <= width and GRAIN <= total - rope <= 2 * width - rope
     return CacheBudget(total - rope, rope) if fits else None
+
+
+def candidate_sizes(budget: CacheBudget, width: int, head_dim: int) -> dict[int, CacheBudget]:
+    """The sizes that a layer may get, by their numbers per token: the common one, and shares of it.
+
+    A share is left out if a GPU serves the common size but not the share: its heads or its rows may be too wide.
+
+    Args:
+        budget: the common size.
+        width: keys of the source per token, ``g * d``.
+        head_dim: of the source.
+    """
+
+    def served_on(size: CacheBudget) -> set[str]:
+        layout = (size.kv_lora_rank, size.qk_rope_head_dim)
+        return {gpu for gpu in GPUS if gpu_backends(layout, head_dim, "bfloat16", gpu, differ=True)}
+
+    scaled = (scaled_budget(budget, share, width) for share in SHARES)
+    fitting = (size for size in scaled if size and served_on(size) >= served_on(budget))
+    return {size.width: size for size in fitting} | {budget.width: budget}
 
 
 def spread(costs: list[dict[int, float]], total: int, most: int) -> list[int]:
@@ -105,8 +126,7 @@ def measured_sizes(
         record: keeps the state of the measurement, so that an interrupted run can go on.
     """
     count, width = source.config.num_hidden_layers, source.config.num_key_value_heads * source.head_dim
-    scaled = (scaled_budget(budget, share, width) for share in SHARES)
-    candidates = {candidate.width: candidate for candidate in scaled if candidate} | {budget.width: budget}
+    candidates = candidate_sizes(budget, width, source.head_dim)
     weighing = first_weighing(settings.without)
     sizes = list(candidates)
 
