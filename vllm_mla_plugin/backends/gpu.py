@@ -162,7 +162,7 @@ class AnySizeTritonMLAImpl(TritonMLAImpl):
         layer: AttentionLayer,
     ) -> tuple[torch.Tensor | Parts, torch.Tensor | None]:
         """Decode; shapes as in :meth:`vllm_mla_plugin.backends.cpu.AnySizeCPUMLAImpl.forward_mqa`, and log-sum-exp; or
-        as :meth:`merged` says."""
+        as :meth:`merge_or_leave` says."""
         assert attn_metadata.decode is not None
         q_latent, q_rope = q if isinstance(q, tuple) else q.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
         _, heads, latent = q_latent.shape
@@ -179,9 +179,9 @@ class AnySizeTritonMLAImpl(TritonMLAImpl):
             causal=attn_metadata.causal,
             tiles=tiles,
         )
-        return self.merged(parts, attn_metadata, layer)
+        return self.merge_or_leave(parts, attn_metadata, layer)
 
-    def merged(
+    def merge_or_leave(
         self, parts: Parts, attn_metadata: MLACommonMetadata, layer: AttentionLayer
     ) -> tuple[torch.Tensor | Parts, torch.Tensor | None]:
         """Results and their log-sum-exp; or the parts as they are, which the layer then merges together with its

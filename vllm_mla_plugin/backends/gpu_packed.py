@@ -138,7 +138,7 @@ class PackedTritonMLAImpl(AnySizeTritonMLAImpl):
             causal=attn_metadata.causal,
             tiles=self.tiles,
         )
-        return self.merged(parts, attn_metadata, layer)
+        return self.merge_or_leave(parts, attn_metadata, layer)
 
     def forward_mha(
         self,
