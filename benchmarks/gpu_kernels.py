@@ -53,7 +53,7 @@ MERGED = {
     **{name: CASES[name] for name in ("llama-3-8b, 448 + 64", "llama-3-8b, 960 + 64", "smollm2, 128 + 64")},
     "llama-3-8b on 4 GPUs, 448 + 64": Case(448, 64, nope=128, v=128, heads=8),
 }
-FEW = (1, 2, 4, 8, 16, 32)
+FEW = (1, 2, 4, 8, 16, 32, 128)
 """Sequences, on both sides of the bound for each case."""
 DTYPE = torch.bfloat16
 COPIED = 2**32  # bytes
