@@ -61,14 +61,14 @@ class Case:
         shape: fields of the source's configuration; the head size is 128.
         targets: of the conversion in 16 bits, compared with the source in 16 bits; see :data:`Targets`.
         fp8_targets: the same, compared with the source's fp8 cache.
-        latent: ``kv_lora_rank`` of the conversion.
-        rope: its ``qk_rope_head_dim``.
+        latent: ``kv_lora_rank`` of the conversion; or one for each layer, in turn.
+        rope: its ``qk_rope_head_dim``, or the same.
     """
 
     shape: dict[str, int]
     targets: Targets
-    latent: int = 512
-    rope: int = 64
+    latent: int | tuple[int, ...] = 512
+    rope: int | tuple[int, ...] = 64
     fp8_targets: Targets = field(default_factory=dict)
 
 
@@ -88,7 +88,23 @@ CASES = {
     ),
     # Half of the cache; this plugin's own kernel decodes it.
     "llama-3-8b-half": Case(LLAMA_3_8B, {Workload(MOST, 8192, 1024): {CAPACITY: 1.99}}, latent=960),
+    # As many numbers as 512 + 64 in all layers, in four sizes.
+    "llama-3-8b-per-layer": Case(
+        LLAMA_3_8B,
+        {
+            Workload(MOST, 8192, 8192): {RATE: 2.4, CAPACITY: 3.55},
+            Workload(1, 1024, 256): {RATE: 0.95},
+            Workload(1, 8192, 256): {RATE: 0.95},
+        },
+        latent=(256, 384, 640, 768),
+        rope=(32, 48, 80, 96),
+    ),
 }
+
+
+def by_layer(size: int | tuple[int, ...], name: str, layers: int) -> dict[str, Any]:
+    """The field of a configuration for a size, or for one size a layer."""
+    return {name: size} if isinstance(size, int) else {f"{name}s": [size[n % len(size)] for n in range(layers)]}
 
 
 def write_configs(case: Case, layers: int | None, folder: Path) -> None:
@@ -96,7 +112,9 @@ def write_configs(case: Case, layers: int | None, folder: Path) -> None:
     shape: dict[str, Any] = case.shape | {"max_position_embeddings": 65536, "dtype": "bfloat16"}
     if layers is not None:
         shape["num_hidden_layers"] = layers
-    mla = {"kv_lora_rank": case.latent, "qk_rope_head_dim": case.rope, "qk_nope_head_dim": 128, "v_head_dim": 128}
+    count = shape["num_hidden_layers"]
+    mla = by_layer(case.latent, "kv_lora_rank", count) | by_layer(case.rope, "qk_rope_head_dim", count)
+    mla |= {"qk_nope_head_dim": 128, "v_head_dim": 128}
     LlamaConfig(**shape, architectures=["LlamaForCausalLM"]).save_pretrained(folder / "source")
     packed = {"latent_cache": latent_cache_json([uniform_format(case.latent, case.rope, PACKED_BITS)])}
     for name, cache in (("mla", {}), ("packed", packed)):

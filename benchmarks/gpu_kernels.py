@@ -6,8 +6,12 @@ Covers every kernel that this plugin chooses: 512 + 64 and 256 + 64, which vLLM'
 not serve; and packed rows of 512 + 64. It also compares the kernel that absorbs and rotates queries with a product and
 a rotation. The dtype is bfloat16, pages are in random order, and calls run in CUDA graphs,
 as in a server. The bytes of every cached token count once; of a copy, the bytes read and the bytes written count.
+
+Then, for few sequences, it measures what follows: merging the parts of contexts and the product with W_UV, in two
+launches and in one. The row's ``chosen`` says whether a server takes the one.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,9 +19,13 @@ import torch
 import triton.testing
 import vllm
 from vllm import _custom_ops as ops
+from vllm.platforms import current_platform
 
 from benchmarks.common import RESULTS, plain_parser, write_result
+from vllm_mla_plugin.backends.gpu import gpu_tiles
 from vllm_mla_plugin.backends.gpu_absorb import absorb
+from vllm_mla_plugin.backends.gpu_decode import suited_parts
+from vllm_mla_plugin.backends.gpu_merge import Parts
 from vllm_mla_plugin.checkpoint.cache_formats import CacheFormat
 from vllm_mla_plugin.latent_packing import quantise
 from vllm_mla_plugin.testing.gpu import BLOCK, Case, Packing, impl_for
@@ -45,6 +53,12 @@ PACKED = {
     for bits, spec in FORMATS.items()
     for heads in (8, 16, 32)
 }
+MERGED = {
+    **{name: CASES[name] for name in ("llama-3-8b, 448 + 64", "llama-3-8b, 960 + 64", "smollm2, 128 + 64")},
+    "llama-3-8b on 4 GPUs, 448 + 64": Case(448, 64, nope=128, v=128, heads=8),
+}
+FEW = (1, 2, 4, 8, 16, 32, 128)
+"""Sequences, on both sides of the bound for each case."""
 DTYPE = torch.bfloat16
 COPIED = 2**32  # bytes
 ROWS = (1, 4, 16, 64, 256)  # queries that are absorbed
@@ -100,6 +114,27 @@ def absorption_times(case: Case, rows: int) -> dict[str, float]:
     return {"rows": rows, "together": round(together, 4), "apart": round(milliseconds(apart), 4)}
 
 
+@torch.inference_mode()
+def merging(case: Case, sequences: int, length: int) -> dict[str, Any]:
+    """Milliseconds of merging and the product with W_UV for one token of each sequence, apart and together."""
+    tiles = gpu_tiles(case.latent, case.rope, case.heads, "auto")
+    count = suited_parts(sequences, case.heads, tiles, current_platform.num_compute_units())
+    results = torch.randn(sequences, case.heads, count, case.latent + 1, device="cuda")
+    lengths = torch.full((sequences,), length, dtype=torch.int32, device="cuda")
+    parts = Parts(results, lengths, case.latent, DTYPE, tiles.tokens, lag=1)
+    kv_b_proj = torch.randn(case.heads, case.nope + case.v, case.latent, dtype=DTYPE, device="cuda")
+    weight = kv_b_proj[:, case.nope :].transpose(1, 2)
+    out = torch.empty(sequences, case.heads * case.v, dtype=DTYPE, device="cuda")
+    by_head = out.view(sequences, case.heads, case.v).transpose(0, 1)
+
+    def apart() -> None:
+        torch.bmm(parts.merge()[0].transpose(0, 1), weight, out=by_head)
+
+    times = {"apart": milliseconds(apart), "together": milliseconds(lambda: parts.project(weight, out))}
+    rounded = {f"{name}_milliseconds": round(taken, 5) for name, taken in times.items()}
+    return {"sequences": sequences, "length": length, "chosen": parts.suits_projection(case.v)} | rounded
+
+
 def main() -> None:
     """Measure, print, and write the result file."""
     parser = plain_parser(__doc__)
@@ -120,12 +155,13 @@ def main() -> None:
         print(rows[-1], flush=True)
     queries = [absorption_times(CASES["llama-3-8b, 512 + 64"], rows) for rows in ROWS]
     print(*queries, sep="\n")
+    merged = []
+    for (name, case), sequences, length in itertools.product(MERGED.items(), FEW, (1024, 8192)):
+        merged.append({"case": name} | merging(case, sequences, length))
+        print(merged[-1], flush=True)
     size = {"sequences": arguments.sequences, "length": arguments.length, "copy_bytes_per_second": round(copied)}
-    write_result(
-        "gpu_kernels",
-        "python -m benchmarks.gpu_kernels",
-        {"vllm": vllm.__version__, **size, "rows": rows, "absorb_ms": queries},
-    )
+    values = {"vllm": vllm.__version__, **size, "rows": rows, "absorb_ms": queries, "merging": merged}
+    write_result("gpu_kernels", "python -m benchmarks.gpu_kernels", values)
     print(f"written to {RESULTS / 'gpu_kernels.json'}")
 
 

@@ -8,7 +8,6 @@ from torch import nn
 from transformers import PretrainedConfig
 from vllm.config import CacheConfig, get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_world_size
-from vllm.model_executor.layers.attention import MLAAttention
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     MergedColumnParallelLinear,
@@ -23,6 +22,7 @@ from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.mla.prefill.base import MLADimensions
 
 from vllm_mla_plugin.backends import select_backend, select_prefill_backend
+from vllm_mla_plugin.latent_attention import LatentAttention
 from vllm_mla_plugin.latent_packing import take_mean_out
 from vllm_mla_plugin.mapped_queries import MappedMLAAttention, PackedMappedMLAAttention, RankRotaryQueryMap
 from vllm_mla_plugin.packed_attention import PackedMLAAttention, served_format
@@ -137,7 +137,7 @@ class MLASelfAttention(nn.Module):
                 "max_position": model_config.max_model_len,
             }
         if self.q_rope_proj is None:
-            attention: Any = MLAAttention if format is None else PackedMLAAttention
+            attention: Any = LatentAttention if format is None else PackedMLAAttention
         else:
             attention = MappedMLAAttention if format is None else PackedMappedMLAAttention
             more |= {"q_rope_proj": self.q_rope_proj, "rotary_emb": self.rotary_emb}

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.distributed import get_tensor_model_parallel_rank
-from vllm.model_executor.layers.attention import MLAAttention
 from vllm.model_executor.utils import set_weight_attrs
 from vllm.platforms import current_platform
 
 from vllm_mla_plugin.backends.gpu_absorb import absorb
 from vllm_mla_plugin.checkpoint.rotary_query import RotaryQueryMap
+from vllm_mla_plugin.latent_attention import LatentAttention
 from vllm_mla_plugin.packed_attention import PackedMLAAttention
 from vllm_mla_plugin.rope import FrequencyRotaryEmbedding
 
@@ -163,9 +163,9 @@ def _by_head(q: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return product
 
 
-class MappedMLAAttention(MapsQueries, MLAAttention):
-    """``MLAAttention`` that makes rotary queries."""
+class MappedMLAAttention(MapsQueries, LatentAttention):
+    """``LatentAttention`` that makes rotary queries."""
 
 
 class PackedMappedMLAAttention(MapsQueries, PackedMLAAttention):
-    """``MLAAttention`` with a packed cache that makes rotary queries."""
+    """``LatentAttention`` with a packed cache that makes rotary queries."""

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.config import VllmConfig
-from vllm.model_executor.layers.attention import MLAAttention
 from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from vllm_mla_plugin.checkpoint.cache_formats import CacheFormat
+from vllm_mla_plugin.latent_attention import LatentAttention
 
 UNPACK = '{"latent_cache": null}'
 
@@ -40,8 +40,8 @@ def served_format(config: VllmConfig, layer: int) -> CacheFormat | None:
     return format
 
 
-class PackedMLAAttention(MLAAttention):
-    """``MLAAttention`` whose cache has rows of bytes.
+class PackedMLAAttention(LatentAttention):
+    """``LatentAttention`` whose cache has rows of bytes.
 
     vLLM allocates and hands on the cache as it would any other; only the backend reads it. To vLLM, the cache's dtype
     stays ``auto``: it must not take the bytes for numbers.
@@ -51,7 +51,7 @@ class PackedMLAAttention(MLAAttention):
         cache_mean: ``[2, latent + rope]`` float32, which is taken out of what is cached, or None.
         rope_freqs: ``[rope / 2]``, radians per position.
         max_position: how many positions there are.
-        arguments: as for ``MLAAttention``.
+        arguments: as for ``LatentAttention``.
     """
 
     def __init__(

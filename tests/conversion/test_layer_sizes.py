@@ -3,7 +3,6 @@
 import json
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,44 +11,16 @@ from support.agreement import assert_agrees
 from support.commands import UNPACKED, convert
 from support.engine import run_engine
 from support.files import CALIBRATION
-from support.models import RandomModel, load
-from transformers import AutoConfig, AutoModelForCausalLM
+from support.models import RandomModel, load, save_random_mla
+from transformers import AutoConfig
 
-from mla_converters.methods.attention_aware.layer_sizes import spread
+from mla_converters.latent.cache_size import CacheBudget
+from mla_converters.methods.attention_aware.layer_sizes import candidate_sizes, spread
 
 SIZES = {
     "widths": ([48, 16, 33, 16], [16, 8, 4, 12]),
     "one-width-many-splits": ([48, 32, 24, 40], [8, 24, 32, 16]),
 }
-
-
-def save_random_mla(folder: Path, **sizes: Any) -> Path:
-    """Write a random Llama with MLA, in which each of the four layers has its own rotary frequencies.
-
-    Args:
-        sizes: fields of :class:`vllm_mla_plugin.checkpoint.config.MLAFields`.
-    """
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        "llama_mla",
-        vocab_size=199,
-        hidden_size=64,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        head_dim=16,
-        qk_nope_head_dim=16,
-        v_head_dim=16,
-        max_position_embeddings=512,
-        initializer_range=0.2,
-        **sizes,
-    )
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    for layer in model.model.layers:
-        layer.self_attn.rope_freqs.uniform_(0.001, 1)
-    model.save_pretrained(folder)
-    return folder
 
 
 def random_prompts(*lengths: int) -> list[list[int]]:
@@ -86,8 +57,9 @@ def test_sizes_need_one_entry_per_layer() -> None:
         AutoConfig.for_model("llama_mla", num_hidden_layers=4, kv_lora_ranks=[8, 8, 8])
 
 
-def test_sizes_go_where_they_save_most() -> None:
-    """The choice is the best of all choices, for costs that fall ever more slowly, as errors do."""
+@pytest.mark.parametrize("most", [2, 4])
+def test_sizes_go_where_they_save_most(most: int) -> None:
+    """The choice is the best of all with so few sizes, for costs that fall ever more slowly, as errors do."""
     generator = torch.Generator().manual_seed(0)
     sizes = (2, 4, 6, 8)
     costs = []
@@ -95,14 +67,24 @@ def test_sizes_go_where_they_save_most() -> None:
         steps = torch.rand(len(sizes), generator=generator).sort(descending=True).values
         costs.append(dict(zip(sizes, (10 - steps.cumsum(0)).tolist(), strict=True)))
     for total in (8, 14, 20, 32):
-        chosen = spread(costs, total)
+        chosen = spread(costs, total, most)
         best = min(
             sum(cost[size] for cost, size in zip(costs, choice, strict=True))
             for choice in product(sizes, repeat=4)
-            if sum(choice) <= total
+            if sum(choice) <= total and len(set(choice)) <= most
         )
-        assert sum(chosen) <= total
+        assert sum(chosen) <= total and len(set(chosen)) <= most
         assert sum(cost[size] for cost, size in zip(costs, chosen, strict=True)) == pytest.approx(best)
+
+
+def test_candidate_sizes() -> None:
+    """A layer may have a half to twice the common size, unless it would take a GPU away that serves the common size."""
+    common = CacheBudget(512, 64)
+    assert candidate_sizes(common, 1024, 128)[2 * 576] == CacheBudget(1024, 128)
+    assert sorted(candidate_sizes(common, 1024, 128)) == [288, 432, 504, 576, 648, 720, 864, 1152]
+    wide = candidate_sizes(CacheBudget(512, 96), 1024, 128)
+    assert max(size.qk_rope_head_dim for size in wide.values()) == 120, "prefill takes heads of 128 + 128 numbers"
+    assert max(candidate_sizes(CacheBudget(512, 96), 1024, 256)) == 2 * 608, "no GPU serves the common size either"
 
 
 def test_measured_sizes(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Decode and prefill backends on a GPU, compared with attention in float64. Skipped without a GPU."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -10,9 +11,11 @@ if not torch.cuda.is_available():
 
 from vllm.platforms import current_platform
 from vllm.triton_utils import triton
+from vllm.utils.math_utils import cdiv
 
 from vllm_mla_plugin.backends import select_backend
 from vllm_mla_plugin.backends.gpu_absorb import absorb
+from vllm_mla_plugin.backends.gpu_merge import Parts
 from vllm_mla_plugin.checkpoint.layouts import (
     A100,
     BLACKWELL,
@@ -82,6 +85,36 @@ def test_absorb(name: str, dtype: torch.dtype) -> None:
         assert error < 1e-2, f"{rows} rows: {error:.1e}"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [1, 3, 37])
+@pytest.mark.parametrize("name", CASES)
+def test_values_in_the_merge(name: str, rows: int, dtype: torch.dtype) -> None:
+    """Parts of contexts are merged and multiplied by W_UV as in float64, with the means of packed rows too."""
+    case = CASES[name]
+    torch.manual_seed(0)
+    count, tile = 9, 32
+    lengths = torch.randint(1, 3000, (rows,))
+    lengths[1:2] = 0  # such a row only fills up a CUDA graph
+    results = torch.randn(rows, case.heads, count, case.latent + 2)
+    shares = torch.randn(2, case.latent + case.rope)
+    kv_b_proj = torch.randn(case.heads, case.nope + case.v, case.latent, dtype=dtype) / case.latent**0.5
+    weight = kv_b_proj.cuda()[:, case.nope :].transpose(1, 2)
+    out = torch.empty(rows, case.heads * case.v, dtype=dtype, device="cuda")
+    parts = Parts(results.cuda(), lengths.int().cuda(), case.latent, dtype, tile, 1, shares.cuda())
+    parts.project(weight, out)
+    for row, length in enumerate(lengths.tolist()):
+        each = max(1, cdiv(cdiv(length, count), tile)) * tile
+        used = results[row, :, : cdiv(length, each)].double()
+        expected = torch.zeros(case.heads, case.latent, dtype=torch.float64)
+        if length:
+            lse = used[..., case.latent] * math.log(2)
+            expected = torch.einsum("hp,hpl->hl", lse.softmax(-1), used[..., : case.latent])
+            first = (used[:, 0, case.latent + 1] * math.log(2) - lse.logsumexp(-1)).exp()
+            expected += shares[0, : case.latent] + first[:, None] * shares[1, : case.latent]
+        product = torch.einsum("hl,hlv->hv", expected, weight.double().cpu()).flatten()
+        assert (out[row].double().cpu() - product).norm() <= 1e-2 * product.norm() + 1e-6
+
+
 def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
     """``|got - expected| / |expected|``, where ``expected`` is float64 on the CPU."""
     return ((got.double().cpu() - expected).norm() / expected.norm()).item()
@@ -102,10 +135,11 @@ def test_choices() -> None:
         chosen(half, "fp8_e5m2")
     with pytest.raises(ValueError, match="smaller --kv-lora-rank"):
         chosen(Case(4032, 64, nope=128, v=128))
-    with configured(half, torch.bfloat16) as vllm_config:
-        vllm_config.model_config.hf_text_config.kv_lora_ranks = [half.latent]
-        with pytest.raises(ValueError, match="--layer-sizes same"):
-            select_backend(half.latent, half.rope)
+    with configured(CASES["deepseek"], torch.bfloat16) as vllm_config:
+        vllm_config.model_config.hf_text_config.num_hidden_layers = 2
+        vllm_config.model_config.hf_text_config.kv_lora_ranks = [512, 256]
+        backend = select_backend(512, 64)
+    assert backend is not None and backend.__name__ == "AnySizeTritonMLABackend", "layers differ in size"
 
 
 def test_plan_knows_this_gpu() -> None:

@@ -13,7 +13,7 @@ from support.agreement import hf_logprobs
 from support.commands import convert
 from support.engine import run_engine
 from support.files import TEXT
-from support.models import RandomModel, load
+from support.models import RandomModel, load, save_random_mla
 from support.packed import SPECS, pack_checkpoint, random_layer
 from transformers import AutoTokenizer
 
@@ -123,6 +123,25 @@ def test_feature(model: Path, feature: str) -> None:
     assert result["kv_tokens"] == pytest.approx(2**28 / token, rel=1e-2)
     if feature == "full-cuda-graphs":
         assert result["cuda_graphs"]["mode"] == "FULL_DECODE_ONLY" and result["cuda_graphs"]["captured"] > 0
+
+
+def test_sizes_per_layer(tmp_path: Path) -> None:
+    """Layers of different sizes, each with a format of its own, in full CUDA graphs."""
+    specs = ("96x8g48/32x8g32", "48x8g24/16x6g16", "64x8g32/64x8g32", "96x8g48/32x8g32")
+    formats = [CacheFormat.parse(spec) for spec in specs]
+    latents, ropes = zip(*(format.sizes for format in formats), strict=True)
+    fields = {"kv_lora_ranks": list(latents), "qk_rope_head_dims": list(ropes), "initializer_range": 0.08}
+    plain = save_random_mla(tmp_path / "plain", torch.bfloat16, **fields)
+    ids = torch.randint(0, 199, (8, 32), generator=torch.Generator().manual_seed(0))
+    out = pack_checkpoint(plain, tmp_path / "out", formats, ids)
+    engine = ENGINE | FEATURES["full-cuda-graphs"]
+    result = run_engine(out, PROMPTS, max_tokens=24, prompt_logprobs=True, no_tokenizer=True, engine=engine)
+    network = load(out)
+    for i, prompt in enumerate(PROMPTS):
+        expected = hf_logprobs(network, prompt + result["tokens"][i])
+        got = result["prompt_logprobs"][i] + result["logprobs"][i]
+        assert sum(abs(a - b) for a, b in zip(got, expected, strict=True)) / len(got) < TOLERANCE
+    assert result["kv_tokens"] == pytest.approx(2**28 / sum(f.bytes_per_token for f in formats), rel=1e-2)
 
 
 def test_prefix_caching(model: Path) -> None:

@@ -14,7 +14,7 @@ if not torch.cuda.is_available():
 from support.commands import SPLIT, convert
 from support.engine import run_engine
 from support.files import CALIBRATION
-from support.models import RandomModel, load
+from support.models import RandomModel, load, save_random_mla
 from support.quantised_sources import quantise_source
 
 pytestmark = pytest.mark.gpu
@@ -102,6 +102,19 @@ def test_feature(model: Path, feature: str) -> None:
     # A chunk of a prompt reads earlier chunks rounded, but the test does not know where vLLM cuts chunks.
     tolerance = CHUNK_ROUNDING if fp8 and chunked else ROUNDING
     assert_close_to_transformers(model, run(model, **FEATURES[feature]), tolerance, cache)
+
+
+@pytest.mark.parametrize("feature", ["compiled", "chunked-prefill", "full-cuda-graphs"])
+def test_sizes_per_layer(tmp_path: Path, feature: str) -> None:
+    """Layers of different sizes, some of them vLLM's own and two of equal width; memory pays for each layer's width."""
+    graphs = {"enforce_eager": False, "compilation_config": {"cudagraph_mode": "FULL_DECODE_ONLY"}}
+    latents, ropes = [512, 256, 384, 512], [64, 64, 192, 64]
+    shape = {"hidden_size": 256, "head_dim": 64, "qk_nope_head_dim": 64, "v_head_dim": 64}
+    fields = shape | {"initializer_range": SHAPE["std"], "kv_lora_ranks": latents, "qk_rope_head_dims": ropes}
+    folder = save_random_mla(tmp_path / "model", torch.bfloat16, **fields)
+    result = run(folder, **FEATURES.get(feature, graphs))
+    assert_close_to_transformers(folder, result)
+    assert result["kv_tokens"] == pytest.approx(2**28 / (2 * (sum(latents) + sum(ropes))), rel=1e-2)
 
 
 @pytest.mark.parametrize("rope", [64, 32])

@@ -4,15 +4,12 @@
 """
 
 import json
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 from support.attention import PREFILLS, check_prefill
-from support.files import ROOT
+from support.modules import run_support
 from vllm.v1.attention.backends.mla.prefill.cpu_sdpa import CPUSDPAMLAPrefillBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.worker import workspace
@@ -46,16 +43,7 @@ CASES = [
 @pytest.fixture(scope="module")
 def errors() -> dict[str, float]:
     """The largest error of each case."""
-    result = subprocess.run(
-        [sys.executable, "-m", "support.interpreted_kernel", json.dumps(CASES)],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=ROOT / "tests",
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads(result.stdout.splitlines()[-1])
+    return run_support("interpreted_kernel", json.dumps(CASES), TRITON_INTERPRET="1")
 
 
 @pytest.mark.slow

@@ -1,4 +1,7 @@
-"""What a converted layer launches to decode, compared with DeepSeek's layer in vLLM."""
+"""What a converted layer launches to decode, compared with DeepSeek's layer in vLLM.
+
+``test_layers_gpu.py`` counts what the attention launches.
+"""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -7,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from support.launches import Operations
 from transformers import AutoConfig
 from vllm.config import DeviceConfig, ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.distributed import (
@@ -28,19 +31,6 @@ from vllm_mla_plugin.testing.layer import absorbed
 HEADS, LATENT, ROPE, NOPE = 8, 512, 64, 128  # DeepSeek's sizes, except the number of heads
 METADATA = SimpleNamespace(num_actual_tokens=5, num_decodes=5, num_decode_tokens=5, num_prefills=0, decode=object())
 """Of a batch that only decodes."""
-
-
-class Operations(TorchDispatchMode):
-    """Counts operations, except views, because views launch no kernel."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not func.is_view:
-            self.counts[str(func)] += 1
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture

@@ -2,16 +2,13 @@
 GPUs that are not there. ``tests/gpu`` runs them on one."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from support.files import ROOT
+from support.modules import run_support
 from vllm.config import CompilationConfig
 
 pytest.importorskip("triton", reason="without Triton, vLLM has no such kernel")
@@ -32,20 +29,6 @@ COMPILED = {
     ("960x4g64/64x8g64s", 16, "bfloat16", 89): 256,
     ("37x5g16+5x2g8c+6x16/6x6g6s/a4", 9, "float16", 80): 256,
 }
-
-
-def run_support(module: str, *arguments: str, **environment: str) -> dict[str, Any]:
-    """What a module of ``tests/support`` prints as JSON."""
-    result = subprocess.run(
-        [sys.executable, "-m", f"support.{module}", *arguments],
-        env={**os.environ, **environment},
-        cwd=ROOT / "tests",
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads(result.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
@@ -100,17 +83,17 @@ def test_compiled(compiled: dict[str, Any], case: tuple[str, int, str, int]) -> 
     """GPUs' compilers take all kernels, and they fit: the shared memory is what the tiles promise, or less."""
     kernels = dict(compiled[str(case)])
     promised = kernels.pop("promised")
-    assert set(kernels) == {"_absorb", "_pack", "_widen", "_attend_part", "merge_parts"}
+    small = ("_absorb", "_pack", "_widen", "merge_parts", "project_parts")
+    assert set(kernels) == {"_attend_part", *small}
     assert kernels["_attend_part"]["shared"] <= promised
     assert kernels["_attend_part"]["local"] <= COMPILED[case]
-    assert not any(kernels[name]["local"] for name in ("_absorb", "_pack", "_widen", "merge_parts"))
-    assert all(kernels[name]["shared"] <= 48 << 10 for name in ("_absorb", "_pack", "_widen", "merge_parts"))
+    assert not any(kernels[name]["local"] for name in small)
+    assert all(kernels[name]["shared"] <= 48 << 10 for name in small)
 
 
-def serve_on_gpu(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype = torch.bfloat16, **fields: Any) -> Any:
+def serve_on_gpu(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype = torch.bfloat16, differ: bool = False) -> Any:
     """As if vLLM were configured to serve a packed model on a Hopper GPU; its configuration."""
-    sizes = {"kv_lora_ranks": None, "qk_rope_head_dims": None}
-    model = SimpleNamespace(dtype=dtype, hf_text_config=SimpleNamespace(**sizes | fields))
+    model = SimpleNamespace(dtype=dtype, hf_text_config=SimpleNamespace(sizes_differ=differ))
     config = SimpleNamespace(model_config=model, compilation_config=CompilationConfig())
     config.compilation_config.pass_config.fuse_rope_kvcache_cat_mla = True
     platform = SimpleNamespace(is_cpu=lambda: False, is_cuda_alike=lambda: True)
@@ -120,9 +103,10 @@ def serve_on_gpu(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype = torch.bfl
     return config
 
 
-def test_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("differ", [False, True])
+def test_choice(differ: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Packed rows of any size get this backend, and vLLM's pass that would write numbers into them is off."""
-    config = serve_on_gpu(monkeypatch)
+    config = serve_on_gpu(monkeypatch, differ=differ)
     for spec in ("512x4g64/64x8g64s", "37x4g16/6x6g6s"):
         format = CacheFormat.parse(spec)
         assert backends.select_backend(*format.sizes, format) is PackedTritonMLABackend
@@ -133,9 +117,6 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     format = CacheFormat.parse("512x4g64/64x8g64s")
     serve_on_gpu(monkeypatch, torch.float32)
     with pytest.raises(ValueError, match="give --dtype bfloat16"):
-        backends.select_backend(512, 64, format)
-    serve_on_gpu(monkeypatch, kv_lora_ranks=[512, 256])
-    with pytest.raises(ValueError, match="--layer-sizes same"):
         backends.select_backend(512, 64, format)
     serve_on_gpu(monkeypatch)
     wide = CacheFormat.parse("4032x4g64/64x8g64s")

@@ -27,6 +27,7 @@ from support.packed import random_layer
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
+from vllm.platforms import current_platform
 
 from vllm_mla_plugin.backends.gpu_absorb import absorb
 from vllm_mla_plugin.backends.gpu_means import Means
@@ -36,6 +37,9 @@ from vllm_mla_plugin.backends.gpu_rows import widen
 from vllm_mla_plugin.checkpoint.layouts import A100, BLACKWELL, HOPPER, OTHER_GPU, SHARED_BYTES, packed_tiles
 from vllm_mla_plugin.testing.layer import absorption
 
+type(current_platform).num_compute_units = classmethod(lambda cls, device_id=0: 132)
+
+VALUES = 128  # ``v_head_dim``
 GPUS = {80: A100, 89: OTHER_GPU, 90: HOPPER, 100: BLACKWELL}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
@@ -97,7 +101,7 @@ def compile_case(spec: str, heads: int, dtype: str, capability: int) -> dict[str
         absorb(q, weight, positions, turns.to(new.dtype))
         pack(new[:, :latent], new[:, latent:], cache, slots, format)
         widen(cache, slots, slots, format, means, new.dtype)
-        decode_packed(
+        parts = decode_packed(
             q_latent,
             q_rope[..., 3:],
             cache,
@@ -109,8 +113,10 @@ def compile_case(spec: str, heads: int, dtype: str, capability: int) -> dict[str
             scale=1.0,
             causal=True,
             tiles=tiles,
-            parts=2,
         )
+        parts.merge()
+        weight = torch.zeros(heads, 2 * VALUES, latent, dtype=new.dtype)[:, VALUES:].transpose(1, 2)
+        parts.project(weight, torch.zeros(4, heads * VALUES, dtype=new.dtype))
     return {"promised": tiles.shared_bytes} | {kernel.metadata.name: usage(kernel) for kernel in kernels}
 
 

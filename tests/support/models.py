@@ -112,6 +112,24 @@ class RandomModel:
         return folder
 
 
+def save_random_mla(folder: Path, dtype: torch.dtype = torch.float32, **fields: Any) -> Path:
+    """Write a random Llama with MLA, in which each of the four layers has its own rotary frequencies.
+
+    Args:
+        fields: of its configuration, such as those of :class:`vllm_mla_plugin.checkpoint.config.MLAFields`.
+    """
+    torch.manual_seed(0)
+    shape = {"vocab_size": 199, "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 4}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16}
+    sizes = {"qk_nope_head_dim": 16, "v_head_dim": 16, "max_position_embeddings": 512, "initializer_range": 0.2}
+    config = AutoConfig.for_model("llama_mla", **shape | heads | sizes | fields)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    for layer in model.model.layers:
+        layer.self_attn.rope_freqs.uniform_(0.001, 1)
+    model.save_pretrained(folder)
+    return folder
+
+
 def load(folder: Path, dtype: torch.dtype = torch.float32, **kwargs: Any) -> torch.nn.Module:
     """A model in transformers, converted or not, for evaluation."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **kwargs).eval()

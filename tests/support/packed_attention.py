@@ -26,6 +26,24 @@ def assert_close(got: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) 
     assert error < TOLERANCE[dtype], f"relative error {error:.1e}"
 
 
+def projection_error(parts: Any, merged: torch.Tensor, values: int = 40) -> float:
+    """The largest error of merging together with the product with W_UV, against the product of what merging alone gave.
+
+    Args:
+        parts: :class:`vllm_mla_plugin.backends.gpu_merge.Parts`.
+        merged: ``[rows, heads, latent]``.
+        values: ``v_head_dim``.
+    """
+    rows, heads, latent = merged.shape
+    # As in vLLM, W_UV is a part of kv_b_proj's weight, and its latent is what lies side by side in memory.
+    kv_b_proj = torch.randn(heads, 5 + values, latent, dtype=merged.dtype) / latent**0.5
+    weight = kv_b_proj[:, 5:].transpose(1, 2)
+    out = torch.full((rows, heads * values + 8), float("nan"), dtype=merged.dtype)[:, : heads * values]
+    parts.project(weight, out)
+    expected = torch.einsum("bhl,hlv->bhv", merged.double(), weight.double()).flatten(1)
+    return (out - expected).abs().max().item()
+
+
 def check_decode(impl: Any, sizes: Sizes, dtype: torch.dtype, lengths: list[int] = LENGTHS) -> None:
     """``forward_mqa``, with one query for each sequence."""
     cache, table, sequences = fill_cache(impl, sizes, lengths, dtype)

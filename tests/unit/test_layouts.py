@@ -238,7 +238,13 @@ def test_hardware_of_vllms_formats() -> None:
 
 
 def test_layouts_of_different_layers_stay_in_16_bits() -> None:
+    """And this plugin's backend serves all of them on GPUs, vLLM's own layouts too."""
     method = AttentionAwareOptions(layer_sizes=LayerSizes.MEASURED)
+    deepseek = asked(shape(8, 128), method, CacheSizes(kv_lora_rank=512, qk_rope_head_dim=64))
+    assert not deepseek.is_vllms
+    assert deepseek.backends("bfloat16") == {"CPU": ["any-size backend of this plugin"]} | {
+        gpu: [PLUGIN_BACKEND] for gpu in GPUS
+    }
     cache = asked(shape(8, 128), method, share_sizes(method, 0.25)).cache
     assert serving_backends(cache, 128, "bfloat16")["CPU"]
     with pytest.raises(ConversionError, match="--latent-bits 16"):

@@ -15,7 +15,9 @@ from vllm_mla_plugin.checkpoint.layouts import MAX_PREFILL_HEAD_SIZE, VLLM_FP8_L
 def select_backend(latent: int, rope: int, format: CacheFormat | None = None) -> type[AttentionBackend] | None:
     """The decode backend of a layer, or None to let vLLM choose among its own.
 
-    vLLM's CPU backend decodes 512 + 64 numbers per token and nothing else, so on CPU ours serves every size.
+    vLLM's CPU backend decodes 512 + 64 numbers per token and nothing else, so on CPU ours serves every size. Where
+    layers differ in size, ours serves all of them, because vLLM's own check every layer's metadata against the largest
+    size of the model.
 
     Args:
         latent: ``kv_lora_rank`` of the layer.
@@ -23,8 +25,8 @@ def select_backend(latent: int, rope: int, format: CacheFormat | None = None) ->
         format: how its cache is packed; None if it is not.
 
     Raises:
-        ValueError: no GPU kernel takes the sizes or the dtypes; or layers differ in size; or nothing serves packed
-            rows, or decode context parallelism, on this device.
+        ValueError: no GPU kernel takes the sizes or the dtypes; or nothing serves packed rows, or decode context
+            parallelism, on this device.
     """
     if format is not None:
         return _select_packed_backend(format)
@@ -36,9 +38,8 @@ def select_backend(latent: int, rope: int, format: CacheFormat | None = None) ->
     if not current_platform.is_cuda_alike():
         return None
     config = get_current_vllm_config()
-    _refuse_mixed_sizes(config)
-    cache_dtype = config.cache_config.cache_dtype
-    if (latent, rope) in (VLLM_FP8_LAYOUTS if cache_dtype.startswith("fp8") else VLLM_LAYOUTS):
+    cache_dtype, differ = config.cache_config.cache_dtype, config.model_config.hf_text_config.sizes_differ
+    if not differ and (latent, rope) in (VLLM_FP8_LAYOUTS if cache_dtype.startswith("fp8") else VLLM_LAYOUTS):
         return None
     _refuse_float32(config)
     from vllm_mla_plugin.backends.gpu import AnySizeTritonMLABackend, gpu_tiles
@@ -50,6 +51,8 @@ def select_backend(latent: int, rope: int, format: CacheFormat | None = None) ->
             f"{cache_dtype}: give another --kv-cache-dtype."
         )
     gpu_tiles(latent, rope, 1, cache_dtype)  # refuses sizes before weights are loaded
+    if differ:
+        _let_backends_write_the_cache(config)  # the compiler's pass knows the sizes of the first layer alone
     return AnySizeTritonMLABackend
 
 
@@ -64,16 +67,19 @@ def _select_packed_backend(format: CacheFormat) -> type[AttentionBackend]:
             "--hf-overrides '{\"latent_cache\": null}' to serve it with a cache of 16-bit numbers."
         )
     config = get_current_vllm_config()
-    _refuse_mixed_sizes(config)
     _refuse_float32(config)
     from vllm_mla_plugin.backends.gpu import shared_memory
     from vllm_mla_plugin.backends.gpu_packed import PackedTritonMLABackend
 
     packed_tiles(format, shared_memory())  # refuses sizes before weights are loaded
-    # This pass of vLLM's compiler writes 16-bit numbers into the cache itself, past the backend.
+    _let_backends_write_the_cache(config)  # the compiler's pass would write 16-bit numbers
+    return PackedTritonMLABackend
+
+
+def _let_backends_write_the_cache(config: VllmConfig) -> None:
+    """Switch a pass of vLLM's compiler off that writes into the cache itself, past the backend."""
     if hasattr(config.compilation_config.pass_config, "fuse_rope_kvcache_cat_mla"):
         config.compilation_config.pass_config.fuse_rope_kvcache_cat_mla = False
-    return PackedTritonMLABackend
 
 
 def _refuse_float32(config: VllmConfig) -> None:
@@ -81,25 +87,25 @@ def _refuse_float32(config: VllmConfig) -> None:
         raise ValueError(f"vLLM's GPU kernels for MLA take 16-bit numbers, not {dtype}: give --dtype bfloat16.")
 
 
-def _refuse_mixed_sizes(config: VllmConfig) -> None:
-    """Refuse layers that differ in size, because vLLM's GPU code takes one size for the whole model in some places: its
-    checks of metadata, its choice of prefill, its shared workspaces."""
-    fields = config.model_config.hf_text_config
-    if fields.kv_lora_ranks is not None or fields.qk_rope_head_dims is not None:
-        raise ValueError(
-            "This checkpoint's layers cache different sizes (--layer-sizes measured), which only CPUs serve so far: "
-            "convert with --layer-sizes same for GPUs."
-        )
-
-
 def select_prefill_backend(dims: MLADimensions) -> type[MLAPrefillBackend] | None:
-    """The prefill backend of a layer, or None to let vLLM choose. Ours serves only where vLLM has none.
+    """The prefill backend of a layer, or None to let vLLM choose. Ours serves where vLLM has none, and where layers
+    differ in size, because vLLM chooses one for the largest size of the model.
 
     Raises:
-        ValueError: nothing on this GPU takes heads of these sizes.
+        ValueError: nothing on this GPU takes heads of these sizes; or the user's choice does not take all layers.
     """
     config = get_current_vllm_config()
-    if not current_platform.is_cuda_alike() or config.attention_config.mla_prefill_backend or _vllm_has_one(config):
+    if not current_platform.is_cuda_alike():
+        return None
+    differ, wanted = config.model_config.hf_text_config.sizes_differ, config.attention_config.mla_prefill_backend
+    if wanted is not None:
+        if differ and not wanted.get_class().supports_mla_dimensions(dims):  # vLLM checks the largest size
+            raise ValueError(
+                f"The prefill backend {wanted.name} does not take heads of {dims}, which a layer of this checkpoint "
+                "has: leave mla_prefill_backend out, and the plugin chooses one for every layer."
+            )
+        return None
+    if not differ and _vllm_has_one(config):
         return None
     from vllm_mla_plugin.backends.gpu_prefill import AnySizeFlashAttnPrefillBackend
 

@@ -24,8 +24,10 @@ from vllm.v1.worker.workspace import current_workspace_manager, is_workspace_man
 
 from vllm_mla_plugin.backends.context_parallel import all_parts, own_part
 from vllm_mla_plugin.backends.gpu_decode import decode, suited_parts
+from vllm_mla_plugin.backends.gpu_merge import Parts
 from vllm_mla_plugin.backends.metadata import AnySizeMLAMetadata
 from vllm_mla_plugin.checkpoint.layouts import PackedTiles, Tiles, suited_tiles
+from vllm_mla_plugin.latent_attention import LatentAttention
 
 
 @cache
@@ -75,7 +77,7 @@ def reserve(most: int, heads: int, tiles: Tiles | PackedTiles, numbers: int) -> 
 
 
 class AnySizeTritonMLAMetadataBuilder(TritonMLAMetadataBuilder):
-    """Builds :class:`AnySizeMLAMetadata`."""
+    """Builds :class:`AnySizeMLAMetadata`. Layers of different sizes have a builder for each size."""
 
     def __init__(
         self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
@@ -87,6 +89,9 @@ class AnySizeTritonMLAMetadataBuilder(TritonMLAMetadataBuilder):
         )
         # As in vLLM's: ranks that share contexts do not advance their lengths between the steps of a draft.
         self.supports_draft_decode_metadata_update = self.dcp_world_size == 1
+        if self.dcp_world_size == 1:
+            # Only vLLM's own gather of context would write here: tens of MB for each size.
+            self.chunked_prefill_workspace = torch.empty(0, device=self.device)
         self.reserve_scratch()
 
     def reserve_scratch(self) -> None:
@@ -174,26 +179,45 @@ class AnySizeTritonMLAImpl(TritonMLAImpl):
         kv_c_and_k_pe_cache: torch.Tensor,
         attn_metadata: MLACommonMetadata,
         layer: AttentionLayer,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Decode; shapes as in :meth:`vllm_mla_plugin.backends.cpu.AnySizeCPUMLAImpl.forward_mqa`, and log-sum-exp."""
+    ) -> tuple[torch.Tensor | Parts, torch.Tensor | None]:
+        """Decode; shapes as in :meth:`vllm_mla_plugin.backends.cpu.AnySizeCPUMLAImpl.forward_mqa`, and log-sum-exp; or
+        as :meth:`merge_or_leave` says."""
         assert attn_metadata.decode is not None
         q_latent, q_rope = q if isinstance(q, tuple) else q.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
         tiles, numbers = self.decode_tiles(q_latent.shape[1])
         assert isinstance(tiles, Tiles)
-        scratch = self.make_scratch(q_latent, tiles, numbers)
-        return decode(
+        parts = decode(
             q_latent,
             q_rope,
             kv_c_and_k_pe_cache,
             attn_metadata.decode.block_table,
             attn_metadata.decode.seq_lens,
-            scratch,
+            self.make_scratch(q_latent, tiles, numbers),
             layer._k_scale,
             scale=self.scale,
             causal=attn_metadata.causal,
             tiles=tiles,
-            parts=scratch.shape[2],
         )
+        return self.merge_or_leave(parts, attn_metadata, layer)
+
+    def merge_or_leave(
+        self, parts: Parts, attn_metadata: MLACommonMetadata, layer: AttentionLayer
+    ) -> tuple[torch.Tensor | Parts, torch.Tensor | None]:
+        """Results and their log-sum-exp; or the parts as they are, which the layer then merges together with its
+        product with W_UV.
+
+        That saves a launch, which matters for few queries. A batch with prefill takes much longer than a launch.
+        """
+        if (
+            isinstance(layer, LatentAttention)
+            and layer.merges_parts
+            and attn_metadata.num_prefills == 0
+            and self.dcp_world_size == 1  # other ranks' results are merged before the product
+            and not envs.VLLM_BATCH_INVARIANT  # a result must not depend on how many queries there are
+            and parts.suits_projection(self.v_head_dim)
+        ):
+            return parts, None
+        return parts.merge()
 
     def decode_tiles(self, heads: int) -> tuple[Tiles | PackedTiles, int]:
         """As for the metadata builder."""

@@ -1,8 +1,8 @@
 # ruff: noqa: N803, N806 - the constants of a Triton kernel are written in capitals
 """MLA decode in Triton for any ``kv_lora_rank + qk_rope_head_dim``: each cached row is read once for all heads.
 
-Contexts are cut into parts. :func:`merge_parts` weighs the results of the parts by their sums of exponentials
-(Flash-Decoding, arXiv 2307.08691, section 3).
+Contexts are cut into parts. :mod:`vllm_mla_plugin.backends.gpu_merge` weighs the results of the parts by their sums of
+exponentials (Flash-Decoding, arXiv 2307.08691, section 3).
 
 Scores and results are transposed: their rows are tokens and latent. A GPU's matrix instructions take 64 rows or 16 at a
 time, and if the rows were the queries of a few heads, most of them would be empty.
@@ -11,15 +11,13 @@ Which layouts the kernel serves is decided in :mod:`vllm_mla_plugin.checkpoint.l
 """
 
 import math
-from typing import Any
 
 import torch
 from vllm.triton_utils import tl, triton
 from vllm.utils.math_utils import cdiv
 
+from vllm_mla_plugin.backends.gpu_merge import Parts, part_length, row_length
 from vllm_mla_plugin.checkpoint.layouts import PackedTiles, Tiles
-
-PARTS_TILE, VALUES_TILE = 16, 128  # parts and values that one step of merging takes
 
 
 def suited_parts(rows: int, heads: int, tiles: Tiles | PackedTiles, units: int) -> int:
@@ -35,19 +33,6 @@ def suited_parts(rows: int, heads: int, tiles: Tiles | PackedTiles, units: int) 
     """
     programs = rows * cdiv(heads, tiles.heads)
     return max(1, min(units, tiles.programs_per_unit * units // programs))
-
-
-@triton.jit
-def row_length(Lengths, row, queries, lag):
-    """How many tokens a row attends to: all of its request's except those newer than itself."""
-    length = tl.load(Lengths + row // queries) - lag * (queries - 1 - row % queries)
-    return tl.maximum(length, 0)
-
-
-@triton.jit
-def part_length(length, parts, TILE_TOKENS: tl.constexpr):
-    """Tokens of a part: whole tiles, and at least one."""
-    return tl.maximum(1, tl.cdiv(tl.cdiv(length, parts), TILE_TOKENS)) * TILE_TOKENS
 
 
 @triton.jit(do_not_specialize=["parts", "queries", "lag"])
@@ -137,64 +122,6 @@ def _attend_part(
     tl.store(results + LATENT, top + tl.log2(total), mask=known)
 
 
-@triton.jit(do_not_specialize=["parts", "queries", "lag"])
-def merge_parts(
-    Parts,
-    Lengths,
-    Shares,
-    Out,
-    Lse,
-    parts,
-    queries,
-    lag,
-    HEADS: tl.constexpr,
-    LATENT: tl.constexpr,
-    EXTRA: tl.constexpr,
-    MEAN_WIDTH: tl.constexpr,
-    TILE_TOKENS: tl.constexpr,
-    PARTS_TILE: tl.constexpr,
-    VALUES_TILE: tl.constexpr,
-):
-    """Merge a row's parts for one head.
-
-    Args:
-        Parts: ``[rows, heads, parts, LATENT + EXTRA]``: values; then their log-sum-exp; then, where there are means,
-            the score of the first token in its part.
-        Shares: ``[2, MEAN_WIDTH]``, the means that values lack: of all tokens, and what the first has more; or None.
-    """
-    row = tl.program_id(0)
-    result = row.to(tl.int64) * HEADS + tl.program_id(1)
-    columns = tl.program_id(2) * VALUES_TILE + tl.arange(0, VALUES_TILE)
-    length = row_length(Lengths, row, queries, lag)
-    used = tl.cdiv(length, part_length(length, parts, TILE_TOKENS))
-    top = float("-inf")
-    total = 0.0
-    values = tl.zeros([VALUES_TILE], tl.float32)
-    for first in tl.range(0, used, PARTS_TILE):
-        part = first + tl.arange(0, PARTS_TILE)
-        source = Parts + (result * parts + part) * (LATENT + EXTRA)
-        lse = tl.load(source + LATENT, mask=part < used, other=float("-inf"))
-        mask = (part < used)[:, None] & (columns < LATENT)[None, :]
-        value = tl.load(source[:, None] + columns[None, :], mask=mask, other=0.0)
-        new_top = tl.maximum(top, tl.max(lse, 0))
-        shrink = tl.exp2(top - new_top)
-        weights = tl.exp2(lse - new_top)
-        total = total * shrink + tl.sum(weights, 0)
-        values = values * shrink + tl.sum(value * weights[:, None], 0)
-        top = new_top
-    # Some rows only fill up a CUDA graph: they have no tokens, so their values are zero.
-    values = values / tl.maximum(total, 1.0)
-    if Shares is not None:  # noqa: SIM102 - known when the kernel is compiled; the next is not
-        if used > 0:
-            first_score = tl.load(Parts + result * parts * (LATENT + EXTRA) + (LATENT + 1))
-            first_weight = tl.exp2(first_score - top - tl.log2(total))
-            mean = tl.load(Shares + columns, mask=columns < LATENT, other=0.0)
-            values += mean + first_weight * tl.load(Shares + MEAN_WIDTH + columns, mask=columns < LATENT, other=0.0)
-    tl.store(Out + result * LATENT + columns, values, mask=columns < LATENT)
-    if tl.program_id(2) == 0:
-        tl.store(Lse + result, (top + tl.log2(total)) * 0.6931471805599453)  # log 2
-
-
 def decode(
     q_latent: torch.Tensor,
     q_rope: torch.Tensor,
@@ -207,8 +134,7 @@ def decode(
     scale: float,
     causal: bool,
     tiles: Tiles,
-    parts: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Parts:
     """Attention of each query to its request's cached tokens.
 
     Args:
@@ -218,22 +144,17 @@ def decode(
         cache: ``[pages, tokens of a page, latent + rope]``, in the dtype of the queries or fp8.
         table: ``[requests, pages of each]`` int32.
         lengths: ``[requests]`` int32, tokens cached; 0 gives zeros.
-        scratch: float32, at least ``rows * heads * parts * (latent + 1)``.
+        scratch: ``[rows, heads, parts, latent + 1]`` float32; :func:`suited_parts` tells how many parts.
         cache_scale: one float32 number, the scale of fp8 numbers.
         scale: factor on the scores.
         causal: whether a request's newest tokens do not attend to those after them.
         tiles: from :func:`vllm_mla_plugin.checkpoint.layouts.suited_tiles`.
-        parts: from :func:`suited_parts`.
 
     Returns:
-        ``[rows, heads, latent]`` in the dtype of the queries, and the log-sum-exp of the scores ``[rows, heads]``,
-        float32.
+        The results in ``scratch``.
     """
     rows, heads, latent = q_latent.shape
-    shared: dict[str, Any] = {"HEADS": heads, "LATENT": latent, "TILE_TOKENS": tiles.tokens}
-    queries, lag = rows // max(1, len(lengths)), int(causal)
-    out = torch.empty_like(q_latent, memory_format=torch.contiguous_format)
-    lse = torch.empty(rows, heads, dtype=torch.float32, device=out.device)
+    parts, queries, lag = scratch.shape[2], rows // max(1, len(lengths)), int(causal)
     _attend_part[(cdiv(heads, tiles.heads), rows, parts)](
         q_latent,
         q_rope,
@@ -253,29 +174,16 @@ def decode(
         cache.stride(0),
         cache.stride(1),
         table.stride(0),
+        HEADS=heads,
+        LATENT=latent,
         ROPE=q_rope.shape[-1],
         PAGE=cache.shape[1],
         TILE_LATENT=tiles.latent,
         TILE_ROPE=tiles.rope,
+        TILE_TOKENS=tiles.tokens,
         TILE_HEADS=tiles.heads,
         # With one stage, Triton 3.6 overwrites tiles that Hopper's matrix instructions still read.
         num_stages=2,
         num_warps=tiles.warps,
-        **shared,
     )
-    merge_parts[(rows, heads, cdiv(latent, VALUES_TILE))](
-        scratch,
-        lengths,
-        None,
-        out,
-        lse,
-        parts,
-        queries,
-        lag,
-        EXTRA=1,
-        MEAN_WIDTH=0,
-        PARTS_TILE=PARTS_TILE,
-        VALUES_TILE=VALUES_TILE,
-        **shared,
-    )
-    return out, lse
+    return Parts(scratch, lengths, latent, q_latent.dtype, tiles.tokens, lag)

@@ -22,6 +22,7 @@ from vllm_mla_plugin.backends.gpu import (
     token_slots,
 )
 from vllm_mla_plugin.backends.gpu_means import Means
+from vllm_mla_plugin.backends.gpu_merge import Parts
 from vllm_mla_plugin.backends.gpu_pack import pack
 from vllm_mla_plugin.backends.gpu_packed_decode import EXTRA, decode_packed
 from vllm_mla_plugin.backends.gpu_rows import widen
@@ -120,25 +121,24 @@ class PackedTritonMLAImpl(AnySizeTritonMLAImpl):
         kv_c_and_k_pe_cache: torch.Tensor,
         attn_metadata: MLACommonMetadata,
         layer: AttentionLayer,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor | Parts, torch.Tensor | None]:
         """Decode; as :meth:`vllm_mla_plugin.backends.gpu.AnySizeTritonMLAImpl.forward_mqa`."""
         assert attn_metadata.decode is not None
         q_latent, q_rope = q if isinstance(q, tuple) else q.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
-        scratch = self.make_scratch(q_latent, *self.decode_tiles(q_latent.shape[1]))
-        return decode_packed(
+        parts = decode_packed(
             q_latent,
             q_rope,
             kv_c_and_k_pe_cache,
             attn_metadata.decode.block_table,
             attn_metadata.decode.seq_lens,
-            scratch,
+            self.make_scratch(q_latent, *self.decode_tiles(q_latent.shape[1])),
             self.cache_format,
             self.means,
             scale=self.scale,
             causal=attn_metadata.causal,
             tiles=self.tiles,
-            parts=scratch.shape[2],
         )
+        return self.merge_or_leave(parts, attn_metadata, layer)
 
     def decode_tiles(self, heads: int) -> tuple[PackedTiles, int]:
         """As for unpacked rows."""

@@ -14,20 +14,13 @@ As :mod:`vllm_mla_plugin.backends.gpu_decode`, but the latent is a tuple of chun
 """
 
 import math
-from typing import Any
 
 import torch
 from vllm.triton_utils import tl, triton
 from vllm.utils.math_utils import cdiv
 
-from vllm_mla_plugin.backends.gpu_decode import (
-    PARTS_TILE,
-    VALUES_TILE,
-    merge_parts,
-    part_length,
-    row_length,
-)
 from vllm_mla_plugin.backends.gpu_means import Means
+from vllm_mla_plugin.backends.gpu_merge import Parts, part_length, row_length
 from vllm_mla_plugin.backends.gpu_rows import fine_means, turned_mean, widen_chunk
 from vllm_mla_plugin.checkpoint.cache_formats import CacheFormat
 from vllm_mla_plugin.checkpoint.layouts import PackedTiles
@@ -201,31 +194,26 @@ def decode_packed(
     scale: float,
     causal: bool,
     tiles: PackedTiles,
-    parts: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Parts:
     """Attention of each query to its request's cached tokens.
 
     Args:
         q_latent, q_rope, table, lengths, scale, causal: as for :func:`vllm_mla_plugin.backends.gpu_decode.decode`.
         cache: ``[pages, tokens of a page, bytes]`` uint8.
-        scratch: float32, at least ``rows * heads * parts * (latent + EXTRA)``.
+        scratch: ``[rows, heads, parts, latent + EXTRA]`` float32;
+            :func:`vllm_mla_plugin.backends.gpu_decode.suited_parts` tells how many parts.
         format: of the rows.
         means: what the rows lack, or None. Its step is ``tiles.tokens``.
         tiles: from :func:`vllm_mla_plugin.checkpoint.layouts.packed_tiles`.
-        parts: from :func:`vllm_mla_plugin.backends.gpu_decode.suited_parts`.
 
     Returns:
         As :func:`vllm_mla_plugin.backends.gpu_decode.decode`.
     """
     assert means is None or means.step == tiles.tokens
     rows, heads, latent = q_latent.shape
-    rope = q_rope.shape[-1]
     latent_chunks, rope_chunks = chunks_of(format)
     shares, fine, coarse = (None, None, None) if means is None else means
-    shared: dict[str, Any] = {"HEADS": heads, "LATENT": latent, "TILE_TOKENS": tiles.tokens, "EXTRA": EXTRA}
-    queries, lag = rows // max(1, len(lengths)), int(causal)
-    out = torch.empty_like(q_latent, memory_format=torch.contiguous_format)
-    lse = torch.empty(rows, heads, dtype=torch.float32, device=out.device)
+    parts, queries, lag = scratch.shape[2], rows // max(1, len(lengths)), int(causal)
     _attend_part[(cdiv(heads, tiles.heads), rows, parts)](
         q_latent,
         q_rope,
@@ -247,28 +235,17 @@ def decode_packed(
         cache.stride(0),
         cache.stride(1),
         table.stride(0),
-        ROPE=rope,
+        HEADS=heads,
+        LATENT=latent,
+        ROPE=q_rope.shape[-1],
         PAGE=cache.shape[1],
         LATENT_CHUNKS=latent_chunks,
         ROPE_CHUNKS=rope_chunks,
+        TILE_TOKENS=tiles.tokens,
         TILE_HEADS=tiles.heads,
+        EXTRA=EXTRA,
         # With one stage, Triton 3.6 overwrites tiles that Hopper's matrix instructions still read.
         num_stages=2,
         num_warps=tiles.warps,
-        **shared,
     )
-    merge_parts[(rows, heads, cdiv(latent, VALUES_TILE))](
-        scratch,
-        lengths,
-        shares,
-        out,
-        lse,
-        parts,
-        queries,
-        lag,
-        MEAN_WIDTH=latent + rope,
-        PARTS_TILE=PARTS_TILE,
-        VALUES_TILE=VALUES_TILE,
-        **shared,
-    )
-    return out, lse
+    return Parts(scratch, lengths, latent, q_latent.dtype, tiles.tokens, lag, shares)

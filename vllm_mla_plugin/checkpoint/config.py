@@ -114,6 +114,12 @@ class MLAFields:
         rope = self.qk_rope_head_dim if self.qk_rope_head_dims is None else self.qk_rope_head_dims[layer]
         return rank, rope
 
+    @property
+    def sizes_differ(self) -> bool:
+        """Whether layers cache different sizes."""
+        layers: int = self.num_hidden_layers  # type: ignore[attr-defined]  # the source family's
+        return len({self.cached_sizes(layer) for layer in range(layers)}) > 1
+
     def cache_format(self, layer: int) -> CacheFormat | None:
         """How a layer's cache is packed, or None if it is not."""
         if self.latent_cache is None:

@@ -191,24 +191,30 @@ def packed_tiles(format: CacheFormat, shared_bytes: int) -> PackedTiles:
 
 
 def gpu_backends(
-    layout: tuple[int, int], head_dim: int, dtype: str, gpu: str, format: CacheFormat | None = None
+    layout: tuple[int, int],
+    head_dim: int,
+    dtype: str,
+    gpu: str,
+    format: CacheFormat | None = None,
+    differ: bool = False,
 ) -> list[str]:
     """The backends that serve a layout on a GPU; vLLM's first choice comes first.
 
     Args:
-        layout: latent and rope, the same in every layer.
+        layout: latent and rope of a layer.
         head_dim: head size of the source; heads of the converted model have ``head_dim + rope`` numbers in prefill.
         dtype: of the model when it is served. No GPU backend for MLA takes float32.
         gpu: one of :data:`GPUS`.
         format: how the cache is packed, by which only this plugin's backend serves it; None if it is kept in the
             model's dtype.
+        differ: whether other layers have other layouts, which only this plugin's backend serves.
 
     Returns:
         Names as ``--attention-backend`` takes them, or :data:`PLUGIN_BACKEND` alone; empty if nothing serves it.
     """
     if dtype == "float32" or head_dim + layout[1] > MAX_PREFILL_HEAD_SIZE:
         return []
-    if format is None and layout in VLLM_LAYOUTS:
+    if format is None and not differ and layout in VLLM_LAYOUTS:
         return [
             backend.name
             for backend in VLLM_BACKENDS

@@ -123,8 +123,8 @@ class AttentionAwareOptions(MethodOptions):
     )
     layer_sizes: LayerSizes = Field(
         LayerSizes.SAME,
-        description="Cache **same** in all layers, or **measured**: more where it matters more, the same in total. "
-        "GPUs do not serve it yet.",
+        description="Cache **same** in all layers, or **measured**: more where it matters more, the same in total, in "
+        "at most four sizes.",
     )
     without: Annotated[frozenset[Ingredient], Flag(default="none")] = Field(
         frozenset(), description="Leave an ingredient out, to see what it buys (may be repeated)."

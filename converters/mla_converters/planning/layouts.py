@@ -49,7 +49,8 @@ class Candidate:
     def is_vllms(self) -> bool:
         """Whether vLLM has GPU kernels of its own for the cache."""
         budget = self.cache.budget
-        return self.cache.format is None and (budget.kv_lora_rank, budget.qk_rope_head_dim) in VLLM_LAYOUTS
+        plain = self.cache.format is None and not sizes_differ(self.method)
+        return plain and (budget.kv_lora_rank, budget.qk_rope_head_dim) in VLLM_LAYOUTS
 
     def ratio(self, shape: Shape) -> float:
         """The cache's bytes as a share of the source's in 16 bits."""
@@ -57,7 +58,12 @@ class Candidate:
 
     def backends(self, dtype: str) -> dict[str, list[str]]:
         """Who serves it, see :func:`mla_converters.planning.serving.serving_backends`."""
-        return serving_backends(self.cache, self.nope_dim, dtype)
+        return serving_backends(self.cache, self.nope_dim, dtype, sizes_differ(self.method))
+
+
+def sizes_differ(method: MethodOptions) -> bool:
+    """Whether a method gives its layers different sizes."""
+    return isinstance(method, AttentionAwareOptions) and method.layer_sizes == LayerSizes.MEASURED
 
 
 def candidates(shape: Shape, method: MethodOptions) -> list[Candidate]:
@@ -93,8 +99,7 @@ def share_sizes(method: MethodOptions, ratio: float) -> CacheSizes:
     """
     if not isinstance(method, AttentionAwareOptions):
         return CacheSizes(cache_ratio=ratio, latent_bits=TYPICAL_BITS)
-    bits = 16 if method.layer_sizes == LayerSizes.MEASURED else None
-    return CacheSizes(cache_ratio=ratio, latent_bits=bits)
+    return CacheSizes(cache_ratio=ratio, latent_bits=16 if sizes_differ(method) else None)
 
 
 def asked(shape: Shape, method: MethodOptions, sizes: CacheSizes) -> Candidate:

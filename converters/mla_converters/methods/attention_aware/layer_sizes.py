@@ -1,6 +1,7 @@
 """Sizes of the cache that differ between layers, under a fixed total."""
 
 import heapq
+from itertools import combinations
 
 import torch
 from rich.progress import Progress
@@ -20,10 +21,14 @@ from mla_converters.methods.layer_conversion import map_errors
 from mla_converters.resume.layer_pass import Record, Streams
 from mla_converters.streaming.layers import embed, logits
 from mla_converters.text.calibration import Calibration
+from vllm_mla_plugin.checkpoint.layouts import GPUS, gpu_backends
 
 SHARES = (0.5, 0.75, 0.875, 1.125, 1.25, 1.5, 2.0)  # a layer's size, relative to the size if all layers had the same
 SENSITIVITY_TOKENS = 512  # tokens at the end of a window whose predictions are compared
 GRAIN = 4  # sizes are multiples of this number
+MOST_SIZES = 4
+"""Sizes that one model has at most, because on a GPU vLLM compiles the layers of each size by themselves, and builds
+metadata for each size in every step."""
 
 
 def scaled_budget(budget: CacheBudget, share: float, width: int) -> CacheBudget | None:
@@ -34,16 +39,48 @@ def scaled_budget(budget: CacheBudget, share: float, width: int) -> CacheBudget 
     return CacheBudget(total - rope, rope) if fits else None
 
 
-def spread(costs: list[dict[int, float]], total: int) -> list[int]:
-    """Choose sizes whose summed cost is small: each step enlarges the layer that saves most per number (greedy).
+def candidate_sizes(budget: CacheBudget, width: int, head_dim: int) -> dict[int, CacheBudget]:
+    """The sizes that a layer may get, by their numbers per token: the common one, and shares of it.
+
+    A share is left out if a GPU serves the common size but not the share: its heads or its rows may be too wide.
 
     Args:
-        costs: for each layer, its cost at each size that it can have.
+        budget: the common size.
+        width: keys of the source per token, ``g * d``.
+        head_dim: of the source.
+    """
+
+    def served_on(size: CacheBudget) -> set[str]:
+        layout = (size.kv_lora_rank, size.qk_rope_head_dim)
+        return {gpu for gpu in GPUS if gpu_backends(layout, head_dim, "bfloat16", gpu, differ=True)}
+
+    scaled = (scaled_budget(budget, share, width) for share in SHARES)
+    fitting = (size for size in scaled if size and served_on(size) >= served_on(budget))
+    return {size.width: size for size in fitting} | {budget.width: budget}
+
+
+def spread(costs: list[dict[int, float]], total: int, most: int) -> list[int]:
+    """Choose few sizes whose summed cost is small: the best of what :func:`_spread` gives for every choice of them.
+
+    Args:
+        costs: for each layer, its cost at each size; all layers have the same sizes to choose from.
         total: limit on the sum of the sizes.
+        most: at most this many different sizes are chosen.
 
     Returns:
         A size for each layer.
     """
+    sizes = sorted(costs[0])
+    found = []
+    for few in combinations(sizes, min(most, len(sizes))):
+        if few[0] * len(costs) <= total:
+            chosen = _spread([{size: cost[size] for size in few} for cost in costs], total)
+            found.append((sum(cost[size] for cost, size in zip(costs, chosen, strict=True)), chosen))
+    return min(found)[1]
+
+
+def _spread(costs: list[dict[int, float]], total: int) -> list[int]:
+    """Choose sizes whose summed cost is small: each step enlarges the layer that saves most per number (greedy)."""
 
     def best_step(layer: int) -> tuple[float, int, int] | None:
         now = sizes[layer]
@@ -89,8 +126,7 @@ def measured_sizes(
         record: keeps the state of the measurement, so that an interrupted run can go on.
     """
     count, width = source.config.num_hidden_layers, source.config.num_key_value_heads * source.head_dim
-    scaled = (scaled_budget(budget, share, width) for share in SHARES)
-    candidates = {candidate.width: candidate for candidate in scaled if candidate} | {budget.width: budget}
+    candidates = candidate_sizes(budget, width, source.head_dim)
     weighing = first_weighing(settings.without)
     sizes = list(candidates)
 
@@ -121,4 +157,4 @@ def measured_sizes(
         divergence = torch.nn.functional.kl_div(got, expected, log_target=True, reduction="sum").item()
         base = max(by_size[budget.width], 1e-30)  # the error is zero if the budget loses nothing
         costs.append({size: divergence * error / base for size, error in by_size.items()})
-    return [candidates[size] for size in spread(costs, budget.width * count)]
+    return [candidates[size] for size in spread(costs, budget.width * count, MOST_SIZES)]
