@@ -68,8 +68,9 @@ def test_queries_are_stored_in_the_sources_order(family: str, tmp_path: Path) ->
     fused = before.get(f"{ATTENTION}qkv_proj.weight")
     expected = before[f"{ATTENTION}q_proj.weight"] if fused is None else fused[: 9 * 32]
     assert torch.equal(after[f"{ATTENTION}q_proj.weight"], expected)
-    normed = load(out).config.qk_norm  # in float32
-    torch.testing.assert_close(logits(out), logits(source), rtol=0, atol=1e-4 if normed else 1e-9)
+    # Norms are computed in float32, and what is divided by an attention factor is rounded to float32.
+    rounded = load(out).config.qk_norm or family == "glm4"
+    torch.testing.assert_close(logits(out), logits(source), rtol=0, atol=1e-4 if rounded else 1e-9)
 
 
 @pytest.fixture

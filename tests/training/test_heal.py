@@ -108,7 +108,10 @@ def test_only_attentions_change_and_predict_better(shape: str, tmp_path: Path) -
     ],
 )
 def test_what_trains(shape: str, options: tuple, tmp_path: Path) -> None:
-    """All weights change, experts too; or attentions alone, by low-rank changes that end up in the weights."""
+    """All weights change, experts too; or attentions alone, by low-rank changes that end up in the weights.
+
+    The maps to rotary queries, which are small, then train as they are.
+    """
     mla = convert(SHAPES[shape].save(tmp_path / "source"), tmp_path / "mla", *MAP_ALONE)
     healed = heal(mla, tmp_path / "healed", "--text", CALIBRATION, "--steps", 48, "--dtype", "float32", *options)
     losses = [loss for name in ("kl_held_out", "lm_held_out") if (loss := reported(healed).get(name))]
@@ -120,7 +123,7 @@ def test_what_trains(shape: str, options: tuple, tmp_path: Path) -> None:
         changes = new[name] - tensor
         matrix = whole or (".self_attn." in name and "_proj" in name)
         assert bool(changes.any()) == (matrix and not name.endswith("rope_freqs")), name
-        if not whole and matrix:
+        if not whole and matrix and not name.endswith("q_rope_proj.weight"):
             assert torch.linalg.matrix_rank(changes, rtol=1e-4) == 4
 
 
