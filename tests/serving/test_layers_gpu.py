@@ -72,6 +72,7 @@ def serve_on_gpu(monkeypatch: pytest.MonkeyPatch, differ: bool, prefill: Any = N
     config = SimpleNamespace(
         model_config=SimpleNamespace(dtype=None, hf_text_config=SimpleNamespace(sizes_differ=differ)),
         cache_config=SimpleNamespace(cache_dtype="auto"),
+        parallel_config=SimpleNamespace(decode_context_parallel_size=1),
         attention_config=SimpleNamespace(mla_prefill_backend=prefill),
         compilation_config=CompilationConfig(),
     )
