@@ -61,7 +61,8 @@ def _packed(text: Path) -> dict[str, Job]:
         rows[f"packed closed-form healed {share}"] = Job(closed_form, ["--text", str(text)], in_vllm=True)
         rows[f"packed refit {share}"] = Job(refitted, in_vllm=True)
         rows[f"packed refit healed {share}"] = Job(refitted, ["--text", str(text)], in_vllm=True)
-        rows[f"packed self healed {share}"] = Job(ratio, ["--text", "self"], in_vllm=True)
+        rows[f"packed self {share}"] = Job([*ratio, *CLOSED_FORM], in_vllm=True)
+        rows[f"packed self healed {share}"] = Job([*ratio, *CLOSED_FORM], ["--text", "self"], in_vllm=True)
     return rows
 
 
