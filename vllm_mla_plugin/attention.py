@@ -94,9 +94,9 @@ class MLASelfAttention(nn.Module):
         self.v_dim = config.v_head_dim
         self.num_heads = num_heads // get_tensor_model_parallel_world_size()
 
-        self.q_rope_proj: RankRotaryQueryMap | None = None
+        self.q_rope_map: RankRotaryQueryMap | None = None
         if config.rotary_query_map:
-            self.q_rope_proj = RankRotaryQueryMap(self.num_heads, self.v_dim, self.rope_dim)
+            self.q_rope_map = RankRotaryQueryMap(self.num_heads, self.v_dim, self.rope_dim)
         bias, bias_o_proj = config.attention_biases
         self.make_projections(config, num_heads, bias, quant_config, prefix)
         self.kv_b_proj = ColumnParallelLinear(
@@ -136,11 +136,11 @@ class MLASelfAttention(nn.Module):
                 "rope_freqs": self.rope_freqs,
                 "max_position": model_config.max_model_len,
             }
-        if self.q_rope_proj is None:
+        if self.q_rope_map is None:
             attention: Any = LatentAttention if format is None else PackedMLAAttention
         else:
             attention = MappedMLAAttention if format is None else PackedMappedMLAAttention
-            more |= {"q_rope_proj": self.q_rope_proj, "rotary_emb": self.rotary_emb}
+            more |= {"q_rope_map": self.q_rope_map, "rotary_emb": self.rotary_emb}
         self.attn = attention(
             num_heads=self.num_heads,
             scale=config.softmax_scale,
@@ -175,7 +175,7 @@ class MLASelfAttention(nn.Module):
 
     def query_dim(self, own: int) -> int:
         """Numbers that ``q_proj`` gives each head: the source's query, or else ``own`` and the rotary query."""
-        return own + self.rope_dim if self.q_rope_proj is None else self.v_dim
+        return own + self.rope_dim if self.q_rope_map is None else self.v_dim
 
     def make_input_projections(
         self, sizes: list[int], hidden_size: int, bias: bool, quant_config: QuantizationConfig | None, prefix: str
@@ -222,7 +222,7 @@ class MLASelfAttention(nn.Module):
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries, and the row to cache ``[tokens, latent + rope]`` before RoPE.
 
-        Queries are ``[tokens, heads, nope + rope]`` before RoPE; or, where ``q_rope_proj`` makes the rotary part of
+        Queries are ``[tokens, heads, nope + rope]`` before RoPE; or, where ``q_rope_map`` makes the rotary part of
         them, ``[tokens, heads, v]``.
         """
         return self.project_input(hidden_states)
@@ -263,7 +263,7 @@ class MLASelfAttention(nn.Module):
             cached = take_mean_out(cached, self.cache_mean, positions)
         latent, k_rope = cached.split([self.latent_dim, self.rope_dim], dim=-1)
         output_shape = (hidden_states.shape[0], self.num_heads * self.v_dim)
-        if self.q_rope_proj is not None:
+        if self.q_rope_map is not None:
             k_rope, _ = self.rotary_emb(positions, k_rope.unsqueeze(1))
             output = self.attn(q, latent, k_rope, positions, output_shape=output_shape)
             return self.o_proj(output)[0]

@@ -1,4 +1,4 @@
-"""vLLM's MLA attention layer for checkpoints with ``q_rope_proj``: it makes rotary queries from queries.
+"""vLLM's MLA attention layer for checkpoints with ``q_rope_map``: it makes rotary queries from queries.
 
 vLLM's layer takes rotated queries, and absorbs the keys' up-projection into the rest of them when it decodes. Here the
 layer takes queries as ``q_proj`` gives them. When it decodes, one product absorbs the up-projection and makes the
@@ -37,7 +37,7 @@ class MapsQueries:
     """Mixed into ``MLAAttention``.
 
     Args:
-        q_rope_proj: the maps of this rank's heads.
+        q_rope_map: the maps of this rank's heads.
         rotary_emb: rotates by the layer's frequencies.
         arguments: as for ``MLAAttention``.
     """
@@ -48,10 +48,10 @@ class MapsQueries:
     impl: Any
 
     def __init__(
-        self, *, q_rope_proj: RankRotaryQueryMap, rotary_emb: FrequencyRotaryEmbedding, **arguments: Any
+        self, *, q_rope_map: RankRotaryQueryMap, rotary_emb: FrequencyRotaryEmbedding, **arguments: Any
     ) -> None:
         super().__init__(**arguments)
-        self.around = (q_rope_proj, rotary_emb)  # in a tuple, because they are modules of the layer around this one
+        self.around = (q_rope_map, rotary_emb)  # in a tuple, because they are modules of the layer around this one
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Also put the keys' up-projection and the map into one matrix."""
@@ -149,8 +149,8 @@ class MapsQueries:
 
     def with_rotary(self, q: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Queries ``[tokens, heads, nope + rope]``, rotated, from ``[tokens, heads, head_dim]``."""
-        q_rope_proj, rotary_emb = self.around
-        rotary = _by_head(q, q_rope_proj.weight)
+        q_rope_map, rotary_emb = self.around
+        rotary = _by_head(q, q_rope_map.weight)
         rotate = rotary_emb.forward_cuda if current_platform.is_cuda_alike() else rotary_emb.forward_native
         rotary, _ = rotate(positions, rotary)
         return torch.cat((q, rotary), dim=-1) if self.qk_nope_head_dim else rotary  # type: ignore[attr-defined]

@@ -29,7 +29,7 @@ class QKNormMLASelfAttention(MLASelfAttention):
 
     - ``kv_a_proj_with_mqa`` maps ``[k; x]`` to the row to cache. The source's projection to values is folded into the
       part for ``x``.
-    - ``q_proj`` gives each head the source's query and, below it, the rotary part, if ``q_rope_proj`` does not make
+    - ``q_proj`` gives each head the source's query and, below it, the rotary part, if ``q_rope_map`` does not make
       that. Both are divided by the root mean square of the query.
     - The weight of the query's norm, and the map of the part without RoPE, are folded into ``kv_b_proj``.
     """
@@ -65,5 +65,5 @@ class QKNormMLASelfAttention(MLASelfAttention):
         q, k = self.project_input(hidden_states)
         k = self.k_norm(k.unflatten(-1, (-1, self.norm_width))).flatten(1)
         cached = self.kv_a_proj_with_mqa(torch.cat((k, hidden_states), dim=-1))[0]
-        kept = self.nope_dim if self.q_rope_proj is None else self.v_dim
+        kept = self.nope_dim if self.q_rope_map is None else self.v_dim
         return norm_queries(q, self.v_dim, kept, self.eps, self.over_heads, mean_over_ranks), cached

@@ -216,7 +216,7 @@ def test_parts_are_taken_apart_and_put_together_again(layer: SourceLayer, mapped
         with parts_apart([attention]):
             parts = dict(attention.named_parameters())
             torch.testing.assert_close(attention(hidden), expected)
-            if attention.q_rope_proj is None:
+            if attention.q_rope_map is None:
                 rotary = parts["q_proj.parametrizations.weight.original1"]
                 assert rotary.shape == (HEADS, attention.rope_dim, 96)
             else:

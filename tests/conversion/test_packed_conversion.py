@@ -177,8 +177,7 @@ def test_interrupted_in_every_phase(
         method=AttentionAwareOptions(refit_steps=3), calibration=(str(CALIBRATION),), calibration_tokens=1024
     )
     phases = ("profile", "formats", "layers")
-    stops = [("calibration", 1), *((phase, layer) for phase in phases for layer in range(1, LAYERS + 1))]
-    stops.append(("held_out", 1))
+    stops = [("texts", 1), *((phase, layer) for phase in phases for layer in range(1, LAYERS + 1))]
     passed: list[tuple[str, int]] = []
     save = Record.save
 

@@ -101,15 +101,15 @@ def test_other_options_do_not_go_on(
 ) -> None:
     out, folder = tmp_path / "out", tmp_path / "out.partial"
     with running("convert", source, out, *OPTIONS) as process:
-        wait_for(process, (folder / "calibration.safetensors").exists)
+        wait_for(process, (folder / "texts.safetensors").exists)
     assert message in refusal("convert", source, out, *OPTIONS, *changed)
-    assert (folder / "calibration.safetensors").exists() and not out.exists()
+    assert (folder / "texts.safetensors").exists() and not out.exists()
 
 
 def test_another_source_does_not_go_on(refusal: Refused, source: Path, tmp_path: Path) -> None:
     copy, out = shutil.copytree(source, tmp_path / "source"), tmp_path / "out"
     with running("convert", copy, out, *OPTIONS) as process:
-        wait_for(process, (tmp_path / "out.partial" / "calibration.safetensors").exists)
+        wait_for(process, (tmp_path / "out.partial" / "texts.safetensors").exists)
     os.utime(copy / "model.safetensors", (1, 1))
     assert "differs in model.safetensors (" in refusal("convert", copy, out, *OPTIONS)
 

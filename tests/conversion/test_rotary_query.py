@@ -198,7 +198,7 @@ def test_refit_and_healing_train_the_map(tmp_path: Path) -> None:
     pytest.importorskip("peft")
     model = load(healed)
     make_trainable(model, "lora", lora_rank=2, seed=0)
-    assert model.model.layers[0].self_attn.q_rope_proj.weight.requires_grad
+    assert model.model.layers[0].self_attn.q_rope_map.weight.requires_grad
     trained = dict(trained_tensors(model))
     torch.testing.assert_close(trained[ATTENTION + ROTARY_MAP], tensors[2][ATTENTION + ROTARY_MAP])
     assert f"{ATTENTION}q_proj.weight" in trained

@@ -35,7 +35,7 @@ METADATA = SimpleNamespace(num_actual_tokens=5, num_decodes=5, num_decode_tokens
 
 @pytest.fixture
 def layers(tmp_path: Any) -> Iterator[tuple[MLASelfAttention, MLASelfAttention, MultiHeadLatentAttentionWrapper]]:
-    """Our layer without and with ``q_rope_proj``, and DeepSeek's.
+    """Our layer without and with ``q_rope_map``, and DeepSeek's.
 
     Without a query rank, DeepSeek's cannot compute queries and latent in one product.
     """
@@ -118,7 +118,7 @@ def test_nothing_that_deepseek_does_not_run(layers: Any, monkeypatch: pytest.Mon
 
 @torch.inference_mode()
 def test_launches_of_a_decode_step(layers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU, ``q_rope_proj`` saves a launch, and the query needs no concatenation in kernels that want it whole."""
+    """On a GPU, ``q_rope_map`` saves a launch, and the query needs no concatenation in kernels that want it whole."""
     counts: Counter[str] = Counter()
     handed: dict[int, Any] = {}
 

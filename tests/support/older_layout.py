@@ -12,12 +12,12 @@ def without_query_map(weights: dict[str, torch.Tensor], own_queries: bool) -> di
     """One layer's projections, named as below ``self_attn.``, with the map multiplied into ``q_proj``; in float64.
 
     Args:
-        weights: with ``q_rope_proj.weight``.
+        weights: with ``q_rope_map.weight``.
         own_queries: whether the attention also reads the source's queries: not if ``qk_nope_head_dim`` is 0, unless
             they are normalised.
     """
     older = dict(weights)
-    maps = older.pop("q_rope_proj.weight").double()
+    maps = older.pop("q_rope_map.weight").double()
     for name in {"q_proj.weight", "q_proj.bias"} & older.keys():
         queries = weights[name].double().unflatten(0, maps.shape[:2])
         rotary = torch.einsum("hdr,hd...->hr...", maps, queries)

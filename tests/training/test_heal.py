@@ -121,9 +121,9 @@ def test_what_trains(shape: str, options: tuple, tmp_path: Path) -> None:
     whole = "all" in options
     for name, tensor in old.items():
         changes = new[name] - tensor
-        matrix = whole or (".self_attn." in name and "_proj" in name)
+        matrix = whole or (".self_attn." in name and ("_proj" in name or "q_rope_map" in name))
         assert bool(changes.any()) == (matrix and not name.endswith("rope_freqs")), name
-        if not whole and matrix and not name.endswith("q_rope_proj.weight"):
+        if not whole and matrix and not name.endswith("q_rope_map.weight"):
             assert torch.linalg.matrix_rank(changes, rtol=1e-4) == 4
 
 

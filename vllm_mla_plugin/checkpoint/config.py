@@ -33,7 +33,7 @@ class MLAFields:
         qk_nope_head_dim: per-head width of queries and keys without RoPE (0 for a model whose
             whole key keeps RoPE).
         v_head_dim: per-head width of the values, and of the source's queries.
-        rotary_query_map: whether ``q_proj`` gives only each head's query in the source, and ``q_rope_proj`` makes the
+        rotary_query_map: whether ``q_proj`` gives only each head's query in the source, and ``q_rope_map`` makes the
             rotary query from it (:class:`~vllm_mla_plugin.checkpoint.rotary_query.RotaryQueryMap`). False: ``q_proj``
             gives both, as in all checkpoints of version 0.1.0.
         softmax_scale: factor on attention scores: ``head_dim ** -0.5`` of the source, times the

@@ -71,10 +71,10 @@ class MLASelfAttention(nn.Module):
         self.kv_a_proj_with_mqa = nn.Linear(config.hidden_size, self.latent_dim + self.rope_dim, bias=bias)
 
     def make_queries(self, config: PretrainedConfig, own_dim: int, bias: bool) -> None:
-        """Make ``q_proj``, and ``q_rope_proj`` if the checkpoint has it; else ``own_dim`` numbers of each head come
+        """Make ``q_proj``, and ``q_rope_map`` if the checkpoint has it; else ``own_dim`` numbers of each head come
         before its rotary query."""
         heads, mapped = config.num_attention_heads, config.rotary_query_map
-        self.q_rope_proj = RotaryQueryMap(heads, self.v_dim, self.rope_dim) if mapped else None
+        self.q_rope_map = RotaryQueryMap(heads, self.v_dim, self.rope_dim) if mapped else None
         self.query_dim = self.v_dim if mapped else own_dim + self.rope_dim
         self.q_proj = nn.Linear(config.hidden_size, heads * self.query_dim, bias=bias)
 
@@ -86,7 +86,7 @@ class MLASelfAttention(nn.Module):
 
     def with_rotary(self, q: torch.Tensor) -> torch.Tensor:
         """Queries ``[batch, tokens, heads, nope + rope]`` from what ``q_proj`` gives, after any norm."""
-        return q if self.q_rope_proj is None else self.q_rope_proj(q, self.nope_dim)
+        return q if self.q_rope_map is None else self.q_rope_map(q, self.nope_dim)
 
     def forward(
         self,
@@ -153,7 +153,7 @@ class QKNormMLASelfAttention(MLASelfAttention):
 
     - ``kv_a_proj_with_mqa`` maps ``[k; x]`` to the row to cache. The source's projection to values is folded into the
       part for ``x``.
-    - ``q_proj`` gives each head the source's query and, below it, the rotary part, if ``q_rope_proj`` does not make
+    - ``q_proj`` gives each head the source's query and, below it, the rotary part, if ``q_rope_map`` does not make
       that. Both are divided by the root mean square of the query.
     - The weight of the query's norm, and the map of the part without RoPE, are folded into ``kv_b_proj``.
     """
@@ -171,7 +171,7 @@ class QKNormMLASelfAttention(MLASelfAttention):
         q = self.q_proj(hidden_states).unflatten(-1, (-1, self.query_dim))
         k = self.k_norm(self.k_proj(hidden_states).unflatten(-1, (-1, self.norm_width))).flatten(-2)
         cached = self.kv_a_proj_with_mqa(torch.cat((k, hidden_states), dim=-1))
-        kept = self.nope_dim if self.q_rope_proj is None else self.v_dim
+        kept = self.nope_dim if self.q_rope_map is None else self.v_dim
         q = norm_queries(q, self.v_dim, kept, self.config.rms_norm_eps, self.over_heads)
         return self.with_rotary(q), cached
 

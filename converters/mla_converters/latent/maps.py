@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-ROTARY_MAP = "q_rope_proj.weight"
+ROTARY_MAP = "q_rope_map.weight"
 """The map from each head's query to its rotary query, by its name below ``self_attn.``."""
 
 
@@ -66,7 +66,7 @@ def mla_weights(source: dict[str, torch.Tensor], maps: LatentMap) -> dict[str, t
     Returns:
         Tensors under DeepSeek's names: ``q_proj``, ``kv_a_proj_with_mqa`` (with biases if the source has them)
         and ``kv_b_proj`` in float64, ``rope_freqs`` in float32, and ``o_proj`` unchanged. Where :func:`has_query_map`
-        says so, ``q_proj`` is the source's, ``q_rope_proj.weight`` ``[H, d, r]`` maps queries to rotary queries, and
+        says so, ``q_proj`` is the source's, ``q_rope_map.weight`` ``[H, d, r]`` maps queries to rotary queries, and
         ``kv_b_proj`` absorbs the map of the part without RoPE. For a layer with norms, see :func:`_qk_norm_weights`.
     """
     if "k_norm.weight" in source:
@@ -106,14 +106,14 @@ def _qk_norm_weights(source: dict[str, torch.Tensor], maps: LatentMap) -> dict[s
     - Keys: the source's projection to keys and its norm stay. The cached numbers are a linear map of the normalised
       keys and the layer's input.
     - Rotary queries: a rotary query is a linear map of the normalised query. Where :func:`has_query_map` says so,
-      ``q_rope_proj`` is that map, and the weight of the norm is folded into it. Elsewhere the rotary query is computed
+      ``q_rope_map`` is that map, and the weight of the norm is folded into it. Elsewhere the rotary query is computed
       as a linear map of the layer's input, divided by the query's root mean square: in ``q_proj``, its rows follow the
       source's in each head.
     - Queries without RoPE: ``q_proj`` needs no rows for them, because ``kv_b_proj`` absorbs their map and the weight
       of their norm.
 
     Returns:
-        The source's ``k_proj``, ``k_norm`` and ``o_proj``, and ``q_proj`` if ``q_rope_proj.weight`` ``[H, d, r]`` is
+        The source's ``k_proj``, ``k_norm`` and ``o_proj``, and ``q_proj`` if ``q_rope_map.weight`` ``[H, d, r]`` is
         there; in float64 that, or else ``q_proj`` ``[H * (d + r), D]``; ``kv_a_proj_with_mqa`` ``[R + r, g * d + D]``,
         which acts on ``[k; x]``, and ``kv_b_proj.weight``; biases if the source has them; ``rope_freqs`` in float32.
     """

@@ -62,11 +62,11 @@ class LatentAttention(nn.Module):
             projection = nn.Linear(columns, rows, bias="bias" in tensors, device="meta")
             projection.load_state_dict(tensors, assign=True)
             self.add_module(name, projection)
-        self.q_rope_proj = None
+        self.q_rope_map = None
         if ROTARY_MAP in weights:
             with torch.device("meta"):
-                self.q_rope_proj = RotaryQueryMap(*weights[ROTARY_MAP].shape)
-            self.q_rope_proj.weight = nn.Parameter(weights[ROTARY_MAP].detach().to(device, dtype, copy=True))
+                self.q_rope_map = RotaryQueryMap(*weights[ROTARY_MAP].shape)
+            self.q_rope_map.weight = nn.Parameter(weights[ROTARY_MAP].detach().to(device, dtype, copy=True))
         if qk_norm_eps is not None:
             self.norm_width = len(weights["k_norm.weight"])
             self.k_norm = nn.RMSNorm(self.norm_width, eps=qk_norm_eps, device="meta")
@@ -92,10 +92,10 @@ class LatentAttention(nn.Module):
         """What ``o_proj`` reads ``[windows, queries, H * d]``; arguments as for :meth:`forward`."""
         q = self.q_proj(x if positions is None else x[:, positions]).unflatten(-1, (self.heads, -1))
         if self.qk_norm_eps is not None:
-            kept = self.nope_dim if self.q_rope_proj is None else self.v_dim
+            kept = self.nope_dim if self.q_rope_map is None else self.v_dim
             q = norm_queries(q.float(), self.v_dim, kept, self.qk_norm_eps, self.norm_over_heads)
-        if self.q_rope_proj is not None:
-            q = self.q_rope_proj(q, self.nope_dim)
+        if self.q_rope_map is not None:
+            q = self.q_rope_map(q, self.nope_dim)
         q = q.transpose(1, 2)
         latent, k_rope = self._read(self._to_cache(x))
         kv = self.kv_b_proj(latent).unflatten(-1, (self.heads, -1)).transpose(1, 2)

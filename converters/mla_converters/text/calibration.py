@@ -78,7 +78,7 @@ def calibration_texts(
     length = max(WINDOW, min(length, share, source.config.max_position_embeddings))
     if any(isinstance(text, torch.Tensor) and len(text) <= length for text in texts):
         length = WINDOW
-    count, short = share // length, min(LENGTH, length)
+    count, short = share // length, min(LENGTH, length, source.config.max_position_embeddings)
     generator = torch.Generator().manual_seed(seed)
     used, others = [], []
     for text in texts:

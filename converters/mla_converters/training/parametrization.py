@@ -72,14 +72,14 @@ def split_projections(attentions: Sequence[nn.Module]) -> list[nn.Module]:
     The weights of these blocks differ in scale:
 
     - ``q_proj`` is split into the part without RoPE and the rotary part, because their keys differ in scale. Where
-      ``q_rope_proj`` makes the rotary part, the two are apart already.
+      ``q_rope_map`` makes the rotary part, the two are apart already.
     - ``kv_b_proj`` is split into the part that makes keys and the part that makes values.
     - ``kv_a_proj_with_mqa``, with QK-norm, is split into the columns for the keys and the columns for the layer's
       input, because the keys may be hundreds of times larger than the input.
     - ``q_proj``, ``kv_b_proj`` and ``o_proj`` are also split into heads, and each head is a matrix of its own.
 
     Args:
-        attentions: modules with ``nope_dim``, ``rope_dim``, ``v_dim``, and ``q_rope_proj`` or None.
+        attentions: modules with ``nope_dim``, ``rope_dim``, ``v_dim``, and ``q_rope_map`` or None.
 
     Returns:
         The projections that were split.
@@ -89,7 +89,7 @@ def split_projections(attentions: Sequence[nn.Module]) -> list[nn.Module]:
         normed = hasattr(attention, "k_norm")
         nope, rope, value = attention.nope_dim, attention.rope_dim, attention.v_dim
         apart = {"kv_b_proj": Apart((nope, value), by_head=True)}
-        if attention.q_rope_proj is None:
+        if attention.q_rope_map is None:
             apart["q_proj"] = Apart((value if normed else nope, rope), by_head=True)
         if normed:
             keys, hidden = attention.k_proj.weight.shape
@@ -97,7 +97,7 @@ def split_projections(attentions: Sequence[nn.Module]) -> list[nn.Module]:
         parts: dict[str, nn.Module] = {name: part for name, part in apart.items() if min(part.sizes)}
         heads = attention.o_proj.in_features // value
         parts["o_proj"] = Heads(heads, rows=False)
-        if attention.q_rope_proj is not None:
+        if attention.q_rope_map is not None:
             parts["q_proj"] = Heads(heads, rows=True)
         for name, part in parts.items():
             projection = getattr(attention, name)

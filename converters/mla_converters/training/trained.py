@@ -40,8 +40,8 @@ def make_trainable(student: PreTrainedModel, choice: Train, lora_rank: int, seed
     if choice == "lora":
         _add_adapters(student, lora_rank, seed)
         for attention in attentions:
-            if attention.q_rope_proj is not None:
-                attention.q_rope_proj.requires_grad_(True)
+            if attention.q_rope_map is not None:
+                attention.q_rope_map.requires_grad_(True)
     else:
         split_projections(attentions)
         for module in (student,) if choice == "all" else attentions:
