@@ -44,14 +44,14 @@ def test_two_models(command_line: CommandLine, random_model: Path, tmp_path: Pat
     pytest.importorskip("matplotlib", reason="--plot needs matplotlib")
     half = convert(random_model, tmp_path / "half", "--method", "transmla", "--cache-ratio", 0.5)
     report, picture = tmp_path / "report.json", tmp_path / "speed.png"
-    options = ("--lengths", "16,32:1", "--requests", "1,3", "--rounds", 2, "--cache", "64MiB", "--engine", ENGINE)
+    options = ("--lengths", "16:48,32:1", "--requests", "1,3", "--rounds", 2, "--cache", "64MiB", "--engine", ENGINE)
     code, table, complaint = command_line("bench", random_model, half, *options, "--json", report, "--plot", picture)
     assert (code, complaint) == (0, ""), "noise beside the table"
     result = json.loads(report.read_text())
     rows = result["models"]
     workloads = [(row["requests"], row["input_len"], row["output_len"]) for row in rows]
     engines = 3 if contenders.this_device() == WIDE_CPU else 2  # CPUs with AVX-512 serve the source's fp8 cache
-    assert workloads == [w for w in [(1, 16, 16), (1, 32, 1), (3, 16, 16), (3, 32, 1)] for _ in range(engines)]
+    assert workloads == [w for w in [(1, 16, 48), (1, 32, 1), (3, 16, 48), (3, 32, 1)] for _ in range(engines)]
     for row in rows:
         assert len(row["runs"]) == 2
         # A request of one token may end before the next one arrives.
