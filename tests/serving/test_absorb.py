@@ -1,12 +1,9 @@
 """The kernel that absorbs and rotates queries, in Triton's interpreter. ``tests/gpu`` runs it on a GPU."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
-from support.files import ROOT
+from support.modules import run_support
 
 pytest.importorskip("triton", reason="without Triton, vLLM has no such kernel")
 
@@ -17,16 +14,7 @@ CASES = [(9, 64, 128, 64, 1), (3, 128, 512, 64, 70), (2, 80, 300, 48, 20), (1, 1
 @pytest.fixture(scope="module")
 def errors() -> dict[str, float]:
     """The largest error of each case, in the interpreter."""
-    result = subprocess.run(
-        [sys.executable, "-m", "support.interpreted_absorb", json.dumps(CASES)],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=ROOT / "tests",
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads(result.stdout.splitlines()[-1])
+    return run_support("interpreted_absorb", json.dumps(CASES), TRITON_INTERPRET="1")
 
 
 @pytest.mark.slow

@@ -126,7 +126,7 @@ void attend(Work& work, const Pages& pages, const float* means, int first, int l
       const char* next = reinterpret_cast<const char*>(pages.row(token));
       for (size_t byte = 0; byte < ROW_LENGTH * sizeof(Cached); byte += 64) __builtin_prefetch(next + byte);
     }
-    work.tile.score(work.scores);
+    score(work.tile, work.scores);
     weigh(work, count, scale);
     work.tile.add_values(work.output);
   }

@@ -34,6 +34,9 @@ inline IntVec lanes_of(const uint8_t* in) {
 
 inline Vec floats_of(IntVec numbers) { return __builtin_convertvector(numbers, Vec); }
 
+// A sum, and 16 products added to it.
+inline Vec dot(Vec sum, Vec a, Vec b) { return sum + a * b; }
+
 #ifdef __AVX512BF16__
 // A sum, and the products of 16 pairs of bfloat16 added to it.
 inline Vec dot(Vec sum, __m512i a, __m512i b) {

@@ -59,22 +59,6 @@ struct alignas(64) Tile {
 
   void clear_rows(int first) { memset(keys[first], 0, sizeof keys[0] * (TILE - first)); }
 
-  // Products of all queries and keys.
-  void score(Vec (*scores)[TILE / LANES]) {
-    for (int head = 0; head < HEADS; head += ROWS) {
-      for (int token = 0; token < TILE; token += TOKENS) {
-        Vec sum[ROWS][TOKENS] = {};
-        for (int step = 0; step < STEPS; step++)
-          for (int i = 0; i < ROWS; i++)
-            for (int j = 0; j < TOKENS; j++) sum[i][j] += query[head + i][step] * keys[token + j][step];
-        for (int i = 0; i < ROWS; i++)
-          for (int j = 0; j < TOKENS; j++) partial[i][token + j] = sum[i][j];
-      }
-      for (int i = 0; i < ROWS; i++)
-        for (int v = 0; v < TILE / LANES; v++) scores[head + i][v] = sums(&partial[i][v * LANES]);
-    }
-  }
-
   // Set the weights of a vector of tokens; returns what they are after rounding.
   Vec set_weights(int head, int v, Vec weight) {
     memcpy(weights[head] + v * LANES, &weight, sizeof weight);
@@ -127,21 +111,6 @@ struct alignas(64) Tile<Bfloat16> {
 
   void clear_rows(int first) { memset(keys[first], 0, sizeof keys[0] * (TILE - first)); }
 
-  void score(Vec (*scores)[TILE / LANES]) {
-    for (int head = 0; head < HEADS; head += ROWS) {
-      for (int token = 0; token < TILE; token += TOKENS) {
-        Vec sum[ROWS][TOKENS] = {};
-        for (int step = 0; step < STEPS; step++)
-          for (int i = 0; i < ROWS; i++)
-            for (int j = 0; j < TOKENS; j++) sum[i][j] = dot(sum[i][j], query[head + i][step], keys[token + j][step]);
-        for (int i = 0; i < ROWS; i++)
-          for (int j = 0; j < TOKENS; j++) partial[i][token + j] = sum[i][j];
-      }
-      for (int i = 0; i < ROWS; i++)
-        for (int v = 0; v < TILE / LANES; v++) scores[head + i][v] = sums(&partial[i][v * LANES]);
-    }
-  }
-
   Vec set_weights(int head, int v, Vec weight) {
     HalfVec halves = (HalfVec)_mm512_cvtneps_pbh((__m512)weight);
     memcpy(weights[head] + v * LANES / 2, &halves, sizeof halves);
@@ -175,5 +144,23 @@ struct alignas(64) Tile<Bfloat16> {
   }
 };
 #endif
+
+// Products of all queries and keys of a tile.
+template <typename Tokens>
+void score(Tokens& tile, Vec (*scores)[TILE / LANES]) {
+  for (int head = 0; head < HEADS; head += ROWS) {
+    for (int token = 0; token < TILE; token += TOKENS) {
+      Vec sum[ROWS][TOKENS] = {};
+      for (int step = 0; step < Tokens::STEPS; step++)
+        for (int i = 0; i < ROWS; i++)
+          for (int j = 0; j < TOKENS; j++)
+            sum[i][j] = dot(sum[i][j], tile.query[head + i][step], tile.keys[token + j][step]);
+      for (int i = 0; i < ROWS; i++)
+        for (int j = 0; j < TOKENS; j++) tile.partial[i][token + j] = sum[i][j];
+    }
+    for (int i = 0; i < ROWS; i++)
+      for (int v = 0; v < TILE / LANES; v++) scores[head + i][v] = sums(&tile.partial[i][v * LANES]);
+  }
+}
 
 }  // namespace
