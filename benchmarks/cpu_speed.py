@@ -37,8 +37,9 @@ def main() -> None:
             model = Path(folder, "half")
             convert(source, model, *CONVERSION, "--calibration", str(ROOT / "LICENSE"))
         file = Path(folder, "bench.json")
-        command = [VLLM_MLA, "bench", source, model, "--lengths", LENGTHS, "--requests", "16", "--dtype", "bfloat16"]
-        subprocess.run([*command, "--rounds", str(arguments.rounds), "--json", file], check=True)
+        command = [VLLM_MLA, "bench", source, model, "--rivals", "none", "--lengths", LENGTHS, "--requests", "16"]
+        command += ["--dtype", "bfloat16", "--rounds", str(arguments.rounds), "--json", file]
+        subprocess.run(command, check=True)
         report = json.loads(file.read_text())
     rows = [{**row, "name": Path(row["name"]).name} for row in report["models"]]
     result = {key: report[key] for key in ("rounds", "hardware", "versions")}

@@ -102,9 +102,10 @@ CASES = {
 }
 
 
-def by_layer(size: int | tuple[int, ...], name: str, layers: int) -> dict[str, Any]:
-    """The field of a configuration for a size, or for one size a layer."""
-    return {name: size} if isinstance(size, int) else {f"{name}s": [size[n % len(size)] for n in range(layers)]}
+def by_layer(size: int | tuple[int, ...], layers: int) -> list[int]:
+    """The size of each layer."""
+    sizes = (size,) if isinstance(size, int) else size
+    return [sizes[layer % len(sizes)] for layer in range(layers)]
 
 
 def write_configs(case: Case, layers: int | None, folder: Path) -> None:
@@ -112,11 +113,17 @@ def write_configs(case: Case, layers: int | None, folder: Path) -> None:
     shape: dict[str, Any] = case.shape | {"max_position_embeddings": 65536, "dtype": "bfloat16"}
     if layers is not None:
         shape["num_hidden_layers"] = layers
-    count = shape["num_hidden_layers"]
-    mla = by_layer(case.latent, "kv_lora_rank", count) | by_layer(case.rope, "qk_rope_head_dim", count)
-    mla |= {"qk_nope_head_dim": 128, "v_head_dim": 128}
+    latents, ropes = (by_layer(size, shape["num_hidden_layers"]) for size in (case.latent, case.rope))
+    mla: dict[str, Any] = {
+        "kv_lora_ranks": latents,
+        "qk_rope_head_dims": ropes,
+        "qk_nope_head_dim": 128,
+        "v_head_dim": 128,
+        "rotary_query_map": True,  # as ``convert`` writes these shapes
+    }
     LlamaConfig(**shape, architectures=["LlamaForCausalLM"]).save_pretrained(folder / "source")
-    packed = {"latent_cache": latent_cache_json([uniform_format(case.latent, case.rope, PACKED_BITS)])}
+    formats = [uniform_format(*sizes, PACKED_BITS) for sizes in zip(latents, ropes, strict=True)]
+    packed = {"latent_cache": latent_cache_json(formats)}
     for name, cache in (("mla", {}), ("packed", packed)):
         config = CONFIG_CLASSES["llama_mla"](**shape, **mla, **cache, architectures=["LlamaMLAForCausalLM"])
         config.save_pretrained(folder / name)

@@ -51,7 +51,7 @@ def in_16_bits(model: Path, out: Path) -> Path:
 def bench(models: list[Path], *options: str) -> list[dict[str, Any]]:
     """The rows of ``vllm-mla bench``, with the last part of each model's path as its name."""
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        command = [VLLM_MLA, "bench", *models, "--dtype", "bfloat16", *options, "--json", file.name]
+        command = [VLLM_MLA, "bench", *models, "--rivals", "none", "--dtype", "bfloat16", *options, "--json", file.name]
         subprocess.run(command, check=True)
         return [{**row, "name": Path(row["name"]).name} for row in json.loads(Path(file.name).read_text())["models"]]
 
