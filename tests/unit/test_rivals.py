@@ -230,7 +230,16 @@ def test_ratios_of_the_gpu_benchmark(tmp_path: Path) -> None:
     assert mla["rival_ratios"]["source int4"] == {gpu.RATE: 1.4, gpu.CAPACITY: 0.8}
     assert mla["ratios_to_best"] == {gpu.RATE: 280 / 210, gpu.CAPACITY: 0.8}
     assert mla["reached"] == {gpu.RATE: True, gpu.CAPACITY: True} and mla["fp8_reached"] == {gpu.RATE: True}
-    case = gpu.CASES["llama-3-8b"]
-    gpu.write_configs(case, 1, tmp_path)
-    assert read_config(tmp_path / "packed", trust_remote_code=False).cache_format(0).latent[0].bits == 4
+
+
+@pytest.mark.parametrize("name", gpu.CASES)
+def test_models_of_the_gpu_benchmark(name: str, tmp_path: Path) -> None:
+    """Every engine has its configuration, in which each layer has the case's size, and packed rows have 4 bits."""
+    case, layers = gpu.CASES[name], 6
+    gpu.write_configs(case, layers, tmp_path)
     assert {folder for folder, _ in gpu.ENGINES.values()} == {path.name for path in tmp_path.iterdir()}
+    plain, packed = (read_config(tmp_path / folder, trust_remote_code=False) for folder in ("mla", "packed"))
+    for layer in range(layers):
+        sizes = tuple(each if isinstance(each, int) else each[layer % 4] for each in (case.latent, case.rope))
+        assert plain.cached_sizes(layer) == packed.cached_sizes(layer) == packed.cache_format(layer).sizes == sizes
+        assert packed.cache_format(layer).latent[0].bits == 4
