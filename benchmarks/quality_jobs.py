@@ -61,6 +61,7 @@ def _packed(text: Path) -> dict[str, Job]:
         rows[f"packed closed-form healed {share}"] = Job(closed_form, ["--text", str(text)], in_vllm=True)
         rows[f"packed refit {share}"] = Job(refitted, in_vllm=True)
         rows[f"packed refit healed {share}"] = Job(refitted, ["--text", str(text)], in_vllm=True)
+        rows[f"packed refit healed text and self {share}"] = Job(refitted, _text_and_self(text), in_vllm=True)
         rows[f"packed self {share}"] = Job([*ratio, *CLOSED_FORM], in_vllm=True)
         rows[f"packed self healed {share}"] = Job([*ratio, *CLOSED_FORM], ["--text", "self"], in_vllm=True)
     return rows
@@ -72,7 +73,6 @@ def _in_16_bits(text: Path, width: int) -> dict[str, Job]:
     plain = ["--calibration", str(text)]
     split = ["--kv-lora-rank", str(rank), "--qk-rope-head-dim", str(rope)]
     ratio = ["--cache-ratio", str(width / 384), "--latent-bits", "16"]
-    both = [*_each("--text", [str(text), "self"]), "--tokens", "131072"]
     rows = {f"{method} {width}": Job(["--method", method, *split, *plain]) for method in ("transmla", "mha2mla")}
     for sizes, option in SIZES.items():
         closed_form = [*ratio, *plain, *CLOSED_FORM, *option]
@@ -83,7 +83,7 @@ def _in_16_bits(text: Path, width: int) -> dict[str, Job]:
         rows[f"healed{sizes} {width}"] = Job([*closed_form, *MAP_ALONE], ["--text", str(text)], in_vllm=True)
         rows[f"attention-aware{sizes} {width}"] = Job(refitted, in_vllm=True)
         rows[f"refit healed{sizes} {width}"] = Job(refitted, ["--text", str(text)], in_vllm=True)
-        rows[f"refit healed text and self{sizes} {width}"] = Job(refitted, both, in_vllm=True)
+        rows[f"refit healed text and self{sizes} {width}"] = Job(refitted, _text_and_self(text), in_vllm=True)
     rows[f"self {width}"] = Job(ratio, in_vllm=True)
     few = ["--text", "self", "--tokens", "32768"]
     rows[f"closed-form healed self {width}"] = Job([*ratio, *CLOSED_FORM], few, in_vllm=True)
@@ -104,6 +104,11 @@ def _ablations(text: Path, refitted: list[str]) -> dict[str, Job]:
     for ingredient in OF_THE_MAP:  # without least squares, which repair a part of the loss
         options[f"without least-squares, {ingredient}"] = [*closed_form, *MAP_ALONE, "--without", ingredient]
     return {name: Job(words, long_windows=False) for name, words in options.items()}
+
+
+def _text_and_self(text: Path) -> list[str]:
+    """Options that heal on twice the usual tokens, half of which the model writes."""
+    return [*_each("--text", [str(text), "self"]), "--tokens", "131072"]
 
 
 def _each(option: str, values: Sequence[str]) -> list[str]:

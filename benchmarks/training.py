@@ -4,23 +4,27 @@
     python -m benchmarks.training recovery --valid wiki.valid.tokens --test wiki.test.raw
     python -m benchmarks.training teacher --model Qwen2.5-Coder-0.5B --teacher Qwen2.5-Coder-1.5B \\
         --train a.jsonl --test b.txt
-    python -m benchmarks.training domain --train domain.txt --test domain-held-out.txt
+    python -m benchmarks.training domain
 
 - ``memory``: peak memory of one process, and of each of two that share the weights (FSDP2), on a random model of about
   0.5 billion parameters. Both take steps of two windows.
 - ``recovery``: SmolLM2 at a quarter of its cache in 16 bits, trained on as many tokens: attentions (the default), all
   weights, low-rank changes, and attentions after a stage on hidden states.
 - ``teacher``: a model at a quarter of its cache, taught by its source and by a larger model, on as many tokens.
-- ``domain``: SmolLM2 and its exact conversion, which has the same cache, trained on the same tokens of a domain;
-  held-out perplexity, at the best of some learning rates of each, with three seeds.
+- ``domain``: SmolLM2 and its exact conversion, which has the same cache, trained on the same tokens of a domain: the
+  source code of Python's ``asyncio``, or ``--train``. Perplexity of text held out (``http``, or ``--test``), with three
+  seeds, at a learning rate that is chosen for each model with the first seed.
 """
 
 import argparse
 import json
 import math
+import statistics
 import subprocess
 import sys
+import sysconfig
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +52,7 @@ RATES = (0.0003, 0.001, 0.003)
 SEEDS = (0, 1, 2)
 
 
-def memory(options: argparse.Namespace) -> dict[str, Any]:
+def memory(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Peak memory by number of processes."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -76,7 +80,7 @@ def memory(options: argparse.Namespace) -> dict[str, Any]:
             subprocess.run([sys.executable, *(launch if processes > 1 else []), *job], check=True)
             reports = [json.loads(path.read_text()) for path in folder.glob(f"out-{processes}.*.json")]
             peaks[str(processes)] = [round(report["peak_rss_gb"], 3) for report in reports]
-    return {"parameters": parameters, "peak_rss_gb": peaks, "ratio": round(max(peaks["2"]) / max(peaks["1"]), 3)}
+    yield {"parameters": parameters, "peak_rss_gb": peaks, "ratio": round(max(peaks["2"]) / max(peaks["1"]), 3)}
 
 
 def process(options: argparse.Namespace) -> None:
@@ -99,7 +103,7 @@ def process(options: argparse.Namespace) -> None:
     options.out.with_suffix(f".{rank}.json").write_text(json.dumps(peak))
 
 
-def recovery(options: argparse.Namespace) -> dict[str, Any]:
+def recovery(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Perplexity by what is trained, on the same tokens."""
     ways = {
         "attention": (),
@@ -119,10 +123,10 @@ def recovery(options: argparse.Namespace) -> dict[str, Any]:
             healed = heal(folder / "mla", folder / "healed", "--text", str(text), "--tokens", str(options.tokens), *way)
             score = evaluate(folder / "healed", options.test)["perplexity"]
             rows[name] = {"perplexity": score, "healing": healed["healing"], **cost(healed)}
-    return {"tokens": options.tokens, "rows": rows}
+            yield {"tokens": options.tokens, "rows": rows}
 
 
-def teacher(options: argparse.Namespace) -> dict[str, Any]:
+def teacher(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Divergence from the source, perplexity and task scores by who teaches."""
     rows = {}
     with tempfile.TemporaryDirectory() as scratch:
@@ -135,34 +139,40 @@ def teacher(options: argparse.Namespace) -> dict[str, Any]:
         for name, way in (("source", ()), ("larger teacher", ("--teacher", str(options.teacher)))):
             healed = heal(folder / "mla", folder / "healed", *taught, *way)
             rows[name] = {**evaluate(folder / "healed", options.test, *scored), "healing": healed["healing"]}
-    return {"tokens": options.tokens, "rows": rows}
+            yield {"tokens": options.tokens, "rows": rows}
 
 
-def domain(options: argparse.Namespace) -> dict[str, Any]:
+def domain(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Held-out perplexity of a model and of its exact conversion, by seed; each at its best learning rate."""
-    tokenizer = AutoTokenizer.from_pretrained(options.model or demo_folder())
-    windows = {name: _windows(tokenizer, getattr(options, name), options.length) for name in ("train", "test")}
+    source = options.model or demo_folder()
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    windows = {
+        name: _windows(tokenizer, _source_code(package) if given is None else given.read_text(), options.length)
+        for name, given, package in (("train", options.train, "asyncio"), ("test", options.test, "http"))
+    }
+    windows["test"] = windows["test"][: options.test_windows]
     rows = {}
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        convert(options.model or demo_folder(), folder / "exact", "--method", "exact")
-        for name, path in (("source", options.model or demo_folder()), ("exact", folder / "exact")):
-            runs = [
-                {"seed": seed, "rate": rate, **_tuned(path, windows, rate, seed, options)}
-                for seed in options.seeds
-                for rate in options.rates
-            ]
-            means = {
-                rate: sum(run["perplexity"] for run in runs if run["rate"] == rate) / len(options.seeds)
-                for rate in options.rates
-            }
-            best = min(means, key=lambda rate: means[rate])
-            rows[name] = {"best_rate": best, "perplexity": means[best], "runs": runs}
-    return {"train_windows": len(windows["train"]), "test_windows": len(windows["test"]), "rows": rows}
+    with tempfile.TemporaryDirectory() as folder:
+        exact = Path(folder, "exact")
+        convert(source, exact, "--method", "exact")
+        for name, path in (("source", source), ("exact", exact)):
+            first, *others = options.seeds
+            runs = [_tuned(path, windows, rate, first, options) for rate in options.rates]
+            best = min(runs, key=lambda run: run["perplexity"])["rate"]
+            runs += [_tuned(path, windows, best, seed, options) for seed in others]
+            scores = [run["perplexity"] for run in runs if run["rate"] == best]
+            rows[name] = {"best_rate": best, "perplexity": statistics.mean(scores), "runs": runs}
+            yield {f"{name}_windows": len(part) for name, part in windows.items()} | {"rows": rows}
 
 
-def _windows(tokenizer: Any, text: Path, length: int) -> torch.Tensor:
-    ids = tokenizer(text.read_text(), return_tensors="pt", verbose=False).input_ids[0]
+def _source_code(package: str) -> str:
+    """The source code of a package of Python's standard library."""
+    folder = Path(sysconfig.get_path("stdlib"), package)
+    return "\n".join(path.read_text() for path in sorted(folder.glob("*.py")))
+
+
+def _windows(tokenizer: Any, text: str, length: int) -> torch.Tensor:
+    ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
     return ids[: len(ids) // length * length].view(-1, length)
 
 
@@ -187,7 +197,8 @@ def _tuned(
         train(tuned, Examples(input_ids=windows["train"]), schedule, device, Path(folder), lambda step, loss: None)
     after = held_out_loss(tuned, held_out, device, torch.float32)[2].item()
     trained = sum(weight.numel() for weight in tuned.trained)
-    return {"trained_parameters": trained, "perplexity_before": math.exp(before), "perplexity": math.exp(after)}
+    perplexities = {"perplexity_before": math.exp(before), "perplexity": math.exp(after)}
+    return {"seed": seed, "rate": rate, "trained_parameters": trained, **perplexities}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -221,26 +232,28 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--convert", default="", help="more options of convert")
     one = kinds.add_parser("domain")
     one.add_argument("--model", type=Path, help="SmolLM2 by default")
-    one.add_argument("--train", type=Path, required=True)
-    one.add_argument("--test", type=Path, required=True)
+    one.add_argument("--train", type=Path, help="text")
+    one.add_argument("--test", type=Path, help="text held out")
     one.add_argument("--length", type=int, default=512)
+    one.add_argument("--test-windows", type=int, default=32)
     one.add_argument("--batch-size", type=int, default=1)
-    one.add_argument("--steps", type=int, default=128)
+    one.add_argument("--steps", type=int, default=96)
     one.add_argument("--rates", type=float, nargs="+", default=RATES)
     one.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     return made
 
 
 def main() -> None:
-    """Measure, and write the result."""
+    """Measure; write the result after every row."""
     options = parser().parse_args()
     if options.kind == "process":
         process(options)
         return
-    measured = {"memory": memory, "recovery": recovery, "teacher": teacher, "domain": domain}[options.kind](options)
-    print(json.dumps(measured, indent=2))
-    given = " ".join(sys.argv[1:])
-    write_result(f"training_{options.kind}", f"python -m benchmarks.training {given}", measured)
+    question = {"memory": memory, "recovery": recovery, "teacher": teacher, "domain": domain}[options.kind]
+    given = " ".join(Path(word).name for word in sys.argv[1:])
+    for measured in question(options):
+        print(json.dumps(measured, indent=2))
+        write_result(f"training_{options.kind}", f"python -m benchmarks.training {given}", measured)
 
 
 if __name__ == "__main__":
