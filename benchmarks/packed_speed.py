@@ -22,7 +22,8 @@ from scripts.demo_model import demo_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 LENGTHS = "2048:40,6144:40"
-CALIBRATION = ("--calibration", str(ROOT / "LICENSE"), "--calibration-tokens", "2048", "--refit-steps", "0")
+CALIBRATION = ("--calibration", str(ROOT / "LICENSE"), "--calibration-tokens", "2048")
+QUICKLY = ("--refit-steps", "0", "--without", "least-squares")
 
 
 def formats() -> dict[float, dict[str, Any]]:
@@ -33,7 +34,7 @@ def formats() -> dict[float, dict[str, Any]]:
 
 def packed(row: dict[str, Any], out: Path) -> Path:
     """The demo model with the row's format."""
-    convert(demo_folder(), out, "--latent-cache", row["latent_cache"], *CALIBRATION)
+    convert(demo_folder(), out, "--latent-cache", row["latent_cache"], *CALIBRATION, *QUICKLY)
     return out
 
 
