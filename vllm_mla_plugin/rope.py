@@ -5,6 +5,9 @@ from weakref import WeakValueDictionary
 import torch
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 
+CPU_MULTIPLE = 16
+"""vLLM's CPU kernel (0.32) ends the process at 16-bit queries whose size is no multiple of this."""
+
 # cos/sin tables, by everything that determines them, so that layers with the same frequencies share one.
 _TABLES: WeakValueDictionary[tuple, torch.Tensor] = WeakValueDictionary()
 
@@ -54,3 +57,17 @@ class FrequencyRotaryEmbedding(RotaryEmbedding):
         That kernel wants two dimensions, which a slice of MLA's query cannot have without a copy.
         """
         return self.forward_native(positions, query, key)
+
+    def rotated_queries(self, positions: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+        """Rotate by vLLM's kernels where they can, possibly in place.
+
+        Args:
+            positions: ``[tokens]``.
+            query: ``[tokens, heads, dim]``, contiguous.
+        """
+        if not query.is_cpu:
+            return self.forward_cuda(positions, query)[0]
+        if self.head_size % CPU_MULTIPLE:
+            return self.forward_native(positions, query)[0]
+        super().forward_cpu(positions, query.flatten(1))
+        return query
