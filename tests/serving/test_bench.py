@@ -107,6 +107,12 @@ def test_packed_cache(command_line: CommandLine, random_model: Path, tmp_path: P
     assert f"{size:.0f}" in table and f"{row['kv_capacity_tokens']:,}" in table
 
 
+def test_caches_that_do_not_fit(command_line: CommandLine, random_model: Path) -> None:
+    code, table, complaint = command_line("bench", random_model, "--lengths", 16, "--cache", "90000GiB")
+    assert (code, table) == (2, "")
+    assert "1 x 9e+04 GiB of cache do not fit into the " in complaint and "give a smaller --cache" in complaint
+
+
 @pytest.mark.engine
 def test_dummy_weights_need_no_weights(command_line: CommandLine, random_model: Path, tmp_path: Path) -> None:
     shape = tmp_path / "shape"

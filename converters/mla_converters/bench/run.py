@@ -10,6 +10,7 @@ from importlib.metadata import version
 from statistics import median
 from typing import Any
 
+import psutil
 import torch
 
 from mla_converters.bench.contenders import Contender, contenders, is_mla
@@ -146,6 +147,7 @@ def _measure(
                         for workload in workloads:
                             yield contender.name, workload, _serve(engine, workload, seed)
         return
+    _check_memory(len(entered), options.cache or CPU_CACHE_BYTES)
     with ExitStack() as stack:
         engines = {contender.name: start(stack, contender) for contender in entered}
         for seed in range(options.rounds):
@@ -153,6 +155,16 @@ def _measure(
                 for name, engine in engines.items():
                     if engine is not None:
                         yield name, workload, _serve(engine, workload, seed)
+
+
+def _check_memory(engines: int, cache: int) -> None:
+    """Refuse engines whose caches (bytes) do not fit together, before the system ends one of its processes."""
+    available = psutil.virtual_memory().available
+    if engines * cache > available:
+        raise ConversionError(
+            f"{engines} x {cache / 2**30:.3g} GiB of cache do not fit into the {available / 2**30:.3g} GiB of memory "
+            "that are free, because all engines run side by side: give a smaller --cache, or fewer models or --rivals."
+        )
 
 
 def _serve(engine: Engine, workload: Workload, seed: int) -> dict[str, Any]:
