@@ -95,12 +95,15 @@ class AnySizeCPUMLAImpl(CPUMLAImpl):
         library = compile_kernel(self.num_heads, self.kv_lora_rank, self.qk_rope_head_dim, dtype)
         return None if library is None else DecodeKernel(library, self.kv_lora_rank, self.scale)
 
-    def read_new(self, latent: torch.Tensor, k_rope: torch.Tensor, prefill: MLACommonPrefillMetadata) -> torch.Tensor:
-        """New tokens as the cache will give them back, ``[tokens, latent + rope]``.
+    def read_new(
+        self, latent: torch.Tensor, k_rope: torch.Tensor, cache: torch.Tensor, prefill: MLACommonPrefillMetadata
+    ) -> torch.Tensor:
+        """New tokens as the cache gives them back, ``[tokens, latent + rope]``.
 
         Args:
             latent: ``[tokens, latent]`` of all prefilling requests, end to end.
             k_rope: ``[tokens, rope]``, rotated.
+            cache: ``[blocks, block_size, row]``; has them already.
         """
         return torch.cat((latent, k_rope), dim=-1)
 
@@ -174,12 +177,12 @@ class AnySizeCPUMLAImpl(CPUMLAImpl):
             q: ``[tokens, heads, nope + rope]`` of all prefilling requests, request after request.
             kv_c_normed: ``[tokens, latent]`` of the same tokens.
             k_pe: ``[tokens, 1, rope]``, rotated.
-            kv_c_and_k_pe_cache: ``[blocks, block_size, row]``; holds earlier chunks.
+            kv_c_and_k_pe_cache: ``[blocks, block_size, row]``; holds earlier chunks and the new tokens.
             output: ``[tokens, heads * v]``, written.
         """
         prefill = attn_metadata.prefill
         assert prefill is not None
-        new = self.read_new(kv_c_normed, k_pe.squeeze(1), prefill)
+        new = self.read_new(kv_c_normed, k_pe.squeeze(1), kv_c_and_k_pe_cache, prefill)
         if not has_extend_kernel(q.dtype):
             self._prefill_with_torch(q, new, kv_c_and_k_pe_cache, prefill, output)
         elif self._latents_are_cheaper(prefill):

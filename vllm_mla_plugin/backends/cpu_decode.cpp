@@ -17,7 +17,8 @@
 namespace {
 
 constexpr int CHUNK = 1024;  // cached tokens per task: long contexts are shared among threads
-static_assert(CHUNK % TILE == 0, "tiles fill chunks");
+constexpr int BATCH = 4;  // packed tokens that are read together: their floats stay in the nearest cache
+static_assert(CHUNK % TILE == 0 && TILE % BATCH == 0, "batches fill tiles, and tiles fill chunks");
 typedef Tile<SCALAR> Tokens;
 constexpr int VALUE_STEPS = Tokens::VALUE_STEPS;
 
@@ -44,9 +45,9 @@ Vec exp_of(Vec x) {
 struct alignas(64) Work {
   Tokens tile;
 #ifdef PIECES
-  Row rows[TILE];
-  float numbers[TILE][Tokens::ROOM];
-  float turned[TILE][ROPE + LANES];
+  Row rows[BATCH];
+  float numbers[BATCH][Tokens::ROOM];
+  float turned[BATCH][ROPE + LANES];
 #endif
   Vec scores[HEADS][TILE / LANES];
   Vec output[HEADS][VALUE_STEPS];
@@ -101,13 +102,15 @@ struct Pages {
 // Some tokens' numbers but for the latent's mean: it changes all scores of a query by the same, which is nothing to a
 // softmax, and results by itself.
 void read_rows(Work& work, const Pages& pages, const float* means, int first, int count) {
-  // A step for all tokens at a time, because the processor waits for what has just been written by other vectors.
-  for (int token = 0; token < count; token++) memcpy(work.rows[token].bytes, pages.row(first + token), ROW);
-  for (int token = 0; means && token < count; token++) Means(means).turn(first + token, work.turned[token]);
-  for (int token = 0; token < count; token++) widen_row(work.rows[token].bytes, work.numbers[token], Tokens::ROOM);
-  for (int token = 0; means && token < count; token++)
-    Means(means).add_to(work.numbers[token], work.turned[token], first + token);
-  for (int token = 0; token < count; token++) work.tile.set_row(token, work.numbers[token]);
+  for (int start = 0; start < count; start += BATCH) {
+    int token = first + start, batch = std::min(BATCH, count - start);
+    // A step for all tokens at a time, because the processor waits for what has just been written by other vectors.
+    for (int i = 0; i < batch; i++) memcpy(work.rows[i].bytes, pages.row(token + i), ROW);
+    for (int i = 0; means && i < batch; i++) Means(means).turn(token + i, work.turned[i]);
+    for (int i = 0; i < batch; i++) widen_row(work.rows[i].bytes, work.numbers[i], Tokens::ROOM);
+    for (int i = 0; means && i < batch; i++) Means(means).add_to(work.numbers[i], work.turned[i], token + i);
+    for (int i = 0; i < batch; i++) work.tile.set_row(start + i, work.numbers[i]);
+  }
 }
 #else
 void read_rows(Work& work, const Pages& pages, const float*, int first, int count) {

@@ -9,6 +9,7 @@ from vllm.model_executor.layers.attention.mla_attention import MLACommonPrefillM
 
 from vllm_mla_plugin.backends.cpu import AnySizeCPUMLABackend, AnySizeCPUMLAImpl
 from vllm_mla_plugin.backends.cpu_kernel import DecodeKernel, compile_kernel, compile_packing
+from vllm_mla_plugin.backends.metadata import page_slots
 from vllm_mla_plugin.checkpoint.cache_formats import CacheFormat
 from vllm_mla_plugin.latent_packing import dequantise, mean_at, quantise
 
@@ -174,14 +175,16 @@ class PackedCPUMLAImpl(AnySizeCPUMLAImpl):
             rows = kv_cache.view(-1, self.cache_format.bytes_per_token)
             self.packing.pack(kv_c_normed, k_pe.squeeze(1), rows, slots)
 
-    def read_new(self, latent: torch.Tensor, k_rope: torch.Tensor, prefill: MLACommonPrefillMetadata) -> torch.Tensor:
-        tokens = len(latent)
-        rows = torch.empty(tokens, self.cache_format.bytes_per_token, dtype=torch.uint8)
-        self.packing.pack(latent, k_rope, rows, torch.arange(tokens))
-        starts, chunked = prefill.query_start_loc.long(), prefill.chunked_context
-        before = -starts[:-1] if chunked is None else chunked.context_lens.long() - starts[:-1]
-        positions = torch.arange(tokens) + before.repeat_interleave(starts.diff())
-        return self.packing.unpack(rows, torch.arange(tokens), positions)
+    def read_new(
+        self, latent: torch.Tensor, k_rope: torch.Tensor, cache: torch.Tensor, prefill: MLACommonPrefillMetadata
+    ) -> torch.Tensor:
+        lengths, chunked = prefill.query_start_loc.diff(), prefill.chunked_context
+        contexts = torch.zeros_like(lengths) if chunked is None else chunked.context_lens
+        totals = contexts + lengths
+        positions = torch.arange(int(totals.max())).expand(len(totals), -1)
+        new = (positions >= contexts[:, None]) & (positions < totals[:, None])
+        slots = page_slots(prefill.block_table, cache.shape[1], positions.shape[1])
+        return self.read_cached(cache, slots[new], positions[new])
 
     def read_cached(self, cache: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         return self.packing.unpack(cache.view(-1, cache.shape[-1]), slots, positions)
