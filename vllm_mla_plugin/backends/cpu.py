@@ -117,6 +117,23 @@ class AnySizeCPUMLAImpl(CPUMLAImpl):
         """
         return cache.view(-1, cache.shape[-1])[slots.long()]
 
+    def read_range(
+        self, cache: torch.Tensor, prefill: MLACommonPrefillMetadata, first: torch.Tensor, end: torch.Tensor
+    ) -> torch.Tensor:
+        """Each request's cached tokens from position ``first`` to before ``end``, request after request.
+
+        Args:
+            cache: ``[blocks, block_size, row]``.
+            first, end: ``[requests]``.
+
+        Returns:
+            ``[tokens, latent + rope]``; a copy.
+        """
+        positions = torch.arange(int(end.max())).expand(len(end), -1)
+        wanted = (positions >= first[:, None]) & (positions < end[:, None])
+        slots = page_slots(prefill.block_table, cache.shape[1], positions.shape[1])
+        return self.read_cached(cache, slots[wanted], positions[wanted])
+
     def forward_mqa(
         self,
         q: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
@@ -257,11 +274,9 @@ class AnySizeCPUMLAImpl(CPUMLAImpl):
         chunked = prefill.chunked_context
         assert chunked is not None
         contexts, longest = chunked.context_lens.int(), max(chunked.context_lens_list)
-        positions = torch.arange(longest).expand(len(contexts), -1)
-        present = positions < contexts[:, None]
-        slots = page_slots(prefill.block_table, cache.shape[1], longest)[present]
         starts = contexts.cumsum(0, dtype=torch.int32) - contexts
-        return self.read_cached(cache, slots, positions[present]), starts[:, None] + torch.arange(longest).int()
+        rows = self.read_range(cache, prefill, torch.zeros_like(contexts), contexts)
+        return rows, starts[:, None] + torch.arange(longest).int()
 
     def _expand(self, cached: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys ``[tokens, heads, nope + rope]`` and values ``[tokens, heads, v]``, from ``[tokens, latent + rope]``."""

@@ -9,7 +9,6 @@ from vllm.model_executor.layers.attention.mla_attention import MLACommonPrefillM
 
 from vllm_mla_plugin.backends.cpu import AnySizeCPUMLABackend, AnySizeCPUMLAImpl
 from vllm_mla_plugin.backends.cpu_kernel import DecodeKernel, compile_kernel, compile_packing
-from vllm_mla_plugin.backends.metadata import page_slots
 from vllm_mla_plugin.checkpoint.cache_formats import CacheFormat
 from vllm_mla_plugin.latent_packing import dequantise, mean_at, quantise
 
@@ -180,11 +179,7 @@ class PackedCPUMLAImpl(AnySizeCPUMLAImpl):
     ) -> torch.Tensor:
         lengths, chunked = prefill.query_start_loc.diff(), prefill.chunked_context
         contexts = torch.zeros_like(lengths) if chunked is None else chunked.context_lens
-        totals = contexts + lengths
-        positions = torch.arange(int(totals.max())).expand(len(totals), -1)
-        new = (positions >= contexts[:, None]) & (positions < totals[:, None])
-        slots = page_slots(prefill.block_table, cache.shape[1], positions.shape[1])
-        return self.read_cached(cache, slots[new], positions[new])
+        return self.read_range(cache, prefill, contexts, contexts + lengths)
 
     def read_cached(self, cache: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         return self.packing.unpack(cache.view(-1, cache.shape[-1]), slots, positions)

@@ -147,7 +147,7 @@ def _measure(
                         for workload in workloads:
                             yield contender.name, workload, _serve(engine, workload, seed)
         return
-    _check_memory(len(entered), options.cache or CPU_CACHE_BYTES)
+    _check_memory(len(entered), options.engine.get("kv_cache_memory_bytes", options.cache or CPU_CACHE_BYTES))
     with ExitStack() as stack:
         engines = {contender.name: start(stack, contender) for contender in entered}
         for seed in range(options.rounds):
