@@ -7,7 +7,6 @@ then attends by vLLM's kernel where that runs, and by torch's elsewhere.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from vllm.model_executor.layers.attention.mla_attention import (
     MLACommonMetadata,
     MLACommonMetadataBuilder,
@@ -24,6 +23,7 @@ from vllm_mla_plugin.backends.cpu_prefill import (
     extend,
     has_extend_kernel,
 )
+from vllm_mla_plugin.backends.cpu_torch import attend_causally, decode_padded
 from vllm_mla_plugin.backends.dequantise import dequantise
 from vllm_mla_plugin.backends.metadata import AnySizeMLAMetadata, page_slots
 
@@ -156,26 +156,10 @@ class AnySizeCPUMLAImpl(CPUMLAImpl):
         assert decode is not None
         if self.kernel is not None:
             return self.kernel(q, kv_c_and_k_pe_cache, decode.block_table, decode.seq_lens), None
-        return self._decode_with_torch(q, kv_c_and_k_pe_cache, decode.block_table, decode.seq_lens), None
-
-    def _decode_with_torch(
-        self, q: torch.Tensor, cache: torch.Tensor, block_table: torch.Tensor, lengths: torch.Tensor
-    ) -> torch.Tensor:
-        """Compute the kernel's result in one padded tensor; shapes as in :class:`DecodeKernel`."""
-        longest = int(lengths.max())
-        slots = page_slots(block_table, cache.shape[1], longest)  # [sequences, longest]
-        positions = torch.arange(longest).expand(slots.shape)
-        cached = self.read_cached(cache, slots.flatten(), positions.flatten()).view(*slots.shape, -1)
-        # The latent is key and value at once. Beyond a sequence's end a page can hold anything. If it holds NaN, no
-        # mask helps, because NaN times zero is NaN. So clear these rows.
-        beyond = torch.arange(longest) >= lengths[:, None]  # [sequences, longest]
-        cached = cached.masked_fill_(beyond[..., None], 0)
-        mask = torch.zeros(beyond.shape, dtype=q.dtype).masked_fill_(beyond, float("-inf"))
-        # All heads of a sequence share its one key, so they can take the place of several queries of one head.
-        output = F.scaled_dot_product_attention(
-            q[:, None], cached[:, None], cached[:, None], attn_mask=mask[:, None, None], scale=self.scale
-        )
-        return output[:, 0, :, : self.kv_lora_rank]
+        slots = page_slots(decode.block_table, kv_c_and_k_pe_cache.shape[1], int(decode.seq_lens.max()))
+        positions = torch.arange(slots.shape[1]).expand(slots.shape)
+        cached = self.read_cached(kv_c_and_k_pe_cache, slots.flatten(), positions.flatten()).view(*slots.shape, -1)
+        return decode_padded(q, cached, decode.seq_lens, self.scale)[..., : self.kv_lora_rank], None
 
     def forward_mha(
         self,
@@ -306,27 +290,5 @@ class AnySizeCPUMLAImpl(CPUMLAImpl):
             if context:
                 slots = page_slots(prefill.block_table[request : request + 1], cache.shape[1], context)[0]
                 cached = torch.cat((self.read_cached(cache, slots, torch.arange(context)), cached))
-            output[tokens] = self._attend_causally(q[tokens], cached)
-
-    def _attend_causally(self, q: torch.Tensor, cached: torch.Tensor) -> torch.Tensor:
-        """Attention of one request's newest tokens.
-
-        Args:
-            q: ``[new, heads, nope + rope]``.
-            cached: ``[all, latent + rope]``, the new tokens last.
-
-        Returns:
-            ``[new, heads * v]``.
-        """
-        k, v = self._expand(cached)
-        # torch's fused CPU kernel wants one head size. Without that kernel, all scores would be kept in memory at once.
-        width = max(self.qk_head_dim, self.v_head_dim)
-        q, k, v = (F.pad(x, (0, width - x.shape[-1])).transpose(0, 1)[None] for x in (q, k, v))
-        new, total = q.shape[-2], cached.shape[0]
-        mask = None
-        if new < total:
-            mask = torch.ones(new, total, dtype=torch.bool).tril_(total - new)
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale
-        )  # [1, heads, new, width]
-        return out[0, :, :, : self.v_head_dim].transpose(0, 1).flatten(1)
+            k, v = self._expand(cached)
+            output[tokens] = attend_causally(q[tokens], k, v, self.scale).flatten(1)
