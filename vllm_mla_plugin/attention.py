@@ -246,7 +246,13 @@ class MLASelfAttention(nn.Module):
 
     def _load_rope_freqs(self, param: nn.Parameter, loaded: torch.Tensor) -> None:
         param.data.copy_(loaded)
-        self.rotary_emb.set_frequencies(param.data)
+        if not param.is_meta:
+            self.rotary_emb.set_frequencies(param.data)
+        elif not self.rotary_emb.has_frequencies(loaded):  # vLLM loads weights again, and puts the old table back
+            raise ValueError(
+                "These weights have other RoPE frequencies than those that are served: start vLLM with them, instead "
+                "of loading them again."
+            )
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         """Attend.

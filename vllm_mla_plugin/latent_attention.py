@@ -1,15 +1,21 @@
 """vLLM's MLA attention layer, as this plugin's models have it."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.model_executor.layers.attention import MLAAttention
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
 
 class LatentAttention(MLAAttention):
     """``MLAAttention`` whose size may differ from other layers', and which merges the parts of a decode itself."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        # Later, vLLM tells the layers of a draft model the configuration of the model that it drafts for.
+        self.sizes_differ: bool = get_current_vllm_config().model_config.hf_text_config.sizes_differ
 
     @property
     def merges_parts(self) -> bool:
@@ -20,7 +26,7 @@ class LatentAttention(MLAAttention):
         """As vLLM's, but different for different splits of one width, because layers of equal specs share a builder of
         metadata, which takes its sizes from the first of them."""
         spec = super().get_kv_cache_spec(vllm_config)
-        if not vllm_config.model_config.hf_text_config.sizes_differ:
+        if not self.sizes_differ:
             return spec
         return replace(spec, cache_dtype_str=f"{self.kv_cache_dtype}:{self.kv_lora_rank}+{self.qk_rope_head_dim}")
 

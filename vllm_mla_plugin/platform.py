@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 
+BLOCK_SIZE = 16
+"""Tokens in a block of the cache. Prefixes rarely are multiples of much more."""
+
+
 class MLACpuPlatform(CpuPlatform):
     """The CPU platform; nothing changes for other models."""
 
@@ -31,3 +35,5 @@ class MLACpuPlatform(CpuPlatform):
             scheduler.enable_chunked_prefill = chunked
             scheduler.max_num_batched_tokens = tokens
             cache.enable_prefix_caching = cached
+            if not cache.user_specified_block_size:
+                cache.block_size = BLOCK_SIZE  # where AMX is, vLLM has made it 128

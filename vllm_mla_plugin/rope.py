@@ -48,6 +48,11 @@ class FrequencyRotaryEmbedding(RotaryEmbedding):
             table = torch.cat((angles.cos(), angles.sin()), dim=-1).to(self.dtype)
             _TABLES[key] = table
         self.register_buffer("cos_sin_cache", table, persistent=False)
+        self._frequencies = key[0]
+
+    def has_frequencies(self, freqs: torch.Tensor) -> bool:
+        """Whether the table is that of ``freqs`` (``[dim / 2]``, float32)."""
+        return self._frequencies == tuple(freqs.tolist())
 
     def forward_cpu(
         self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor | None = None

@@ -36,7 +36,9 @@ def test_generate_caches_rows(folder: Path) -> None:
     assert torch.equal(cached, model.generate(ids, use_cache=False, eos_token_id=None, **options))
     for layer, format in zip(cache.layers, FORMATS, strict=True):
         assert layer.keys.shape == (2, 1, 39, format.bytes_per_token) and layer.keys.dtype == torch.uint8
-        assert layer.values.flatten().tolist() == [*range(39)] * 2, "positions"
+        assert layer.values.view(torch.int32).flatten().tolist() == [*range(39)] * 2, "positions"
+    static = model.generate(ids, cache_implementation="static", disable_compile=True, eos_token_id=None, **options)
+    assert torch.equal(static, cached)
 
 
 @torch.inference_mode()

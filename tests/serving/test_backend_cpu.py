@@ -9,6 +9,7 @@ from support.attention import PREFILLS, TOLERANCE, assert_close, check_prefill
 from support.engine import run_engine
 from support.files import TEXT
 from transformers import AutoTokenizer
+from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 from vllm.platforms.cpu import CpuPlatform
 
@@ -74,13 +75,14 @@ def test_prefill(sizes: str, case: str, dtype: torch.dtype) -> None:
     check_prefill(SIZES[sizes], dtype, *PREFILLS[case])
 
 
-def test_context_that_would_not_fit_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("sizes", ["smollm2-half", "not-multiples-of-anything"])
+def test_context_that_would_not_fit_expanded(sizes: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Above the limit, keys of earlier context are not expanded: only the new tokens are."""
     if not cpu.has_extend_kernel(torch.bfloat16):
         pytest.skip("vLLM's kernel does not run on this processor")
     monkeypatch.setattr(cpu, "MAX_EXPANDED_BYTES", 0)
     monkeypatch.setattr(AnySizeCPUMLAImpl, "_expand", None)
-    check_prefill(Sizes(), torch.bfloat16, *PREFILLS["context"])
+    check_prefill(SIZES[sizes], torch.bfloat16, *PREFILLS["context"])
 
 
 def test_compiler_problems(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -98,6 +100,25 @@ def test_platform() -> None:
     """vLLM uses this plugin's platform, which is a subclass of vLLM's CPU platform."""
     assert type(current_platform).__module__ == "vllm_mla_plugin.platform"
     assert current_platform.is_cpu() and isinstance(current_platform, CpuPlatform)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("dtypes", [("float32", "fp8"), ("bfloat16", "float16")], ids=str)
+def test_cache_dtype(exact: Path, dtypes: tuple[str, str]) -> None:
+    """vLLM asks no backend that is given to a layer. On CPUs, the cache has the model's dtype or is refused."""
+    own, asked = dtypes
+    refusal = f"keeps this cache as auto, {own} here, not as {asked}"
+    with pytest.raises(AssertionError, match=refusal):
+        run_engine(exact, [[1, 2, 3]], engine={"dtype": own, "kv_cache_dtype": asked})
+
+
+def test_block_size_with_amx(exact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On processors with AMX, vLLM makes blocks of 128 tokens, unless a size is asked for."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    config = EngineArgs(str(exact), dtype="bfloat16").create_engine_config()
+    assert config.cache_config.block_size == 16
+    config = EngineArgs(str(exact), dtype="bfloat16", block_size=32).create_engine_config()
+    assert config.cache_config.block_size == 32
 
 
 def text_prompts(folder: Path) -> list[list[int]]:

@@ -37,7 +37,8 @@ def generate(job: dict[str, Any], environment: dict[str, str], answer: Path, out
 
     Args:
         job: ``model``, ``prompts`` (token ids), ``max_tokens``, ``prompt_logprobs`` (bool), ``engine`` (arguments of
-            ``vllm.LLM``), ``lora`` (folder of an adapter to use), ``modules`` (bool).
+            ``vllm.LLM``), ``lora`` (folder of an adapter to use), ``modules`` (bool), ``reload`` (folder whose weights
+            take the place of the model's before anything is generated).
         environment: variables to set.
         answer: file for the result, JSON: ``tokens`` and ``logprobs`` of what was generated, ``prompt_logprobs`` of
             each prompt token but the first, ``cached_tokens`` (of each prompt, found in the prefix cache),
@@ -64,6 +65,8 @@ def generate(job: dict[str, Any], environment: dict[str, str], answer: Path, out
         ignore_eos=True,
         detokenize=False,
     )
+    if "reload" in job:
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": job["reload"]})
     adapter = LoRARequest("adapter", 1, job["lora"]) if "lora" in job else None
     prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
     outputs = llm.generate(prompts, sampling, use_tqdm=False, lora_request=adapter)

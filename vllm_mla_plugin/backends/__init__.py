@@ -1,5 +1,7 @@
 """MLA attention backends for the sizes that vLLM's own do not serve, and the choice between them."""
 
+from collections.abc import Sequence
+
 import torch
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.platforms import current_platform
@@ -30,26 +32,22 @@ def select_backend(latent: int, rope: int, format: CacheFormat | None = None) ->
     """
     if format is not None:
         return _select_packed_backend(format)
-    refuse_context_parallel(get_current_vllm_config(), latent)
+    config = get_current_vllm_config()
+    refuse_context_parallel(config, latent)
     if current_platform.is_cpu():
+        _refuse_other_dtypes(config)
         from vllm_mla_plugin.backends.cpu import AnySizeCPUMLABackend
 
         return AnySizeCPUMLABackend
     if not current_platform.is_cuda_alike():
         return None
-    config = get_current_vllm_config()
     cache_dtype, differ = config.cache_config.cache_dtype, config.model_config.hf_text_config.sizes_differ
     if not differ and (latent, rope) in (VLLM_FP8_LAYOUTS if cache_dtype.startswith("fp8") else VLLM_LAYOUTS):
         return None
     _refuse_float32(config)
     from vllm_mla_plugin.backends.gpu import AnySizeTritonMLABackend, gpu_tiles
 
-    # vLLM does not ask a backend that is given to a layer whether it serves the cache's dtype.
-    if cache_dtype not in (served := AnySizeTritonMLABackend.supported_kv_cache_dtypes):
-        raise ValueError(
-            f"A cache of {latent} + {rope} numbers per token is kept on GPUs as {', '.join(served)}, not as "
-            f"{cache_dtype}: give another --kv-cache-dtype."
-        )
+    _refuse_other_dtypes(config, AnySizeTritonMLABackend.supported_kv_cache_dtypes)
     gpu_tiles(latent, rope, 1, cache_dtype)  # refuses sizes before weights are loaded
     if differ:
         _let_backends_write_the_cache(config)  # the compiler's pass knows the sizes of the first layer alone
@@ -80,6 +78,21 @@ def _let_backends_write_the_cache(config: VllmConfig) -> None:
     """Switch a pass of vLLM's compiler off that writes into the cache itself, past the backend."""
     if hasattr(config.compilation_config.pass_config, "fuse_rope_kvcache_cat_mla"):
         config.compilation_config.pass_config.fuse_rope_kvcache_cat_mla = False
+
+
+def _refuse_other_dtypes(config: VllmConfig, fp8_among: Sequence[str] = ()) -> None:
+    """Refuse a dtype of the cache that a backend of ours does not read; vLLM does not ask one that is given to a layer.
+
+    Args:
+        fp8_among: dtypes of which the backend takes those of 8 bits, beside the model's own.
+    """
+    own = str(config.model_config.dtype).removeprefix("torch.")
+    served = ("auto", own, *(name for name in fp8_among if name.startswith("fp8")))
+    if (wanted := config.cache_config.cache_dtype) not in served:
+        raise ValueError(
+            f"The plugin keeps this cache as {', '.join(served)} here, not as {wanted}: give another --kv-cache-dtype, "
+            "or leave it out."
+        )
 
 
 def _refuse_float32(config: VllmConfig) -> None:

@@ -26,6 +26,7 @@ from vllm_mla_plugin.backends.cpu_prefill import (
 from vllm_mla_plugin.backends.cpu_torch import attend_causally, decode_padded
 from vllm_mla_plugin.backends.dequantise import dequantise
 from vllm_mla_plugin.backends.metadata import AnySizeMLAMetadata, page_slots
+from vllm_mla_plugin.platform import BLOCK_SIZE
 
 MAX_EXPANDED_BYTES = 256 * 2**20
 """Prefill expands keys and values of earlier context up to this size. Beyond it, prefill attends to the latents
@@ -56,8 +57,8 @@ class AnySizeCPUMLABackend(CPUMLABackend):
 
     @classmethod
     def get_preferred_block_size(cls, default_block_size: int) -> int:
-        """What vLLM takes up to 0.32, too. Its 0.33 would take 128 tokens, of which prefixes rarely are multiples."""
-        return 16
+        """What the platform has set; vLLM 0.33 asks here again."""
+        return BLOCK_SIZE
 
     @staticmethod
     def get_impl_cls() -> type["AnySizeCPUMLAImpl"]:
@@ -194,7 +195,7 @@ class AnySizeCPUMLAImpl(CPUMLAImpl):
     def _latents_are_cheaper(self, prefill: MLACommonPrefillMetadata) -> bool:
         """Whether to attend to the latents: because that is cheaper, with few new tokens after much context; or because
         expanded keys and values would be larger than :data:`MAX_EXPANDED_BYTES`."""
-        if prefill.chunked_context is None or self.kv_lora_rank % MULTIPLE or self.qk_rope_head_dim % MULTIPLE:
+        if prefill.chunked_context is None:
             return False
         lengths = prefill.query_start_loc.diff().tolist()
         contexts = prefill.chunked_context.context_lens_list
@@ -250,6 +251,8 @@ class AnySizeCPUMLAImpl(CPUMLAImpl):
         """Rows ``[anything, latent + rope]`` among which are those of earlier context, and which of them they are:
         ``[requests, longest context]`` int32."""
         assert prefill.chunked_context is not None
+        if self.kv_lora_rank % MULTIPLE or self.qk_rope_head_dim % MULTIPLE:
+            return self._context(cache, prefill)  # these are padded, which the whole cache should not be
         longest = max(prefill.chunked_context.context_lens_list)
         return cache.view(-1, cache.shape[-1]), page_slots(prefill.block_table, cache.shape[1], longest)
 

@@ -115,7 +115,7 @@ def compile_library(source: str, dtype: torch.dtype, options: tuple[str, ...]) -
             return ctypes.CDLL(str(library))
     except OSError as error:  # the cache folder cannot be written, or nothing can be loaded from it
         problem = str(error)
-    logger.warning("MLA decodes several times slower than it could: %s", problem)
+    logger.warning("MLA is several times slower than it could be, without %s: %s", source, problem)
     return None
 
 

@@ -132,7 +132,7 @@ inline void widen_row(const uint8_t* row, float* out, int room) {
   }
 }
 
-// Where the mean of a layer's numbers is known from; see MeanTable in cpu_packed.py.
+// Where the mean of a layer's numbers is known from; see mean_table in cpu_packed.py.
 struct Means {
   static constexpr int STEP = 32;  // positions from one coarse turn to the next
   const float* first;              // [LATENT + ROPE], what the first token's mean is more than the others'

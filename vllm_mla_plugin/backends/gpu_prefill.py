@@ -36,6 +36,10 @@ class AnySizeFlashAttnPrefillBackend(FlashAttnPrefillBackend):
         aligned = not (self.v_head_dim % MULTIPLE or self.qk_nope_head_dim % MULTIPLE)
         self.requires_v_padding = self.requires_v_padding or not (two_sizes and aligned)
 
+    def supports_quant_output(self, quant_key: Any) -> bool:
+        """As vLLM's, but not where values are padded: the output is wider than what it would be written into."""
+        return not self.requires_v_padding and super().supports_quant_output(quant_key)
+
     def _flash_attn_varlen_diff_headdims(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any, **kwargs: Any
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:

@@ -14,8 +14,9 @@ class PackedLayer:
     """One layer's packed cache.
 
     The cache holds rows ``[batch, 1, tokens, bytes]`` uint8 where transformers keeps keys. Where it keeps values, it
-    holds the tokens' positions ``[batch, 1, tokens, 1]`` int32, because the mean of rotary keys turns with them. (vLLM
-    knows them from where a token stands; transformers may pad on the left.)
+    holds the bytes of the tokens' positions, ``[batch, 1, tokens, 4]`` uint8, because the mean of rotary keys turns
+    with them. (vLLM knows them from where a token stands; transformers may pad on the left.) They are bytes too, because
+    a static cache has one dtype for keys and values.
 
     Attributes:
         format: of the rows.
@@ -48,8 +49,9 @@ class PackedLayer:
         if cache is None:
             numbers = round_trip(new, self.format)
         else:
-            rows, held = cache.update(quantise(new, self.format), positions[..., None], self.layer)
-            numbers, positions = dequantise(rows, self.format), held[..., 0]
+            as_bytes = positions[..., None].contiguous().view(torch.uint8)
+            rows, held = cache.update(quantise(new, self.format), as_bytes, self.layer)
+            numbers, positions = dequantise(rows, self.format), held.contiguous().view(torch.int32)[..., 0]
         if self.mean is not None:
             numbers = numbers + mean_at(self.mean, self.freqs, positions)
         latent, k_rope = numbers.to(latent.dtype).split(list(self.format.sizes), dim=-1)
