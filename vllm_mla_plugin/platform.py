@@ -1,7 +1,7 @@
-"""vLLM's CPU platform, which leaves chunked prefill and prefix caching on for the models of this plugin.
+"""vLLM's CPU platform. For this plugin's models it leaves chunked prefill, prefix caching and the block size alone.
 
-vLLM switches both off for every MLA model on CPU, because its own CPU backend cannot attend to earlier context in
-prefill. Ours can. A platform plugin is the only place that comes after that decision.
+vLLM switches the first two off for every MLA model on CPU, because its own CPU backend cannot attend to earlier context
+in prefill. Ours can. A platform plugin is the only place that comes after that decision.
 """
 
 from typing import TYPE_CHECKING
@@ -14,20 +14,17 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 
-BLOCK_SIZE = 16
-"""Tokens in a block of the cache. Prefixes rarely are multiples of much more."""
-
-
 class MLACpuPlatform(CpuPlatform):
     """The CPU platform; nothing changes for other models."""
 
     @classmethod
     def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:
         scheduler, cache = vllm_config.scheduler_config, vllm_config.cache_config
-        chunked, tokens, cached = (
+        chunked, tokens, cached, block_size = (
             scheduler.enable_chunked_prefill,
             scheduler.max_num_batched_tokens,
             cache.enable_prefix_caching,
+            cache.block_size,
         )
         super().check_and_update_config(vllm_config)
         model = vllm_config.model_config
@@ -35,5 +32,6 @@ class MLACpuPlatform(CpuPlatform):
             scheduler.enable_chunked_prefill = chunked
             scheduler.max_num_batched_tokens = tokens
             cache.enable_prefix_caching = cached
-            if not cache.user_specified_block_size:
-                cache.block_size = BLOCK_SIZE  # where AMX is, vLLM has made it 128
+            # vLLM makes it 16, or 128 where AMX is. Ours takes any: what a user asks for, or what the model needs for
+            # which this one drafts.
+            cache.block_size = block_size

@@ -2,12 +2,15 @@
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from support.attention import PREFILLS, TOLERANCE, assert_close, check_prefill
+from support.commands import convert
 from support.engine import run_engine
 from support.files import TEXT
+from support.models import RandomModel
 from transformers import AutoTokenizer
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
@@ -112,9 +115,10 @@ def test_cache_dtype(exact: Path, dtypes: tuple[str, str]) -> None:
         run_engine(exact, [[1, 2, 3]], engine={"dtype": own, "kv_cache_dtype": asked})
 
 
-def test_block_size_with_amx(exact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On processors with AMX, vLLM makes blocks of 128 tokens, unless a size is asked for."""
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+@pytest.mark.parametrize("amx", [False, True])
+def test_block_size(amx: bool, exact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks have the size that is asked for, or 16 tokens. vLLM would make them 16, or 128 on processors with AMX."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     config = EngineArgs(str(exact), dtype="bfloat16").create_engine_config()
     assert config.cache_config.block_size == 16
     config = EngineArgs(str(exact), dtype="bfloat16", block_size=32).create_engine_config()
@@ -148,3 +152,17 @@ def test_speculative_decoding(half: Path) -> None:
     plain = run_engine(half, prompts, max_tokens=12)
     guessed = run_engine(half, prompts, max_tokens=12, engine={"speculative_config": speculation})
     assert guessed["tokens"] == plain["tokens"]
+
+
+@pytest.mark.engine
+def test_draft_model(tmp_path: Path) -> None:
+    """A conversion guesses for its source, which vLLM serves by another backend; and the other way round."""
+    source = RandomModel(heads=6, kv_heads=3, head_dim=32, hidden=192).save(tmp_path / "source")
+    out = convert(source, tmp_path / "mla", "--method", "exact")
+    prompts = [list(range(5, 45)), [7], list(range(100, 117))]
+    job: dict[str, Any] = {"max_tokens": 12, "no_tokenizer": True}
+    plain = run_engine(source, prompts, engine={"max_model_len": 256}, **job)
+    for model, draft in ((source, out), (out, source)):
+        speculation = {"method": "draft_model", "model": str(draft), "num_speculative_tokens": 2}
+        engine = {"max_model_len": 256, "speculative_config": speculation}
+        assert run_engine(model, prompts, engine=engine, **job)["tokens"] == plain["tokens"]

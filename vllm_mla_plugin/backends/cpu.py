@@ -26,7 +26,6 @@ from vllm_mla_plugin.backends.cpu_prefill import (
 from vllm_mla_plugin.backends.cpu_torch import attend_causally, decode_padded
 from vllm_mla_plugin.backends.dequantise import dequantise
 from vllm_mla_plugin.backends.metadata import AnySizeMLAMetadata, page_slots
-from vllm_mla_plugin.platform import BLOCK_SIZE
 
 MAX_EXPANDED_BYTES = 256 * 2**20
 """Prefill expands keys and values of earlier context up to this size. Beyond it, prefill attends to the latents
@@ -57,8 +56,8 @@ class AnySizeCPUMLABackend(CPUMLABackend):
 
     @classmethod
     def get_preferred_block_size(cls, default_block_size: int) -> int:
-        """What the platform has set; vLLM 0.33 asks here again."""
-        return BLOCK_SIZE
+        """As vLLM's. From 0.33 on, its CPU backend prefers 128 tokens, of which prefixes rarely are multiples."""
+        return default_block_size
 
     @staticmethod
     def get_impl_cls() -> type["AnySizeCPUMLAImpl"]:

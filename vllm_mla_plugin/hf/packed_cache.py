@@ -15,8 +15,8 @@ class PackedLayer:
 
     The cache holds rows ``[batch, 1, tokens, bytes]`` uint8 where transformers keeps keys. Where it keeps values, it
     holds the bytes of the tokens' positions, ``[batch, 1, tokens, 4]`` uint8, because the mean of rotary keys turns
-    with them. (vLLM knows them from where a token stands; transformers may pad on the left.) They are bytes too, because
-    a static cache has one dtype for keys and values.
+    with them. (vLLM knows them from where a token stands; transformers may pad on the left.) They are bytes because a
+    static cache has one dtype for keys and values.
 
     Attributes:
         format: of the rows.
