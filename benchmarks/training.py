@@ -10,7 +10,8 @@
   0.5 billion parameters. Both take steps of two windows.
 - ``recovery``: SmolLM2 at a quarter of its cache in 16 bits, trained on as many tokens: attentions (the default), all
   weights, low-rank changes, and attentions after a stage on hidden states.
-- ``teacher``: a model at a quarter of its cache, taught by its source and by a larger model, on as many tokens.
+- ``teacher``: a model at a quarter of its cache, taught by its source and by a larger model, on as many tokens. It is
+  calibrated on text that it writes itself, or on ``--calibration``, so the text that is scored plays no part.
 - ``domain``: SmolLM2 and its exact conversion, which has the same cache, trained on the same tokens of a domain: the
   source code of Python's ``asyncio``, or ``--train``. Perplexity of text held out (``http``, or ``--test``), with three
   seeds, at a learning rate that is chosen for each model with the first seed.
@@ -33,7 +34,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from benchmarks.common import convert, cost, evaluate, heal, plain_text, write_result
 from mla_converters.heal.run import heal as heal_here
-from mla_converters.options import HealOptions
+from mla_converters.options import SELF, HealOptions
 from mla_converters.support.memory import peak_rss_bytes, return_freed_memory
 from mla_converters.training.distillation import Distillation, held_out_loss
 from mla_converters.training.losses import Weights
@@ -131,7 +132,7 @@ def teacher(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     rows = {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        calibrated = ("--calibration", str(options.calibration or options.test), "--calibration-tokens", "16384")
+        calibrated = ("--calibration", options.calibration, "--calibration-tokens", "16384")
         convert(options.model, folder / "mla", *calibrated, *QUARTER, *options.convert.split())
         scored = ("--reference", str(options.model), *(("--tasks", options.tasks) if options.tasks else ()))
         rows["converted"] = evaluate(folder / "mla", options.test, *scored)
@@ -225,7 +226,7 @@ def parser() -> argparse.ArgumentParser:
     one = kinds.add_parser("teacher")
     for name in ("model", "teacher", "train", "test"):
         one.add_argument(f"--{name}", type=Path, required=True)
-    one.add_argument("--calibration", type=Path)
+    one.add_argument("--calibration", default=SELF, help="a text file, or what the model writes itself")
     one.add_argument("--tokens", type=int, default=1_000_000)
     one.add_argument("--length", type=int, default=1024)
     one.add_argument("--tasks", default="")

@@ -24,7 +24,7 @@ from mla_converters.cli.main import main
 from scripts.demo_model import demo_folder, demo_gguf
 
 # A test that asks for one of these fixtures gets the mark.
-FIXTURE_MARKS = {"exact": "slow", "half": "slow", "healed": "slow", "small_disk": "root"}
+FIXTURE_MARKS = {"exact": "slow", "half": "slow", "healed": "slow", "small_disk": "root", "read_only": "root"}
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects by mark
@@ -67,6 +67,15 @@ def refusal(command_line: CommandLine) -> Refused:
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of three megabytes."""
     with mounted(tmp_path / "disk", "3m") as disk:
+        if disk is None:
+            pytest.skip("mounting a file system takes root")
+        yield disk
+
+
+@pytest.fixture
+def read_only(tmp_path: Path) -> Iterator[Path]:
+    """A folder into which nobody can write, root neither."""
+    with mounted(tmp_path / "read-only", "1m,ro") as disk:
         if disk is None:
             pytest.skip("mounting a file system takes root")
         yield disk

@@ -1,8 +1,8 @@
 """The conversion, start to end. :func:`convert` is the Python API behind ``vllm-mla convert``."""
 
+import math
 import time
 from dataclasses import asdict, replace
-from math import isnan
 from pathlib import Path
 
 import torch
@@ -12,17 +12,18 @@ from mla_converters.cards.card import source_card
 from mla_converters.cards.describe import outcome
 from mla_converters.checkpoints.carry import carry_side_files
 from mla_converters.checkpoints.families import active_window, window_refusal
-from mla_converters.checkpoints.locate import local_path
+from mla_converters.checkpoints.locate import check_revision, local_path
 from mla_converters.checkpoints.mla_config import mla_config, per_layer_sizes
+from mla_converters.checkpoints.rope_scaling import context_length, linear_factor
 from mla_converters.checkpoints.source import LAYERS, Source, open_source
 from mla_converters.checkpoints.writer import Shards
-from mla_converters.errors import ConversionError
+from mla_converters.errors import ConversionError, OptionError, UnfinishedError
 from mla_converters.latent.cache_size import CacheBudget
 from mla_converters.methods.asked_cache import AskedCache
 from mla_converters.methods.base import Job, Method, Prepared
 from mla_converters.methods.layer_conversion import ConvertedLayer, Measured
 from mla_converters.methods.registry import method_of
-from mla_converters.options import ConvertOptions, command_line
+from mla_converters.options import ConvertOptions, command_line, option_name
 from mla_converters.proof import prove_and_describe
 from mla_converters.reports.conversion import (
     CacheBytes,
@@ -66,21 +67,30 @@ def convert(
 
     Raises:
         ConversionError: the input cannot be converted; nothing is left behind.
-        UnfinishedError: interrupted, or out of disk space; called again with the same arguments, it goes on.
+        UnfinishedError: interrupted, or out of memory or disk space; called again with the same arguments, it goes on.
     """
     started = time.monotonic()
     options = options or ConvertOptions()
     device = usable_device(options.device)
     method = method_of(options.method)
+    _check_text(method, options)
+    check_revision(source, options.revision)
     with (
         progress_bars(quiet) as progress,
         open_source(source, options.revision, options.trust_remote_code, options.rope_scaling) as opened,
     ):
+        _check_out(opened, out)
         context, cache = _context(opened, options), method.cache(opened.shape, options)
         identity = conversion_identity(opened, options.model_copy(update={"device": device}))
         with work_folder(out, force, identity) as work:
             work.check_space(_disk_bytes(opened, method, cache, options))
-            report = _convert(opened, method, cache.budget, options, context, device, work, progress)
+            try:
+                report = _convert(opened, method, cache.budget, options, context, device, work, progress)
+            except torch.OutOfMemoryError as error:
+                raise UnfinishedError(
+                    f"The memory of {device} is full: make room there, or start again with --device cpu or "
+                    "--calibration FILE, because a model that writes its own text is in memory as a whole."
+                ) from error
     return outcome(report, out, started)
 
 
@@ -125,11 +135,25 @@ def _convert(
     return prove_and_describe(source, work.model, config, report, held_out, device, progress)
 
 
+def _check_text(method: Method, options: ConvertOptions) -> None:
+    """Refuse options about text that the method would ignore."""
+    given = [option_name(name) for name in ("calibration", "calibration_tokens") if name in options.model_fields_set]
+    if given and method.window is None:
+        raise OptionError(f"{given[0]} is for a method that reads text, which this one does not: leave it out.")
+
+
+def _check_out(source: Source, out: Path) -> None:
+    """Refuse an OUT that holds files of the source, which ``--force`` would delete."""
+    places = {place for file in source.files() for place in (file.parent.resolve(), file.resolve().parent)}
+    if any(place.is_relative_to(out.resolve()) for place in places):
+        raise ConversionError(f"OUT is {out}, which holds files of SOURCE: give a folder of its own.")
+
+
 def _context(source: Source, options: ConvertOptions) -> int:
     """The converted model's context: within it, no sliding window of the source is active."""
-    longest = source.config.max_position_embeddings
-    if options.max_context is not None and not 1 <= options.max_context <= longest:
-        raise ConversionError(f"--max-context is {options.max_context}, but must be 1 to the source's {longest}.")
+    least, longest = math.ceil(linear_factor(source.config)), context_length(source.config)
+    if options.max_context is not None and not least <= options.max_context <= longest:
+        raise ConversionError(f"--max-context is {options.max_context}, but must be {least} to the source's {longest}.")
     context = options.max_context or longest
     window = active_window(source.config)
     if window is not None and context > window:
@@ -186,7 +210,7 @@ def _write_weights(
             row = converted.measured
             streams["measured"][layer.index] = torch.tensor((row.energy_kept, row.output_error), dtype=torch.float64)
     shards.finish()
-    return [Measured(*row) for row in streams["measured"].tolist() if not any(map(isnan, row))]
+    return [Measured(*row) for row in streams["measured"].tolist() if not any(map(math.isnan, row))]
 
 
 def _write_layer(shards: Shards, source: Source, index: int, converted: ConvertedLayer) -> None:

@@ -10,7 +10,7 @@ from rich.progress import Progress
 
 from mla_converters.checkpoints.source import Source, open_source
 from mla_converters.engines.process import Engine
-from mla_converters.errors import ConversionError
+from mla_converters.errors import ConversionError, UnfinishedError
 from mla_converters.evaluation.vllm_engine import ENVIRONMENT
 from mla_converters.options import LogitsOptions, given_options
 from mla_converters.options.text import parse_weighted
@@ -18,11 +18,14 @@ from mla_converters.reports.logits import LogitsReport
 from mla_converters.resume.identity import VERSIONS, logits_identity
 from mla_converters.resume.work_folder import work_folder
 from mla_converters.support.json_files import write_json
+from mla_converters.support.packages import require
 from mla_converters.support.progress import progress_bars
 from mla_converters.text.healing import training_windows
 from mla_converters.training.stored import COLUMNS, DESCRIPTION
 
 TOGETHER = 16  # windows that are sent to the engine at one time
+# Options that do not change the text, which is all that is kept of an interrupted run: it may go on with others.
+FREE = {"top_k", "dtype", "tensor_parallel_size"}
 
 
 def logits(model: str, out: Path, options: LogitsOptions | None = None, *, quiet: bool = False) -> LogitsReport:
@@ -38,41 +41,43 @@ def logits(model: str, out: Path, options: LogitsOptions | None = None, *, quiet
         What was written.
 
     Raises:
-        ConversionError: the input cannot be used, or vLLM failed.
-        UnfinishedError: interrupted, or out of disk space.
+        ConversionError: the input cannot be used.
+        UnfinishedError: interrupted, too little disk space, or vLLM failed; the text is kept for the next call.
     """
+    require("vllm", "logits", "run pip install 'vllm-mla-plugin[cuda]' or '[cpu]'")
     started = time.monotonic()
     options = options or LogitsOptions()
-    with (
-        progress_bars(quiet) as progress,
-        open_source(model, None, options.trust_remote_code) as teacher,
-        work_folder(out, False, logits_identity(teacher, options)) as work,
-    ):
+    decisive = LogitsOptions(**options.model_dump(exclude=FREE))
+    with progress_bars(quiet) as progress, open_source(model, None, options.trust_remote_code) as teacher:
         if options.top_k >= teacher.config.vocab_size:
             raise ConversionError(
                 f"--top-k is {options.top_k}, but must be less than the vocabulary of {model} "
                 f"({teacher.config.vocab_size} tokens)."
             )
-        windows = work.mapped(
-            "text",
-            lambda: training_windows(teacher, options.text, options.tokens, options.length, options.seed, progress),
-        )
-        work.check_space(_bytes(windows, options.top_k))
-        remainder, versions = _predict(teacher, windows, options, work.model, progress)
-        report = LogitsReport(
-            model=model,
-            command=shlex.join(["vllm-mla", "logits", model, out.name, *given_options(options)]),
-            text=[Path(parse_weighted(origin)[0]).name for origin in options.text],
-            windows=len(windows),
-            length=windows.shape[1],
-            top_k=options.top_k,
-            remainder=round(remainder, 6),
-            bytes=_bytes(windows, options.top_k),
-            seconds=round(time.monotonic() - started, 1),
-            versions=VERSIONS | versions,
-        )
-        teacher.tokenizer.save_pretrained(work.model)  # the student's must be the same
-        write_json(work.model / DESCRIPTION, report.as_json())
+        with work_folder(out, False, logits_identity(teacher, decisive)) as work:
+            windows = work.mapped(
+                "text",
+                lambda: training_windows(teacher, options.text, options.tokens, options.length, options.seed, progress),
+            )
+            try:
+                work.check_space(_bytes(windows, options.top_k))
+                remainder, versions = _predict(teacher, windows, options, work.model, progress)
+            except ConversionError as error:  # the text stays, because the model may have written it for hours
+                raise UnfinishedError(str(error)) from error
+            report = LogitsReport(
+                model=model,
+                command=shlex.join(["vllm-mla", "logits", model, out.name, *given_options(options)]),
+                text=[Path(parse_weighted(origin)[0]).name for origin in options.text],
+                windows=len(windows),
+                length=windows.shape[1],
+                top_k=options.top_k,
+                remainder=round(remainder, 6),
+                bytes=_bytes(windows, options.top_k),
+                seconds=round(time.monotonic() - started, 1),
+                versions=VERSIONS | versions,
+            )
+            teacher.tokenizer.save_pretrained(work.model)  # the student's must be the same
+            write_json(work.model / DESCRIPTION, report.as_json())
     return report
 
 

@@ -15,6 +15,7 @@ import vllm_mla_plugin.hf  # noqa: F401 - registers the MLA models with transfor
 from mla_converters.cards.describe import describe_model
 from mla_converters.checkpoints.quantised.tensors import dequantised
 from mla_converters.checkpoints.reader import Checkpoint
+from mla_converters.checkpoints.rope_scaling import context_length
 from mla_converters.checkpoints.side_files import has_tokenizer
 from mla_converters.checkpoints.source import Source
 from mla_converters.errors import ConversionError
@@ -99,7 +100,7 @@ def prove(source: Source, folder: Path, report: ConversionReport, device: str) -
     """
     config = AutoConfig.from_pretrained(folder)
     checkpoint = dequantised(Checkpoint(folder), source.quantisation, config)
-    ids, is_text = _probe(source, config.max_position_embeddings)
+    ids, is_text = _probe(source, context_length(config))
     experts = source.family.experts
     seen: dict[int, tuple[dict[str, Any], torch.Tensor]] = {}
     errors: list[float] = []
@@ -118,6 +119,8 @@ def prove(source: Source, folder: Path, report: ConversionReport, device: str) -
 
     try:
         reference = _predictions(source.skeleton(), source, experts, ids, device, keep)
+    except torch.OutOfMemoryError:  # a RuntimeError too, but nothing is wrong with the model
+        raise
     except (ValueError, RuntimeError, TypeError, AttributeError) as error:
         # transformers finds only now that parts of the configuration do not fit each other.
         reason = str(error).strip().split("\n")[0]
@@ -126,6 +129,8 @@ def prove(source: Source, folder: Path, report: ConversionReport, device: str) -
         skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     try:
         own = _predictions(skeleton, checkpoint, experts, ids, device, compare)
+    except torch.OutOfMemoryError:
+        raise
     except (ValueError, RuntimeError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise ConversionError(

@@ -14,7 +14,7 @@ from mla_converters.checkpoints.models import Model, converted_config, find_mode
 from mla_converters.checkpoints.quantised.config import find_quantisation
 from mla_converters.checkpoints.quantised.tensors import dequantised
 from mla_converters.checkpoints.reader import Checkpoint
-from mla_converters.checkpoints.rope_scaling import scale_rope
+from mla_converters.checkpoints.rope_scaling import context_length, scale_rope
 from mla_converters.checkpoints.tensors import tensor_problems
 from mla_converters.checkpoints.tokenizer import load_tokenizer
 from mla_converters.checkpoints.tokenizer_check import tokenizer_difference
@@ -120,8 +120,8 @@ def _predictions(
     folder: Path, description: dict[str, Any], reference: Model | None, ids: list[int], trust_remote_code: bool
 ) -> Check:
     """Run the sample through the model, and through its source."""
-    length = min(len(ids), description["max_position_embeddings"])
     model = Model(str(folder), str(folder), read_config(folder, trust_remote_code), trust_remote_code)
+    length = min(len(ids), context_length(model.config))
     report = _report(folder, description)
     if reference is not None and report is not None and report.rope_scaling is not None:
         reference = replace(reference, config=scale_rope(reference.config, report.rope_scaling))

@@ -198,10 +198,35 @@ def test_kl_of_known_distributions() -> None:
     assert torch.equal(kl_per_token(model, model), torch.zeros(300))
 
 
-def test_plot(run: Run, random_model: Path, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="--plot needs matplotlib")
-    run(random_model, "--reference", random_model, *CUT, "--plot", tmp_path / "sizes.png")
+def test_plot(run: Run, random_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes are bytes, so that packed caches of as many numbers lie apart."""
+    axes = pytest.importorskip("matplotlib.axes", reason="--plot needs matplotlib").Axes
+    points, plot = [], axes.plot
+
+    def spy(self: Any, *arguments: Any) -> Any:
+        points.append(arguments[:2])
+        return plot(self, *arguments)
+
+    monkeypatch.setattr(axes, "plot", spy)
+    report = run(random_model, "--reference", random_model, *CUT, "--plot", tmp_path / "sizes.png")
+    (model,) = report["models"]
+    assert points == [(model["bytes_per_token_and_layer"], model["perplexity"])]
+    assert model["bytes_per_token_and_layer"] == 2 * model["cached_per_token_and_layer"]
     assert (tmp_path / "sizes.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("option", ["--json", "--plot"])
+def test_a_file_that_cannot_be_written(
+    option: str, command_line: CommandLine, refused: Refused, random_model: Path, read_only: Path, tmp_path: Path
+) -> None:
+    """It is refused before any work. If it fails only afterwards, the numbers are shown all the same."""
+    pytest.importorskip("matplotlib", reason="--plot needs matplotlib")
+    line = refused(random_model, *CUT, option, read_only / "file.png")
+    assert "file.png, which cannot be written: name a file in another place" in line
+    (tmp_path / "full.png").symlink_to("/dev/full")
+    code, table, complaint = command_line("eval", random_model, *CUT, option, tmp_path / "full.png")
+    assert code == 2 and "perplexity" in table
+    assert f"{tmp_path / 'full.png'} cannot be written: No space left on device.\n" in complaint
 
 
 OPTIONS = {

@@ -66,7 +66,7 @@ def test_link_to_an_empty_folder(source: Path, expected: dict[str, bytes], tmp_p
 def test_file_system_of_its_own(source: Path, expected: dict[str, bytes], small_disk: Path) -> None:
     """All is written on the file system that is mounted at OUT, in which ext4 keeps a folder of its own."""
     (small_disk / "lost+found").mkdir()
-    convert(source, small_disk, *EXACT, "--calibration-tokens", 512)  # counted, though not used, for the disk
+    convert(source, small_disk, *EXACT)
     (small_disk / "lost+found").rmdir()
     found = contents(small_disk)
     assert set(found) == set(expected) and found["model.safetensors"] == expected["model.safetensors"]

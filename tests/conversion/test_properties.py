@@ -29,6 +29,7 @@ SETTINGS: dict[str, Any] = {
     "derandomize": "PROPERTY_EXAMPLES" not in os.environ,
     "suppress_health_check": list(HealthCheck),
 }
+TEXT: dict[str, Any] = {"calibration": (str(CALIBRATION),), "calibration_tokens": 2048}
 ROPES = (
     {"rope_type": "default", "rope_theta": 10000.0},
     {"rope_type": "default", "rope_theta": 1e6},
@@ -64,8 +65,8 @@ def random_models(draw: st.DrawFn) -> RandomModel:
 def test_nothing_truncated_nothing_changed(model: RandomModel, method: MethodOptions) -> None:
     """If the cache has room for everything, every method gives the source's logits."""
     width = model.kv_heads * model.head_dim
-    sizes = {} if isinstance(method, ExactOptions) else {"kv_lora_rank": width, "qk_rope_head_dim": width}
-    options = ConvertOptions(method=method, calibration=(str(CALIBRATION),), calibration_tokens=2048, **sizes)
+    whole = {"kv_lora_rank": width, "qk_rope_head_dim": width} | TEXT
+    options = ConvertOptions(method=method, **({} if isinstance(method, ExactOptions) else whole))
     with tempfile.TemporaryDirectory() as folder:
         source, out = model.save(Path(folder, "source")), Path(folder, "mla")
         convert(str(source), out, options, quiet=True)
@@ -85,10 +86,9 @@ def test_vllm_equals_transformers(model: RandomModel, data: st.DataObject) -> No
     rank = data.draw(st.integers(1, 2 * width - rope), label="kv_lora_rank")
     options = ConvertOptions(
         method=AttentionAwareOptions(refit_steps=0),
-        calibration=(str(CALIBRATION),),
-        calibration_tokens=2048,
         kv_lora_rank=rank,
         qk_rope_head_dim=rope,
+        **TEXT,
     )
     prompts = [list(range(5, 45)), [7], list(range(100, 117))]
     with tempfile.TemporaryDirectory() as folder:

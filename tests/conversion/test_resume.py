@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from filelock import FileLock
 from support.commands import (
     UNPACKED,
@@ -169,6 +170,32 @@ def test_vanished_shard(source: Path, expected: dict[str, bytes], tmp_path: Path
     assert contents(out)["model.safetensors"] == expected["model.safetensors"]
 
 
+OUT_OF_MEMORY = ("mla_converters.convert.calibrate", "mla_converters.proof._predictions")
+
+
+@pytest.mark.parametrize("place", OUT_OF_MEMORY)
+def test_device_out_of_memory(
+    place: str,
+    refusal: Refused,
+    source: Path,
+    expected: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The run ends with one sentence, and goes on when there is memory."""
+
+    def fail(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(place, fail)
+        line = refusal("convert", source, out, *OPTIONS)
+    assert "The memory of cpu is full" in line and "goes on from" in line
+    assert (tmp_path / "out.partial" / "texts.safetensors").exists()
+    assert contents(convert(source, out, *OPTIONS)) == expected
+
+
 def test_second_writer(refusal: Refused, source: Path, tmp_path: Path) -> None:
     (tmp_path / "out.partial").mkdir()
     with FileLock(tmp_path / "out.partial" / "lock"):
@@ -191,7 +218,8 @@ def test_too_small_disk(refusal: Refused, small_disk: Path, tmp_path: Path) -> N
 
 
 def test_disk_that_fills_up(source: Path, small_disk: Path) -> None:
-    """If the disk fills up during a run, the run ends with one sentence. It goes on when there is space again."""
+    """If the disk fills up during a run, the run ends with one sentence. It goes on when there is space again, although
+    it was tried again before."""
     out, folder = small_disk / "out", small_disk / "out.partial"
     with running("convert", source, out, *OPTIONS) as process:
         wait_for(process, (folder / "layers.safetensors").exists)
@@ -201,6 +229,9 @@ def test_disk_that_fills_up(source: Path, small_disk: Path) -> None:
     (line,) = without_progress(complaint).strip().splitlines()
     assert "No space left on device" in line and "goes on from" in line
     assert not out.exists()
+    again = vllm_mla("convert", source, out, *OPTIONS)
+    assert again.returncode == 2 and "GB on disk" in again.stderr and "goes on from" in again.stderr
+    assert (folder / "layers.safetensors").exists()
     (small_disk / "filler").unlink()
     result = vllm_mla("convert", source, out, *OPTIONS)
     assert result.returncode == 0 and (out / "config.json").exists(), result.stderr

@@ -1,6 +1,7 @@
 """``--rope-scaling``: contexts beyond the source's, and no other RoPE afterwards."""
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,14 @@ from support.engine import run_engine
 from support.files import CALIBRATION
 from support.models import YARN, RandomModel, load
 from transformers import AutoConfig, AutoModelForCausalLM
+from vllm.config import ModelConfig
 
 from mla_converters.checkpoints.manifest import write_manifest
+from mla_converters.checkpoints.models import find_model
 from mla_converters.options import VerifyOptions
+from mla_converters.planning.plan import plan
 from mla_converters.verify import verify
+from vllm_mla_plugin import register
 
 EXACT = ("--method", "exact")
 SCALINGS = {
@@ -46,7 +51,7 @@ def test_computes_what_the_source_does_with_it(family: str, case: str, tmp_path:
     """At more tokens than the source takes without it."""
     source = RandomModel(family).save(tmp_path / "source")
     out = convert(source, tmp_path / "out", *EXACT, "--rope-scaling", json.dumps(SCALINGS[case]))
-    assert json.loads((out / "config.json").read_text())["max_position_embeddings"] == CONTEXTS[case]
+    assert f"Contexts of up to {CONTEXTS[case]} tokens" in (out / "README.md").read_text()
     scaling = {"rope_type": "yarn"} | SCALINGS[case] if "type" in SCALINGS[case] else SCALINGS[case]
     rope = {"rope_theta": 10000.0, **scaling}
     config = AutoConfig.from_pretrained(source, rope_parameters=rope)
@@ -55,6 +60,40 @@ def test_computes_what_the_source_does_with_it(family: str, case: str, tmp_path:
     assert (logits(got) - logits(expected)).norm() < 1e-6 * logits(expected).norm()
     plain = load(source, torch.float64)
     assert (logits(got) - logits(plain)).norm() > 1e-3 * logits(plain).norm()  # the scaling does something
+
+
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.5}
+LINEAR_CASES: dict[str, tuple[dict[str, Any], tuple[object, ...], int]] = {
+    "source": (LINEAR, (), 640),
+    "shortened": (LINEAR, ("--max-context", 64), 62),
+    "added": ({}, ("--rope-scaling", json.dumps(SCALINGS["linear"])), 768),
+    "added-and-shortened": ({}, ("--rope-scaling", json.dumps(SCALINGS["linear"]), "--max-context", 767), 765),
+}
+
+
+def served_context(folder: Path) -> int:
+    return ModelConfig(str(folder), dtype="float32", skip_tokenizer_init=True).max_model_len
+
+
+@pytest.mark.parametrize("case", LINEAR_CASES)
+def test_linear_context_is_the_one_that_vllm_serves(case: str, tmp_path: Path) -> None:
+    """vLLM multiplies ``max_position_embeddings`` by the factor."""
+    rope, options, context = LINEAR_CASES[case]
+    source = (RandomModel(rope=rope) if rope else RandomModel()).save(tmp_path / "source")
+    out = convert(source, tmp_path / "out", *EXACT, *options)
+    register()
+    assert served_context(out) == find_model(str(out), ExitStack()).context == context
+    assert f"Contexts of up to {context} tokens" in (out / "README.md").read_text()
+    if not options:
+        assert served_context(source) == context == plan(str(source)).source.context
+
+
+def test_window_within_a_linear_context(refusal: Refused, tmp_path: Path) -> None:
+    """It counts tokens, of which there are more than positions."""
+    source = RandomModel("mistral", window=300, rope=LINEAR).save(tmp_path / "source")
+    assert "--max-context 300" in refusal("convert", source, tmp_path / "out", *EXACT)
+    assert "must be 3 to the source's 640" in refusal("convert", source, tmp_path / "out", *EXACT, "--max-context", 2)
+    assert served_context(convert(source, tmp_path / "out", *EXACT, "--max-context", 300)) == 300
 
 
 def test_calibrated_and_healed(tmp_path: Path) -> None:
@@ -108,7 +147,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "text": ({"rope_type": "linear", "factor": "4"}, "factor '4', but must be a number"),
     "truth": ({"rope_type": "linear", "factor": True}, "factor True, but must be a number"),
     "endless": ('{"rope_type": "linear", "factor": Infinity}', "factor inf, but must be a number"),
-    "huge": ({"rope_type": "linear", "factor": 1e300}, "max_position_embeddings"),
+    "huge": ({"rope_type": "linear", "factor": 1e300}, "The RoPE factor 1e+300 with max_position_embeddings 256 gives"),
     "half-a-token": (
         {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64.5},
         "must be a whole number",

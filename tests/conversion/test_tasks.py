@@ -16,6 +16,7 @@ from support.files import ROOT
 from support.models import RandomModel
 
 from mla_converters.api import EvalOptions
+from mla_converters.cards.card import read_report
 from mla_converters.cards.evaluation import read_evaluation
 from mla_converters.checkpoints.tokenizer import load_tokenizer
 from mla_converters.errors import OptionError
@@ -150,7 +151,7 @@ def test_exact_conversion_is_not_distinguishable(report: Any) -> None:
         source, own = task_of(report["reference"], task), task_of(exact, task)
         assert source["score"] >= least and source["problems"] == own["problems"] == 12
         assert own["score"] == source["score"] and own["difference"] == own["difference_stderr"] == 0
-        assert own["verdict"] == "not distinguishable from the source on 12 problems"
+        assert own["verdict"] == "not distinguishable from the reference on 12 problems"
         spread = math.sqrt(source["score"] * (1 - source["score"]) / 11)
         assert own["stderr"] == pytest.approx(spread)
     assert exact["kl"] == pytest.approx(0, abs=1e-5), "the text was scored too"
@@ -184,7 +185,7 @@ def test_groups_and_other_metrics(report: Any) -> None:
 @pytest.mark.engine
 def test_code_runs_if_allowed(report: Any) -> None:
     assert task_of(report["reference"], "coding")["score"] == 1
-    assert task_of(report["models"][0], "coding")["verdict"] == "not distinguishable from the source on 2 problems"
+    assert task_of(report["models"][0], "coding")["verdict"] == "not distinguishable from the reference on 2 problems"
 
 
 @pytest.mark.engine
@@ -195,12 +196,26 @@ def test_what_is_shown(report: Any, exact: Path) -> None:
     assert {"lm-eval", "vllm"} <= report["versions"].keys()
     assert report["tasks"] == {"names": ["capitals", "counting", "coding", "prose"], "chat": False}
     typed = EvaluationReport.model_validate({k: v for k, v in report.items() if k not in ("printed", "told")})
-    card = read_evaluation(typed, exact)
+    card = read_evaluation(typed, exact, read_report(exact).source)
     rows = {what: (source, own) for what, source, own in card.rows}
     source, own = rows["counting, exact_match, 12 problems"]
-    assert own == f"{source}: not distinguishable from the source on 12 problems"
+    assert own == f"{source}: not distinguishable from the reference on 12 problems"
     assert "%" in source and "perplexity" in rows
     assert "Perplexity of `demo_text.txt`" in card.text and "Tasks by lm-evaluation-harness" in card.text
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+def test_too_small_cache(
+    refusal: Refused, smollm2: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's advice is an option of its own, which this command does not have."""
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    model = Path(shutil.copytree(smollm2, tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 65536}))
+    line = refusal("eval", model, "--tasks", "counting", "--tasks-dir", folder)
+    assert "KV cache is needed" in line and line.endswith("Here, set VLLM_CPU_KVCACHE_SPACE to more GiB instead.")
 
 
 @pytest.mark.engine
@@ -258,6 +273,14 @@ def test_options_of_tasks_need_tasks(option: dict[str, Any]) -> None:
         EvalOptions(**option)
 
 
+@pytest.mark.parametrize("option", ["protocol", "windows", "length", "engine", "device"])
+def test_options_of_text_need_text(option: str) -> None:
+    given = {option: {"protocol": "stream", "engine": "hf", "device": "cpu"}.get(option, 2)}
+    with pytest.raises(OptionError, match=f"--{option} is for text: give --text or --dataset, or leave it out"):
+        EvalOptions(tasks=("a",), **given)
+    EvalOptions(tasks=("a",), text=Path("x"), **given)
+
+
 def test_names_of_tasks() -> None:
     assert EvalOptions.model_validate({"tasks": "a, b,a"}).tasks == ("a", "b")
     with pytest.raises(OptionError, match="names separated by commas"):
@@ -281,8 +304,8 @@ def test_words() -> None:
     assert verdict(lost, 0.03, True, True) == "worse by 10.0 ± 3.0 points on 100 problems"
     assert verdict(lost, 0.03, False, True) == "better by 10.0 ± 3.0 points on 100 problems"
     assert verdict([-30.0, *lost], 0.03, True, False) == "worse by 0.3960 ± 0.0300 on 101 problems"
-    assert verdict(lost, 0.06, True, True) == "not distinguishable from the source on 100 problems"
-    assert verdict([-1.0] * 5, 0.0, True, True) == "not distinguishable from the source on 5 problems"
+    assert verdict(lost, 0.06, True, True) == "not distinguishable from the reference on 100 problems"
+    assert verdict([-1.0] * 5, 0.0, True, True) == "not distinguishable from the reference on 5 problems"
     assert verdict([-1.0] * 6, 0.0, True, True).startswith("worse by 100.0 ± 0.0")
 
 

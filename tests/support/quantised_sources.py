@@ -87,6 +87,8 @@ def compressed(weight: torch.Tensor, format: str, scheme: QuantizationScheme) ->
     if str(arguments.strategy) == "tensor":
         scale, zero = scale.flatten(), zero.flatten()
     state = {"weight": weight, "weight_scale": scale.to(weight.dtype), "weight_zero_point": zero}
+    if arguments.actorder is not None:
+        state["weight_g_idx"] = torch.full((columns,), -1, dtype=torch.int32)  # as where no order was chosen
     compressor = BaseCompressor.get_value_from_registry(format)
     stored = compressor.compress(state, scheme)
     return stored, compressor.decompress(stored, scheme)["weight"]
@@ -149,6 +151,9 @@ FORMATS = {
     ),
     "w8a8-int8": _compressed_format("int-quantized", INT8 | {"strategy": "channel"}, EACH_TOKEN | {"type": "int"}),
     "w4a16": _compressed_format("pack-quantized", INT4 | {"strategy": "group", "group_size": 32}),
+    "w4a16-without-order": _compressed_format(
+        "pack-quantized", INT4 | {"strategy": "group", "group_size": 32, "actorder": "group"}
+    ),
     "w4a16-channel-zero-points": _compressed_format(
         "pack-quantized", INT4 | {"strategy": "channel", "symmetric": False}
     ),

@@ -28,7 +28,7 @@ def train_in_two_processes(model: Path, folder: Path, options: HealOptions) -> N
     Each run writes ``folder/NAME``, and its losses to ``folder/NAME.json``; the last one dies at step :data:`DIES_AT`.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "support.training_process", str(model), str(folder), options.model_dump_json()]
+    command += ["-m", "support.training_process", str(model), str(folder), options.model_dump_json(exclude_unset=True)]
     paths = os.pathsep.join(
         [str(ROOT / "tests"), str(ROOT), str(ROOT / "converters"), os.environ.get("PYTHONPATH", "")]
     )

@@ -37,6 +37,7 @@ from mla_converters.support import devices
 from mla_converters.text.healing import divided
 from mla_converters.training import assembly, distillation, losses, schedule, trainer
 from mla_converters.training.assembly import assemble
+from mla_converters.training.stored import Examples
 
 OTHER_TEXT = ROOT / "scripts" / "demo_text.txt"
 CALIBRATED = ("--calibration", CALIBRATION, "--calibration-tokens", 1024, "--refit-steps", 0, *UNPACKED)
@@ -180,6 +181,40 @@ def test_hidden_states_first(refusal: Refused, mla: Path, tmp_path: Path) -> Non
     )
 
 
+@pytest.mark.parametrize("seed", [-1, 2**64 - 1])
+def test_any_seed_of_64_bits(seed: int, mla: Path, tmp_path: Path) -> None:
+    """The 15 windows are seen a second time, in another order."""
+    few = ("--text", CALIBRATION, "--tokens", 2048, "--length", 128, "--steps", 24)
+    assert reported(heal(mla, tmp_path / "healed", *few, "--seed", seed))["seed"] == seed
+
+
+def test_precision_of_accelerate_does_not_count(mla: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``accelerate launch`` sets the variable; ``--dtype`` decides."""
+    few = ("--text", CALIBRATION, "--tokens", 2048, "--length", 128, "--steps", 8, "--dtype", "float32")
+    expected = contents(heal(mla, tmp_path / "expected", *few))
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert contents(heal(mla, tmp_path / "healed", *few)) == expected
+
+
+def test_a_model_that_lost_nothing_learns_text(source: Path, refusal: Refused, tmp_path: Path) -> None:
+    """The divergence is nothing then, and with the text alone in the loss there would be a rate, too."""
+    whole = convert(source, tmp_path / "whole", *CALIBRATED, "--cache-ratio", 1)
+    few = ("--text", CALIBRATION, "--tokens", 16384, "--length", 64, "--batch-size", 4)
+    healing = reported(heal(whole, tmp_path / "healed", *few, "--loss", "kl:0.1,lm:0.9"))
+    assert healing["learning_rate"] == schedule.suited_rate(None, 4 * 64, on_text=True) > 0
+    assert healing["lm_held_out"]["after"] < healing["lm_held_out"]["before"]
+    for more in ((), ("--teacher", source), ("--teacher", source, "--loss", "kl:0.5")):
+        assert "there is nothing that training could improve" in refusal("heal", whole, tmp_path / "out", *few, *more)
+
+
+def test_rates() -> None:
+    """Rounding may leave a divergence below zero."""
+    assert schedule.suited_rate(-1e-9, 512) == 0
+    assert schedule.suited_rate(1.0, 512) == schedule.suited_rate(1.0, 512, on_text=True) == schedule.RATE
+    for little in (None, -1e-9, 1e-9):
+        assert schedule.suited_rate(little, 512, on_text=True) == schedule.TEXT_RATE
+
+
 def test_windows_by_how_much_was_lost() -> None:
     """More loss gives shorter windows. Windows are cut into equal pieces, and only a remainder is dropped."""
     assert [schedule.suited_length(lost) for lost in LOST] == list(LOST.values())
@@ -214,6 +249,18 @@ def beside(model: Path, teacher: Path, options: HealOptions | None = None) -> di
     """With a teacher in memory that shares nothing with the model."""
     other = find_model(str(teacher), ExitStack())
     return assemble(model, None, other, options or HealOptions(), torch.float32, "cpu", False)
+
+
+def test_held_out_text_is_measured_at_temperature_1(source: Path, mla: Path) -> None:
+    """The divergence decides the learning rate and is reported, so it must not depend on how the model is trained."""
+    windows = Examples(input_ids=torch.randint(0, 128, (2, 64), generator=torch.Generator().manual_seed(0)))
+    plain, softened = (
+        distillation.held_out_loss(
+            beside(mla, source, HealOptions(temperature=temperature)), windows, "cpu", torch.float32
+        )
+        for temperature in (1, 4)
+    )
+    assert torch.equal(plain, softened)
 
 
 @torch.no_grad()
@@ -294,10 +341,15 @@ def test_report_and_card(command_line: CommandLine, source: Path, mla: Path, tmp
     assert healing["command"] in card and "Nothing was trained" not in card
 
 
-def test_killed(mla: Path, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a kill, the same command goes on from the steps that were done, and gives the same bytes."""
-    out, folder = tmp_path / "out", tmp_path / "out.partial"
-    with running("heal", mla, out, *OPTIONS) as process:
+@pytest.mark.parametrize("more", [(), ("--train", "all", "--hidden-steps", 40)], ids=["attention", "stages"])
+def test_killed(more: tuple, mla: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a kill, the same command goes on from the steps that were done, and gives the same bytes.
+
+    In the steps that learn hidden states, the output head has no gradient, and Adam knows nothing of it.
+    """
+    out, folder, options = tmp_path / "out", tmp_path / "out.partial", (*OPTIONS, *more)
+    expected = contents(heal(mla, tmp_path / "expected", *options))
+    with running("heal", mla, out, *options) as process:
         wait_for(process, lambda: list(folder.glob(f"trainer/*/{trainer.COMPLETE}")))
         process.kill()
     started_from: list[str] = []
@@ -308,7 +360,7 @@ def test_killed(mla: Path, expected: dict[str, bytes], tmp_path: Path, monkeypat
         return train(self, resume_from_checkpoint=resume_from_checkpoint)
 
     monkeypatch.setattr(transformers.Trainer, "train", spy)
-    assert contents(heal(mla, out, *OPTIONS)) == expected
+    assert contents(heal(mla, out, *options)) == expected
     assert Path(started_from[0]).parent == folder / "trainer"
     assert not folder.exists()
 
@@ -327,9 +379,11 @@ def test_loss_that_is_no_number(
     """The last good checkpoint is kept, and the same command goes on from there."""
     forward, steps, out = distillation.Distillation.forward, 0, tmp_path / "out"
 
-    def broken(self: distillation.Distillation, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    def broken(
+        self: distillation.Distillation, input_ids: torch.Tensor, weights: losses.Weights | None = None
+    ) -> dict[str, torch.Tensor]:
         nonlocal steps
-        result = forward(self, input_ids)
+        result = forward(self, input_ids, weights=weights)
         steps += torch.is_grad_enabled()
         return result | {"loss": result["loss"] * math.nan} if steps == 20 else result
 
@@ -348,6 +402,15 @@ def test_other_options_do_not_go_on(mla: Path, refusal: Refused, tmp_path: Path)
     complaint = refusal("heal", mla, out, *OPTIONS, "--learning-rate", 0.001)
     assert "--learning-rate (not given then, 0.001 now)" in complaint
     assert folder.exists()
+
+
+def test_another_teacher_does_not_go_on(mla: Path, refusal: Refused, tmp_path: Path) -> None:
+    out, folder, larger = tmp_path / "out", tmp_path / "out.partial", RandomModel(hidden=96, heads=6)
+    options = (*OPTIONS, "--teacher", larger.save(tmp_path / "teacher"))
+    with running("heal", mla, out, *options) as process:
+        wait_for(process, lambda: (folder / "text.npy").exists())
+    larger.save(tmp_path / "teacher")
+    assert "holds unfinished work that differs in teacher" in refusal("heal", mla, out, *options)
 
 
 def test_disk_that_fills_up(mla: Path, expected: dict[str, bytes], small_disk: Path) -> None:
@@ -388,6 +451,10 @@ def test_what_both_models_have_is_in_memory_once(smollm2: Path, half: Path) -> N
         (("--source", "nowhere/at/all"), "nowhere/at/all does not exist"),
         (("--device", "tpu9"), "which is not a device"),
         (("--seed", 2**70), "must fit 64 bits"),
+        (("--loss", "lm", "--temperature", 2), "--temperature is of the predictions in kl, and --loss is lm"),
+        (("--lora-rank", 16), "--lora-rank is for --train lora, and --train is attention"),
+        (("--hidden-steps", 5, "--steps", 5), "--hidden-steps is 5, but must be less than the 5 steps"),
+        (("--hidden-steps", 99, "--tokens", 2048), "--hidden-steps is 99, but must be less than the "),
     ],
 )
 def test_refused_options(refusal: Refused, mla: Path, tmp_path: Path, options: tuple, reason: str) -> None:
@@ -401,8 +468,6 @@ def test_refused_models(refusal: Refused, source: Path, mla: Path, tmp_path: Pat
     assert "is not a checkpoint that vllm-mla convert wrote" in refusal("heal", source, out)
     exact = convert(source, tmp_path / "exact", "--method", "exact")
     assert "is an exact conversion" in refusal("heal", exact, out)
-    whole = convert(source, tmp_path / "whole", *CALIBRATED, "--cache-ratio", 1)
-    assert "nothing was lost that could be healed" in refusal("heal", whole, out, "--text", CALIBRATION)
     other = RandomModel(hidden=32, heads=2).save(tmp_path / "other")
     assert "differ in hidden_size, num_attention_heads" in refusal("heal", mla, out, "--source", other)
     assert "which is MODEL" in refusal("heal", mla, mla, "--force")

@@ -14,8 +14,8 @@ from support.training_process import DIES_AT, recorded, train_in_two_processes
 from mla_converters.errors import OptionError
 from mla_converters.heal import run as healing
 from mla_converters.options import HealOptions
-from mla_converters.training.processes import shares
-from mla_converters.training.trainer import Ordered
+from mla_converters.training.processes import begin_on_own_gpu, shares
+from mla_converters.training.trainer import OneDevice, Ordered
 
 CALIBRATED = ("--calibration", CALIBRATION, "--calibration-tokens", 1024, "--refit-steps", 0, "--cache-ratio", 0.5)
 OPTIONS = HealOptions(
@@ -58,6 +58,35 @@ def test_two_processes(tmp_path: Path) -> None:
     uninterrupted = weights(tmp_path / "fsdp")
     for tensor, value in weights(tmp_path / "killed").items():
         torch.testing.assert_close(value, uninterrupted[tensor], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("device", "rank", "expected"),
+    [(None, 1, [1]), ("cuda", 6, [2]), ("cpu", 1, []), ("cuda:3", 1, []), (None, None, [])],
+)
+def test_each_process_begins_on_its_own_gpu(
+    device: str | None, rank: int | None, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine of four GPUs. A single process has the GPU that was asked for."""
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+    begin_on_own_gpu(device)
+    assert chosen == expected
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cuda:1", [1]), ("cuda", [0]), ("cpu", [])])
+def test_trainer_takes_the_device_of_the_run(
+    device: str, expected: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    arguments = OneDevice(device, output_dir=str(tmp_path), use_cpu=True)  # so that Trainer itself looks for no GPU
+    assert arguments.device == torch.device(device)
+    assert chosen == 2 * expected, "once by Trainer, which must not have the last word"
 
 
 def test_batches_are_shared() -> None:

@@ -85,6 +85,35 @@ def test_heal_on_them(mla: Path, written: Path, tmp_path: Path) -> None:
     assert (healing["tokens"], healing["window"], healing["text"]) == (4096, 64, [CALIBRATION.name])
 
 
+def test_failed_engine_keeps_the_text(
+    refusal: Refused, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run goes on with it, also with other options that do not change the text."""
+    out, text = tmp_path / "out", tmp_path / "out.partial" / "text.npy"
+    asked = ("logits", source, out, "--text", CALIBRATION, "--tokens", 1024, "--length", 64)
+    monkeypatch.setattr("mla_converters.engines.process.WORKER", "no.such.module")
+    assert "goes on from" in refusal(*asked)
+    written = text.stat().st_mtime_ns
+    for changed in (("--tensor-parallel-size", 2), ("--top-k", 5), ("--dtype", "bfloat16")):
+        line = refusal(*asked, *changed)
+        assert "vLLM died" in line and "goes on from" in line
+    assert "--top-k is 199" in refusal(*asked, "--top-k", 199)
+    assert text.stat().st_mtime_ns == written
+
+
+def test_too_small_disk_keeps_the_text(refusal: Refused, source: Path, small_disk: Path) -> None:
+    sizes = ("--tokens", 8192, "--length", 64, "--top-k", 128)
+    line = refusal("logits", source, small_disk / "out", "--text", CALIBRATION, *sizes)
+    assert "GB on disk" in line and "goes on from" in line
+    assert (small_disk / "out.partial" / "text.npy").exists()
+
+
+def test_without_vllm(refusal: Refused, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mla_converters.support.packages.find_spec", lambda module: None)
+    assert "logits needs the package vllm" in refusal("logits", source, tmp_path / "out", "--text", CALIBRATION)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.engine
 def test_refused(refusal: Refused, mla: Path, source: Path, written: Path, tmp_path: Path) -> None:
     out, broken = tmp_path / "out", Path(shutil.copytree(written, tmp_path / "broken"))

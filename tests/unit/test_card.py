@@ -169,13 +169,42 @@ def test_only_the_card_is_blessed(command_line: CommandLine, mla: Path) -> None:
     assert code == 1 and "tokenizer.json is missing" in told
 
 
-def of_another_model(folder: Path) -> tuple[object, ...]:
-    report = folder.parent / "eval.json"
+def evaluation_of(name: str, file: Path, **more: object) -> Path:
+    """A report on a model of this name, in a file."""
     text = {"name": "t", "sha256": "", "protocol": "stream", "windows": 1, "length": 2, "tokens_scored": 1}
-    model = {"name": "other/model", "perplexity": 2.0, "loss_by_position": {"1-1": 0.7}}
+    model = {"name": name, "perplexity": 2.0, "kl": 0.5, "top1_agreement": 0.75}
     run = {"engine": "hf", "dtype": "float32", "versions": {}, "seconds": 1.0, "peak_rss_bytes": 1}
-    report.write_text(json.dumps({"text": text, "models": [model], **run}))
-    return (folder, "--eval", report)
+    file.write_text(json.dumps({"text": text, "models": [model], **run, **more}))
+    return file
+
+
+@pytest.mark.parametrize("name", ["lab/larger", "/elsewhere/source"])
+def test_reference_that_is_not_the_source(command_line: CommandLine, name: str, mla: Path, tmp_path: Path) -> None:
+    """Its numbers are in a table of their own, under its name."""
+    report = evaluation_of(str(mla), tmp_path / "eval.json", reference={"name": name, "perplexity": 1.5})
+    assert command_line("card", mla, "--eval", report)[0] == 0
+    before, table = (mla / "README.md").read_text().split(f"|  | `{name}` | MLA |")
+    assert "|  | source | MLA |" in before
+    assert table.startswith(
+        "\n| --- | --- | --- |\n| perplexity | 1.50 | 2.00 |\n"
+        f"| KL divergence from `{name}`, nats per token | 0 | 0.5000 |\n"
+        f"| likeliest token is `{name}`'s | 100% | 75.0% |\n\n"
+    )
+
+
+def test_evaluation_from_another_machine(command_line: CommandLine, mla: Path, tmp_path: Path) -> None:
+    """Of a path that is not here, the last part counts."""
+    assert command_line("card", mla, "--eval", evaluation_of("/elsewhere/mla", tmp_path / "eval.json"))[0] == 0
+
+
+def of_another_model(folder: Path) -> tuple[object, ...]:
+    return (folder, "--eval", evaluation_of("other/model", folder.parent / "eval.json"))
+
+
+def of_a_namesake(folder: Path) -> tuple[object, ...]:
+    other = folder.parent / "elsewhere" / folder.name
+    other.mkdir(parents=True)
+    return (folder, "--eval", evaluation_of(str(other), folder.parent / "eval.json"))
 
 
 def of_nothing(folder: Path) -> tuple[object, ...]:
@@ -202,6 +231,7 @@ def broken_layers(folder: Path) -> tuple[object, ...]:
 
 REFUSED = {
     of_another_model: "is not of mla, but of other/model",
+    of_a_namesake: "is not of mla, but of /",
     of_nothing: "is not a report that vllm-mla eval",
     without_numbers: "is not a report that vllm-mla eval",
     broken_report: "is not a report that vllm-mla convert wrote",

@@ -10,10 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.commands import HALF, UNPACKED, Refused, convert, convert_alone, vllm_mla
+from support.commands import HALF, UNPACKED, CommandLine, Refused, convert, convert_alone, vllm_mla
 from support.files import CALIBRATION, ROOT
 from support.models import RandomModel
 from tokenizers import Tokenizer, models, pre_tokenizers
+
+from mla_converters.options import ConvertOptions
+from mla_converters.options import command_line as command_of
+from mla_converters.planning.plan import plan
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +191,14 @@ OPTIONS = {
     ),
     "no-text": (("--calibration", "/nowhere.txt"), "cannot be read"),
     "json": (("--json", "/nowhere/report.json"), "not a file in an existing folder"),
+    "revision": (("--revision", "main"), "is on this machine, not on the hub: leave it out"),
+    "exact-text": (("--method", "exact", "--calibration", "self"), "--calibration is for a method that reads text"),
+    "exact-tokens": (("--method", "exact", "--calibration-tokens", 512), "--calibration-tokens is for a method that"),
+    "mha2mla-text": (
+        ("--method", "mha2mla", "--rope-keep", "low", "--calibration", "self"),
+        "--calibration is for a method that reads text",
+    ),
+    "pasted": (("--calibration", "The quick brown fox. " * 20), "… cannot be read or written: File name too long."),
 }
 
 
@@ -274,6 +286,47 @@ def test_out_exists(refused: Refused, source: Path, tmp_path: Path) -> None:
     shutil.rmtree(out)
     convert(source, out, "--method", "exact")
     convert(source, out, "--method", "exact", "--force")
+
+
+NAMES = {
+    "Qwen/Qwen2.5-0.5B": "./Qwen2.5-0.5B-mla",
+    "models/Llama-3.1-8B/": "./Llama-3.1-8B-mla",
+    "models/llama-3.1.gguf": "./llama-3.1-mla",
+}
+
+
+@pytest.mark.parametrize("source", NAMES)
+def test_command_in_the_report(source: str) -> None:
+    """The model's name is not cut at a dot."""
+    assert command_of(source, ConvertOptions()).split() == ["vllm-mla", "convert", source, NAMES[source]]
+
+
+def test_table_card_and_plan_count_the_same_bytes(command_line: CommandLine, source: Path, tmp_path: Path) -> None:
+    """16 bits a number, also where weights are float32, because vLLM serves them in bfloat16."""
+    code, table, _ = command_line("convert", source, tmp_path / "out", "--method", "exact")
+    assert code == 0 and "384 -> 384 bytes (16 bits)" in table
+    assert "| KV cache per token, at 16 bits | 384 bytes | 384 bytes |" in (tmp_path / "out" / "README.md").read_text()
+    assert plan(str(source)).source.kv_bytes_per_token == 384
+
+
+@pytest.mark.parametrize("out", [".", "..", "../link"])
+def test_out_holds_the_source(refusal: Refused, out: str, source: Path, tmp_path: Path) -> None:
+    """It is not replaced by its own conversion."""
+    (tmp_path / "link").symlink_to(source)
+    (tmp_path / "config.json").write_text("{}")
+    before = digests(source)
+    assert "which holds files of SOURCE" in refusal("convert", source, source / out, "--method", "exact", "--force")
+    assert digests(source) == before
+
+
+def test_report_is_shown_although_its_file_cannot_be_written(
+    command_line: CommandLine, source: Path, tmp_path: Path
+) -> None:
+    code, table, complaint = command_line(
+        "convert", source, tmp_path / "out", "--method", "exact", "--json", "/dev/full"
+    )
+    assert code == 2 and "/dev/full cannot be written: No space left on device." in complaint
+    assert f"Serve it: vllm serve {tmp_path / 'out'}" in table and (tmp_path / "out" / "config.json").exists()
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -28,6 +28,7 @@ OPTIONS = {
 }
 # Options of other commands, which the documents mention without the command.
 FOREIGN = {
+    "--block-size",
     "--decode-context-parallel-size",
     "--enable-expert-parallel",
     "--enforce-eager",

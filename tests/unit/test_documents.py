@@ -14,6 +14,7 @@ from mla_converters.checkpoints.source import open_source
 from mla_converters.errors import ConversionError, OptionError
 from mla_converters.options.text import parse_weighted
 from mla_converters.support.progress import progress_bars
+from mla_converters.text.calibration import calibration_texts
 from mla_converters.text.documents import Documents
 from mla_converters.text.healing import hold_out, training_windows
 
@@ -126,3 +127,17 @@ def test_refused_rows(tokenizer: PreTrainedTokenizerFast, tmp_path: Path, conten
 def test_refused_origins(tokenizer: PreTrainedTokenizerFast, origin: str) -> None:
     with pytest.raises(ConversionError, match=f"Text {origin} cannot be read"):
         Documents(origin, tokenizer, 199)
+
+
+def test_calibration_reads_documents(source: Path, tmp_path: Path) -> None:
+    """Their text, and not the JSON around it."""
+    rows = lines(tmp_path / "a.jsonl", *({"text": f"{number} is a number. " * 20} for number in range(40)))
+    with open_source(str(source)) as opened, progress_bars(quiet=True) as progress:
+        texts = [calibration_texts(opened, (rows,), 2048, seed, progress) for seed in (0, 0, 1)]
+        used, held_out = texts[0]["used"], texts[0]["held_out"]
+        with pytest.raises(ConversionError, match="is too short: it has 4 tokens, and more than 512 are needed"):
+            calibration_texts(opened, (lines(tmp_path / "b.jsonl", {"text": "abcd"}),), 2048, 0, progress)
+    assert used.shape == (4, 512) and used.dtype == torch.int64 and len(held_out) > 0
+    written = "".join(map(chr, used.flatten().tolist()))
+    assert "is a number." in written and not set('{}"') & set(written)
+    assert torch.equal(used, texts[1]["used"]) and not torch.equal(used, texts[2]["used"])

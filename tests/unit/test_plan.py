@@ -11,12 +11,19 @@ import pytest
 from support.commands import CommandLine, Refused, contents, convert, vllm_mla
 from support.download_hub import download_hub
 from support.files import CALIBRATION
-from support.models import MIXTRAL_EXPERTS, QWEN3_EXPERTS, RandomModel
+from support.models import MIXTRAL_EXPERTS, QWEN3_EXPERTS, RandomModel, load
 
+from mla_converters.checkpoints.reader import Checkpoint
 from mla_converters.checkpoints.shape import read_source
+from mla_converters.convert import convert as convert_here
 from mla_converters.latent.cache_size import CacheBudget
 from mla_converters.methods.cost import written_bytes
-from mla_converters.options import AttentionAwareOptions
+from mla_converters.options import AttentionAwareOptions, CacheSizes, ConvertOptions, ExactOptions, PlanTraining
+from mla_converters.options.common import Train
+from mla_converters.planning.layouts import asked
+from mla_converters.planning.training import LORA_RANK, planned_training
+from mla_converters.training.trained import make_trainable, trained_parameters
+from mla_converters.training.writing import disk_bytes
 from vllm_mla_plugin.checkpoint.layouts import A100, BLACKWELL, GPUS, HOPPER, OTHER_GPU, PLUGIN_BACKEND
 
 GIB = 2**30
@@ -459,3 +466,35 @@ def test_training(planned: Planner, tmp_path: Path) -> None:
         RandomModel().save(tmp_path / "small"), "--heal", "--measure", "--length", 64, "--device", "cpu"
     )["training"]
     assert measured["measured"] and measured["tokens_per_second_and_device"] > 0
+
+
+WIDTHS = {"kv_lora_rank": 20, "qk_rope_head_dim": 12}
+TRAINED = {
+    "mapped": (RandomModel(bias=True), AttentionAwareOptions(refit_steps=0), CacheSizes(**WIDTHS)),
+    "qk-norm": (RandomModel("qwen3"), AttentionAwareOptions(refit_steps=0), CacheSizes(**WIDTHS)),
+    "not-mapped": (RandomModel(kv_heads=1), ExactOptions(), CacheSizes()),
+}
+
+
+@pytest.mark.parametrize("case", TRAINED)
+def test_trained_weights(case: str, tmp_path: Path) -> None:
+    """They are counted as they are made trainable, and so are the checkpoints' bytes before a training begins."""
+    pytest.importorskip("peft")
+    source, method, sizes = TRAINED[case]
+    text = {} if method.name == "exact" else {"calibration": (str(CALIBRATION),), "calibration_tokens": 1024}
+    options = ConvertOptions(method=method, **text, **dict(sizes))
+    model = tmp_path / "mla"
+    convert_here(str(source.save(tmp_path / "source")), model, options, quiet=True)
+    described = read_source(str(tmp_path / "source"))
+    chosen, memory = asked(described.shape, method, sizes), {}
+    choices: tuple[Train, ...] = ("attention", "lora", "all")
+    for choice in choices:
+        network = load(model)
+        make_trainable(network, choice, LORA_RANK, seed=0)
+        trained = sum(weight.numel() for weight in trained_parameters(network))
+        planned = planned_training(described, chosen, PlanTraining(train=choice, tokens=1))
+        assert planned.trained_parameters == pytest.approx(trained, rel=0 if choice == "lora" else 0.01)
+        disk = disk_bytes(Checkpoint(model), choice, LORA_RANK, planned.tokens)
+        assert planned.disk_bytes == pytest.approx(disk, rel=0.01)
+        memory[choice] = planned.memory_bytes
+    assert memory["lora"] < memory["attention"] < memory["all"]

@@ -12,6 +12,8 @@ from mla_converters.cards.evaluation import Evaluation, read_evaluation
 from mla_converters.cards.markdown import table
 from mla_converters.cards.plot import can_plot, plot_layers
 from mla_converters.checkpoints.manifest import update_manifest
+from mla_converters.checkpoints.models import read_config
+from mla_converters.checkpoints.rope_scaling import context_length
 from mla_converters.errors import ConversionError
 from mla_converters.options import CHAT, SELF
 from mla_converters.reports.conversion import WRITER, ConversionReport, Healing
@@ -25,7 +27,6 @@ REPORT = "conversion_report.json"
 TEMPLATE = "card.md.jinja"
 CARRIED = ("license", "license_name", "license_link", "language")  # these hold for a conversion as for its source
 TAGS = ("mla", "multi-head-latent-attention", "vllm")
-CACHE_BYTES = 2  # of a cached number; vLLM serves float32 checkpoints in bfloat16, too
 WRITTEN_TEXT = {SELF: "text that the source wrote", CHAT: "conversations that the source wrote"}
 
 
@@ -77,11 +78,9 @@ def write_card(folder: Path, *, evaluation: EvaluationReport | None = None, repo
         ConversionError: there is no such report, or the evaluation is of other models.
     """
     report = read_report(folder)
-    measured = None if evaluation is None else read_evaluation(evaluation, folder)
+    measured = None if evaluation is None else read_evaluation(evaluation, folder, report.source)
     written = [folder / CARD]
-    context = read_json_object(folder / "config.json").get("max_position_embeddings")
-    if not isinstance(context, int):
-        raise ConversionError(f"{folder / 'config.json'} has max_position_embeddings {context!r}: it is broken.")
+    context = context_length(read_config(folder, trust_remote_code=False))
     if report.per_layer and can_plot():
         plot_layers(report.per_layer, folder / PLOT)
         written.append(folder / PLOT)
@@ -171,11 +170,7 @@ def _source(report: ConversionReport) -> str:
 
 def _measurements(report: ConversionReport, evaluation: Evaluation | None) -> str:
     """The table of measures, source beside conversion."""
-    cached = report.cached_per_token_and_layer
-    if size := report.bytes_per_token_and_layer:
-        source, mla = (round(each * report.layers) for each in (size.source, size.mla))
-    else:
-        source, mla = (round(numbers * report.layers) * CACHE_BYTES for numbers in (cached.source, cached.mla))
+    cached, (source, mla) = report.cached_per_token_and_layer, report.cache_bytes
     unit = "packed; the source's at 16 bits" if report.latent_cache else "at 16 bits"
     rows = [
         ("numbers cached per token and layer", f"{cached.source:,}", f"{cached.mla:,}"),
@@ -194,9 +189,10 @@ def _measurements(report: ConversionReport, evaluation: Evaluation | None) -> st
         rows.append((f"KL divergence from the source, {text}", "0", f"{loss.kl:.4f} nats per token"))
     if found := verdict(report):
         rows.append(("verdict", "", found.words))
-    if evaluation is not None:
-        rows += evaluation.rows
-    return table(("", "source", "MLA"), rows)
+    if evaluation is None or evaluation.reference is None:
+        return table(("", "source", "MLA"), rows + ([] if evaluation is None else evaluation.rows))
+    compared = table(("", f"`{evaluation.reference}`", "MLA"), evaluation.rows)
+    return "\n\n".join((table(("", "source", "MLA"), rows), compared))
 
 
 def _licence(report: ConversionReport) -> str:

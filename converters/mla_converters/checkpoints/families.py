@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from transformers import PretrainedConfig
 
+from mla_converters.checkpoints.rope_scaling import context_length, linear_factor
 from mla_converters.errors import ConversionError
 from vllm_mla_plugin.checkpoint.families import FAMILIES, Family
 
@@ -47,7 +48,7 @@ def active_window(config: PretrainedConfig) -> int | None:
     layer_types = getattr(config, "layer_types", None)
     if window is None or (layer_types is not None and "sliding_attention" not in layer_types):
         return None
-    return window if window < config.max_position_embeddings else None
+    return window if window < context_length(config) else None
 
 
 def window_refusal(window: int) -> str:
@@ -150,6 +151,12 @@ def check_config(config: PretrainedConfig, family: Family) -> None:
             raise ConversionError(
                 f"config.json has {name} {value!r}, where a number from 1 to {largest:,} was expected."
             )
+    positions, factor = config.max_position_embeddings, linear_factor(config)
+    if not 1 <= positions * factor <= LARGEST["max_position_embeddings"]:
+        raise ConversionError(
+            f"The RoPE factor {factor} with max_position_embeddings {positions} gives no context of 1 to "
+            f"{LARGEST['max_position_embeddings']:,} tokens: correct it."
+        )
     experts, chosen = getattr(config, "num_experts", None), getattr(config, "num_experts_per_tok", None)
     if experts is not None and (chosen or 0) > experts:
         raise ConversionError(f"config.json has num_experts_per_tok {chosen} of {experts} experts.")

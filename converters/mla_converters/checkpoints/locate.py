@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from mla_converters.errors import ConversionError
+from mla_converters.errors import ConversionError, OptionError
 
 HUB_ADDRESS = re.compile(
     r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<id>[^/?#\s]+/[^/?#\s]+)"
@@ -30,6 +30,16 @@ def local_path(name: str) -> Path | None:
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise ConversionError(f"{name} does not exist.")
     return None
+
+
+def check_revision(name: str, revision: str | None) -> None:
+    """Refuse a revision of a model that is not on the hub, because it would have no effect.
+
+    Raises:
+        OptionError: the model is a folder or a file, and a revision is given.
+    """
+    if revision is not None and local_path(name) is not None:
+        raise OptionError(f"--revision is {revision}, but {name} is on this machine, not on the hub: leave it out.")
 
 
 def _hub_address_refusal(name: str, address: re.Match[str]) -> str:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from mla_converters.checkpoints.config_keys import DUAL_CHUNK
+from mla_converters.checkpoints.rope_scaling import positions_for
 from mla_converters.checkpoints.source import Source
 from mla_converters.checkpoints.tensors import SECOND_TOKEN
 from mla_converters.latent.cache_size import CacheBudget
@@ -58,7 +59,7 @@ def mla_config(
         "model_type": source.family.mla_model_type,
         "dtype": dtype,
         "head_dim": source.head_dim,
-        "max_position_embeddings": context,
+        "max_position_embeddings": positions_for(context, source.config),
         "sliding_window": None,
         "use_sliding_window": False,
         "kv_lora_rank": budget.kv_lora_rank,

@@ -12,6 +12,7 @@ import vllm_mla_plugin.hf  # noqa: F401 - registers the MLA models with transfor
 from mla_converters.checkpoints.families import architecture_names, source_head_dim
 from mla_converters.checkpoints.loadable import from_pretrained
 from mla_converters.checkpoints.locate import local_path, not_on_the_hub
+from mla_converters.checkpoints.rope_scaling import context_length
 from mla_converters.checkpoints.source import open_source
 from mla_converters.errors import ConversionError
 from mla_converters.support.json_files import read_json_object
@@ -38,7 +39,8 @@ class Model:
     @property
     def context(self) -> int | None:
         """Longest sequence in tokens; None if the configuration sets no limit."""
-        return getattr(self.config, "max_position_embeddings", None)
+        limited = getattr(self.config, "max_position_embeddings", None) is not None
+        return context_length(self.config) if limited else None
 
     @property
     def vocab_size(self) -> int:

@@ -12,6 +12,7 @@ from mla_converters.checkpoints.gguf.model import GgufModel
 from mla_converters.checkpoints.kinds import files_below, refuse_no_checkpoint, refuse_other_tasks
 from mla_converters.checkpoints.locate import local_path
 from mla_converters.checkpoints.repository import fetch_config
+from mla_converters.checkpoints.rope_scaling import context_length
 from mla_converters.checkpoints.tensors import Tensors, check_tensors
 from mla_converters.errors import ConversionError
 from mla_converters.support.json_files import read_json_object
@@ -147,7 +148,7 @@ def shape_of(config: PretrainedConfig, skeleton: torch.nn.Module, weight_bytes: 
         query_heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
         head_dim=source_head_dim(config),
-        context=config.max_position_embeddings,
+        context=context_length(config),
         window=active_window(config),
         parameters=_count(skeleton),
         embedding_parameters=_count(skeleton.get_input_embeddings()),

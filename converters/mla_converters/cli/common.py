@@ -3,7 +3,8 @@
 import json
 import os
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -28,6 +29,8 @@ def check_output(option: str, path: Path | None) -> None:
     """Refuse, before any work, a file that could not be written after it."""
     if path is not None and (path.is_dir() or not path.parent.is_dir()):
         raise OptionError(f"{option} is {path}, which is not a file in an existing folder.")
+    if path is not None and not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise OptionError(f"{option} is {path}, which cannot be written: name a file in another place.")
 
 
 def check_plot(path: Path | None) -> None:
@@ -41,12 +44,22 @@ def check_plot(path: Path | None) -> None:
 
 def write_report(path: Path | None, report: Report) -> None:
     """Write a report for machines, if a file was named for it."""
-    if path is None:
-        return
+    if path is not None:
+        with writing(path):
+            path.write_text(json.dumps(report.as_json(), indent=2) + "\n")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say in one sentence that a file cannot be written.
+
+    Raises:
+        ConversionError: the block failed to write it.
+    """
     try:
-        path.write_text(json.dumps(report.as_json(), indent=2) + "\n")
+        yield
     except OSError as error:
-        raise ConversionError(f"{path} cannot be written: {error.strerror}.") from error
+        raise ConversionError(f"{path} cannot be written: {error.strerror or error}.") from error
 
 
 def is_main_process() -> bool:

@@ -68,8 +68,10 @@ def convert(
     quiet_transformers()
     return_freed_memory()
     report = run(source, out, options, force=force)
-    write_report(json_file, report)
-    _print_report(report)
+    try:
+        write_report(json_file, report)
+    finally:
+        _print_report(report)  # hours of work are shown even if the file cannot be written
     if push_to_hub:
         update_card(out, repo=push_to_hub)
         print(f"Uploaded to {push(out, push_to_hub, private=not public)}")
@@ -101,13 +103,8 @@ def _print_report(report: ConversionReport) -> None:
 
 def _bytes_per_token(report: ConversionReport) -> str:
     """Bytes of both caches over all layers."""
-    if report.latent_cache and report.bytes_per_token_and_layer:
-        size = report.bytes_per_token_and_layer
-        source, mla = (round(each * report.layers) for each in (size.source, size.mla))
-        return f"{source:,} (16 bits) -> {mla:,} bytes"
-    cached, bytes_each = report.cached_per_token_and_layer, 4 if report.dtype == "float32" else 2
-    source, mla = (round(numbers * report.layers) * bytes_each for numbers in (cached.source, cached.mla))
-    return f"{source:,} -> {mla:,} bytes ({report.dtype})"
+    source, mla = report.cache_bytes
+    return f"{source:,} -> {mla:,} bytes ({'the source at ' if report.latent_cache else ''}16 bits)"
 
 
 def _self_check(check: SelfCheck) -> str:

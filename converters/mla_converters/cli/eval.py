@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mla_converters.cli.common import ReportFile, check_output, check_plot, quiet_transformers, write_report
+from mla_converters.cli.common import ReportFile, check_output, check_plot, quiet_transformers, write_report, writing
 from mla_converters.cli.flags import with_flags
 from mla_converters.errors import OptionError
 from mla_converters.options import EvalOptions
@@ -67,10 +67,13 @@ def evaluate(
         raise OptionError("--plot draws perplexity: give --text or --dataset too, or leave it out.")
     report = run(models, options)
     report = report.model_copy(update={"command": shlex.join(["vllm-mla", *sys.argv[1:]])})
-    write_report(json_file, report)
-    if plot:
-        plot_report(report, plot)
-    _print_report(report)
+    try:
+        write_report(json_file, report)
+        if plot:
+            with writing(plot):
+                plot_report(report, plot)
+    finally:
+        _print_report(report)  # hours of work are shown even if a file cannot be written
 
 
 def _print_report(report: EvaluationReport) -> None:
@@ -137,7 +140,7 @@ def _positions_table(names: list[str], rows: list[ModelScores], measure: str, ca
 def _tasks_table(names: list[str], rows: list[ModelScores], compared: bool) -> Table:
     caption = "±: one standard error" + ("; differences are paired by problem" if compared else "")
     table = Table(caption=caption, caption_justify="left")
-    columns = ["task", "model", "score", *(["against the source"] if compared else [])]
+    columns = ["task", "model", "score", *(["against the reference"] if compared else [])]
     for column in columns:
         table.add_column(column, overflow="fold")
     for number, first in enumerate(rows[0].tasks or []):

@@ -62,8 +62,10 @@ def heal(
     report = run(model, out, options, force=force)
     if not is_main_process():
         return
-    write_report(json_file, report)
-    _print_report(model, report)
+    try:
+        write_report(json_file, report)
+    finally:
+        _print_report(model, report)  # hours of work are shown even if the file cannot be written
 
 
 def _print_report(model: Path, report: ConversionReport) -> None:

@@ -9,6 +9,7 @@ from rich.table import Table
 from mla_converters.cli.common import NewFolder, ReportFile, check_output, quiet_transformers, write_report
 from mla_converters.cli.flags import with_flags
 from mla_converters.options import LogitsOptions
+from mla_converters.reports.logits import LogitsReport
 
 EPILOG = """
 **Examples**
@@ -38,7 +39,13 @@ def logits(
 
     quiet_transformers()
     report = run(model, out, options)
-    write_report(json_file, report)
+    try:
+        write_report(json_file, report)
+    finally:
+        _print_report(model, report)  # hours of work are shown even if the file cannot be written
+
+
+def _print_report(model: str, report: LogitsReport) -> None:
     table = Table(title=f"Predictions of {model}", show_header=False)
     table.add_row("tokens", f"{report.windows:,} windows of {report.length:,}")
     table.add_row("written down at each", f"{report.top_k} likeliest; the others have {report.remainder:.2%} together")

@@ -14,6 +14,7 @@ from mla_converters.errors import ConversionError, StoppedError
 
 # typer carries a click of its own, whose errors it shows only through this base of one of them.
 USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
+SHOWN = 200  # characters of a name
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -52,7 +53,19 @@ def main() -> None:
         # Whoever read the output has closed it; what was to be written is written.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    except OSError as error:
+        _complain(_system_error(error))
+        code = 2
     sys.exit(code or 0)
+
+
+def _system_error(error: OSError) -> str:
+    """What the system refused. A name that is too long, such as a text in place of its file, is cut off."""
+    reason, name = error.strerror or str(error), str(error.filename)
+    if error.filename is None:
+        return f"Reading or writing failed: {reason}."
+    shown = name if len(name) <= SHOWN else f"{name[:SHOWN]}…"
+    return f"{shown} cannot be read or written: {reason}."
 
 
 def _complain(sentence: str) -> None:

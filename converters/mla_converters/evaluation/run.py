@@ -203,7 +203,11 @@ def _row(model: Model, scores: TokenScores, scored_bytes: int | None, compared: 
 
 
 def _bare(model: Model) -> ModelScores:
-    return ModelScores(name=model.name, cached_per_token_and_layer=model.cached_numbers)
+    return ModelScores(
+        name=model.name,
+        cached_per_token_and_layer=model.cached_numbers,
+        bytes_per_token_and_layer=model.cached_bytes,
+    )
 
 
 def _describe(text: Text, windows: Windows, protocol: TextProtocol) -> ScoredText:

@@ -68,7 +68,7 @@ def open_inputs(model: Path, out: Path, options: HealOptions, device: str, force
         return Inputs(model, config, report, source, teacher, options, str(state.device), joined_work(out))
     decisive = options.model_copy(update={"device": device, **FREE})
     work = stack.enter_context(work_folder(out, force, healing_identity(model, source, decisive)))
-    work.check_space(disk_bytes(Checkpoint(model), options.train, options.tokens))
+    work.check_space(disk_bytes(Checkpoint(model), options.train, options.lora_rank, options.tokens))
     own_device = device if state.num_processes == 1 else str(state.device)
     return Inputs(model, config, report, source, teacher, options, own_device, work)
 

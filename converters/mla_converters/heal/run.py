@@ -28,7 +28,7 @@ from mla_converters.support.progress import progress_bars
 from mla_converters.text.healing import divided, hold_out, training_windows
 from mla_converters.training.assembly import assemble
 from mla_converters.training.distillation import Distillation, held_out_loss
-from mla_converters.training.processes import asked_to_shard, following, join_processes, shares
+from mla_converters.training.processes import asked_to_shard, begin_on_own_gpu, following, join_processes, shares
 from mla_converters.training.schedule import LONGEST, suited_length, suited_passes, suited_rate
 from mla_converters.training.stored import Examples, read_description, read_stored
 from mla_converters.training.teachers import shares_the_rest
@@ -69,6 +69,7 @@ def heal(
     """
     started = time.monotonic()
     options = options or HealOptions()
+    begin_on_own_gpu(options.device)
     device = usable_device(options.device)
     if asked_to_shard():
         options = options.model_copy(update={"fsdp": True})
@@ -107,22 +108,13 @@ def _train(run: Inputs, progress: Progress) -> tuple[ConversionReport, torch.Ten
 
     before = run.work.remembered_together("before", measure)
     total, kl, lm = before.tolist()
-    if state.is_main_process and options.loss == "kl" and options.teacher is None and kl < NOTHING[dtype]:
+    if state.is_main_process and "lm" not in options.losses and kl < NOTHING[dtype]:
         raise ConversionError(
-            f"{run.model} predicts what its source predicts, to {kl:.0e} nats per token on text held out: "
-            "nothing was lost that could be healed."
+            f"{run.model} predicts what {options.teacher or 'its source'} predicts, to {abs(kl):.0e} nats per token on "
+            "text held out: there is nothing that training could improve."
         )
-    lost = kl if "kl" in options.losses else None
-    if options.length is None and lost is not None and not isinstance(run.teacher, Path):
-        trained_on = Examples(input_ids=divided(trained_on.columns["input_ids"], suited_length(lost)))
-    length = trained_on.columns["input_ids"].shape[1]
-    steps = options.steps or -(-suited_passes(lost) * len(trained_on) // options.batch_size)
-    rate = options.learning_rate or suited_rate(lost, options.batch_size * length, options.train)
-    at_a_time, accumulated = shares(options.batch_size, options.device_batch_size, state.num_processes)
-    schedule = Schedule(
-        steps, rate, at_a_time, accumulated, options.seed, dtype, options.hidden_steps, options.gradient_checkpointing
-    )
-    task = progress.add_task("Training", total=steps)
+    trained_on, schedule = _planned(run, trained_on, kl, dtype)
+    task = progress.add_task("Training", total=schedule.steps)
 
     def advance(step: int, loss: float) -> None:
         progress.update(task, completed=step, description=f"Training, loss {loss:.4f}")
@@ -141,10 +133,10 @@ def _train(run: Inputs, progress: Progress) -> tuple[ConversionReport, torch.Ten
         command=_command_line(run.model, options),
         text=_texts(run),
         tokens=examples.columns["input_ids"].numel(),
-        window=length,
-        steps=steps,
+        window=trained_on.columns["input_ids"].shape[1],
+        steps=schedule.steps,
         batch_size=options.batch_size,
-        learning_rate=rate,
+        learning_rate=schedule.rate,
         seed=options.seed,
         train=options.train,
         loss=options.loss,
@@ -154,6 +146,35 @@ def _train(run: Inputs, progress: Progress) -> tuple[ConversionReport, torch.Ten
         versions=VERSIONS,
     )
     return run.report.model_copy(update={"healing": healing, "lossless": False}), held_out.columns["input_ids"]
+
+
+def _planned(run: Inputs, trained_on: Examples, kl: float, dtype: torch.dtype) -> tuple[Examples, Schedule]:
+    """The windows as they are trained on, and how, by how much was lost.
+
+    Args:
+        run: the inputs.
+        trained_on: the windows that are not held out.
+        kl: divergence from the teacher in nats per token, if there is one.
+        dtype: of the computation.
+
+    Raises:
+        OptionError: all steps would teach hidden states.
+    """
+    options, state = run.options, PartialState()
+    lost = kl if "kl" in options.losses else None
+    if options.length is None and lost is not None and not isinstance(run.teacher, Path):
+        trained_on = Examples(input_ids=divided(trained_on.columns["input_ids"], suited_length(lost)))
+    length = trained_on.columns["input_ids"].shape[1]
+    steps = options.steps or -(-suited_passes(lost) * len(trained_on) // options.batch_size)
+    if state.is_main_process:
+        options.check_stages(steps)
+    rate = options.learning_rate or suited_rate(
+        lost, options.batch_size * length, options.train, on_text="lm" in options.losses
+    )
+    at_a_time, accumulated = shares(options.batch_size, options.device_batch_size, state.num_processes)
+    return trained_on, Schedule(
+        steps, rate, at_a_time, accumulated, options.seed, dtype, options.hidden_steps, options.gradient_checkpointing
+    )
 
 
 def _examples(run: Inputs, progress: Progress) -> Examples:

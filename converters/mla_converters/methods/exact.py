@@ -59,7 +59,7 @@ def packed_exact(source: Source, maps: Callable[[int], LatentMap], format: Cache
     """The conversion with a packed cache. Means are measured on random tokens, because the method has no text."""
 
     def start() -> Streams:
-        windows = (WINDOWS, min(WINDOW, source.config.max_position_embeddings))
+        windows = (WINDOWS, min(WINDOW, source.shape.context))
         return {"random": embed(source, random_tokens(source, windows, torch.Generator().manual_seed(seed)))}
 
     def convert(layer: SourceLayer, streams: Streams) -> ConvertedLayer:

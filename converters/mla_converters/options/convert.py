@@ -101,7 +101,8 @@ class Calibration(Seed):
     """The text on which a conversion is calibrated.
 
     Attributes:
-        calibration: text files, or ``self`` or ``chat`` for text that the model writes; each gives an equal share.
+        calibration: text files, documents, or ``self`` or ``chat`` for text that the model writes; each gives an equal
+            share.
         calibration_tokens: number of tokens in total.
     """
 
@@ -153,10 +154,11 @@ class ConvertOptions(TrustedCode, Device, Calibration, CacheSizes, MethodChoice)
 
 def command_line(source: str, options: ConvertOptions) -> str:
     """The command that converts ``source`` with these options."""
-    return shlex.join(["vllm-mla", "convert", source, f"./{Path(source).stem}-mla", *conversion_flags(options)])
+    out = f"./{Path(source).resolve().name.removesuffix('.gguf')}-mla"
+    return shlex.join(["vllm-mla", "convert", source, out, *_conversion_flags(options)])
 
 
-def conversion_flags(options: ConvertOptions) -> list[str]:
+def _conversion_flags(options: ConvertOptions) -> list[str]:
     """The words of a command line that gives these options. The method and its own options come first."""
     default = ConvertOptions.model_fields["method"].default
     named = [] if options.method.name == default.name else ["--method", options.method.name]

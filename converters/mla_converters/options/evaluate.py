@@ -108,3 +108,11 @@ class EvalOptions(TrustedCode):
             if getattr(self, name) and not self.tasks:
                 raise OptionError(f"{option_name(name)} is for tasks: name them with --tasks, or leave it out.")
         return self
+
+    @model_validator(mode="after")
+    def _text_is_named(self) -> Self:
+        if self.tasks and self.text is None and self.dataset is None:
+            for name in ("protocol", "windows", "length", "engine", "device"):
+                if name in self.model_fields_set:
+                    raise OptionError(f"{option_name(name)} is for text: give --text or --dataset, or leave it out.")
+        return self

@@ -1,9 +1,9 @@
 """The options of ``vllm-mla heal``."""
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from mla_converters.errors import OptionError
 from mla_converters.options.base import Flag
@@ -111,6 +111,36 @@ class HealOptions(TrustedCode, Device, Seed, MixedText):
     fsdp: Annotated[bool, Flag(panel=MEMORY)] = Field(
         False, description="Shard weights, gradients and moments over the processes (FSDP2)."
     )
+
+    @model_validator(mode="after")
+    def _all_have_an_effect(self) -> Self:
+        """Refuse what would change nothing, because the user would believe that it did."""
+        given = self.model_fields_set
+        if "temperature" in given and "kl" not in self.losses:
+            raise OptionError(
+                f"--temperature is of the predictions in kl, and --loss is {self.loss}: leave it out, or add kl to the "
+                "loss."
+            )
+        if "lora_rank" in given and self.train != "lora":
+            raise OptionError(f"--lora-rank is for --train lora, and --train is {self.train}: leave it out.")
+        if self.steps is not None:
+            self.check_stages(self.steps)
+        return self
+
+    def check_stages(self, steps: int) -> None:
+        """Check that predictions are learnt, too.
+
+        Args:
+            steps: number of steps.
+
+        Raises:
+            OptionError: all steps teach hidden states.
+        """
+        if self.hidden_steps >= steps:
+            raise OptionError(
+                f"--hidden-steps is {self.hidden_steps}, but must be less than the {steps} steps: lower it, or raise "
+                "--steps."
+            )
 
     @property
     def losses(self) -> dict[str, float]:

@@ -17,14 +17,13 @@ HUB = "hub:"
 """Begins the name of a data set on the hub, where a file could be given."""
 WINDOW = 512
 """Tokens in the shortest calibration window."""
-ORIGINS = (
-    "Text file like what you will serve; **self**: text sampled from the model; **chat**: conversations sampled with "
-    "its chat template. May be repeated; each has an equal share."
-)
-MIXED_ORIGINS = (
+KINDS = (
     "Text, .jsonl or .parquet file like what you will serve; **hub:ID[:CONFIG[:SPLIT[:COLUMN]]]**: a data set; "
-    "**self**: text sampled from the source; **chat**: conversations sampled with its chat template. May be repeated; "
-    "all have an equal share, or the weights that follow a colon, as in `a.jsonl:0.7`."
+    "**self**: text sampled from the source; **chat**: conversations sampled with its chat template."
+)
+ORIGINS = f"{KINDS} May be repeated; each has an equal share."
+MIXED_ORIGINS = (
+    f"{KINDS} May be repeated; all have an equal share, or the weights that follow a colon, as in `a.jsonl:0.7`."
 )
 
 

@@ -1,16 +1,14 @@
 """The plan, put together. :func:`plan` is the Python API behind ``vllm-mla plan``."""
 
-import shlex
 from dataclasses import asdict
-from pathlib import Path
 
 from mla_converters.checkpoints.families import window_refusal
+from mla_converters.checkpoints.locate import check_revision
 from mla_converters.checkpoints.shape import PlannedSource, read_source
 from mla_converters.checkpoints.vllm_caches import VllmCache, vllm_caches
 from mla_converters.methods.base import Cost
 from mla_converters.methods.registry import METHODS, method_of
-from mla_converters.options import CacheSizes, ConvertOptions, ExactOptions, MethodOptions, PlanOptions
-from mla_converters.options.convert import conversion_flags
+from mla_converters.options import CacheSizes, ConvertOptions, ExactOptions, MethodOptions, PlanOptions, command_line
 from mla_converters.planning.layouts import Candidate, candidates
 from mla_converters.planning.many_gpus import plan_gpus
 from mla_converters.planning.proof import proof_core_seconds
@@ -43,6 +41,7 @@ def plan(name: str, options: PlanOptions | None = None) -> Plan:
         ConversionError: the source cannot be converted, or its configuration cannot be read.
     """
     options = options or PlanOptions()
+    check_revision(name, options.revision)
     source, memory = read_source(name, options.revision, options.dtype), options.memory_bytes
     shape = source.shape
     chosen, reason = recommend(source, options.method)
@@ -169,5 +168,4 @@ def _command(source: PlannedSource, method: MethodOptions, sizes: CacheSizes, op
         max_context=source.shape.window,
         revision=source.revision,
     )
-    out = f"./{Path(source.name).resolve().name.removesuffix('.gguf')}-mla"
-    return shlex.join(["vllm-mla", "convert", source.name, out, *conversion_flags(asked)])
+    return command_line(source.name, asked)

@@ -7,8 +7,10 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from mla_converters.checkpoints.shape import PlannedSource, Shape
+from mla_converters.latent.cache_size import CacheBudget
+from mla_converters.latent.maps import has_query_map
 from mla_converters.methods.cost import written_bytes
-from mla_converters.options import PlanTraining
+from mla_converters.options import HealOptions, PlanTraining
 from mla_converters.planning.layouts import Candidate
 from mla_converters.reports.plan import PlannedTraining
 from mla_converters.support.devices import native_bfloat16, usable_device
@@ -22,6 +24,7 @@ TRAINED = 16  # bytes of one that is: weight, gradient and two moments, in float
 LOGITS = 4 * 6  # bytes per position and word of the vocabulary that exist for one chunk of the loss
 HIDDEN, INNER, HEADS = 16, 8, 12  # bytes kept per token and layer, for each number of these widths
 DEVICE = 10**9  # bytes that torch, its kernels and the buffers of communication take
+LORA_RANK: int = HealOptions.model_fields["lora_rank"].default
 UTILISATION = 0.4  # share of a device's peak that training reaches
 TIMED = 3  # steps of which the fastest counts
 
@@ -45,9 +48,14 @@ def planned_training(source: PlannedSource, chosen: Candidate, options: PlanTrai
     attention = shape.layers * shape.attention_parameters
     converted = written_bytes(shape, budget, chosen.nope_dim) // shape.weight_bytes
     own_attention = converted - (shape.parameters - attention)
-    everything = options.train == "all"
-    trained = converted if everything else own_attention
-    weights = TRAINED * trained + WEIGHT * shape.parameters  # the source has all that is not trained, or teaches
+    trained, frozen = own_attention, 0  # frozen weights are those of the converted attentions that do not change
+    if options.train == "all":
+        trained = converted
+    elif options.train == "lora":
+        changes, maps = low_rank_changes(shape, budget, chosen.nope_dim)
+        trained, frozen = shape.layers * (changes + maps), own_attention - shape.layers * maps
+    # The source has all that is outside the converted attentions and not trained, or it teaches.
+    weights = TRAINED * trained + WEIGHT * (shape.parameters + frozen)
     ends = _ends(shape)
     gathered = WEIGHT * (ends + 2 * (shape.parameters - ends + own_attention) // shape.layers)
     vocabulary = shape.embedding_parameters // shape.hidden
@@ -57,7 +65,8 @@ def planned_training(source: PlannedSource, chosen: Candidate, options: PlanTrai
     windows = options.device_batch_size * options.length
     working = windows * kept + LOGITS * CHUNK * vocabulary + DEVICE
     used = shape.layers * shape.layer_parameters + shape.embedding_parameters
-    operations = 2 * used * (3 + options.gradient_checkpointing) + 2 * (used if everything else own_attention)
+    changed = used if options.train == "all" else trained
+    operations = 2 * used * (3 + options.gradient_checkpointing) + 2 * changed
     speed = (
         measured_speed(source, options) if options.measure else UTILISATION * options.device_tflops * 1e12 / operations
     )
@@ -73,6 +82,31 @@ def planned_training(source: PlannedSource, chosen: Candidate, options: PlanTrai
         measured=options.measure,
         hours=round(options.tokens / (speed * options.devices) / 3600, 2),
     )
+
+
+def low_rank_changes(shape: Shape, budget: CacheBudget, nope_dim: int) -> tuple[int, int]:
+    """Weights that ``--train lora`` trains in a layer: low-rank changes, and the maps to rotary queries.
+
+    The change of a matrix has its rank times the matrix's rows and columns. The maps are small and trained whole.
+
+    Args:
+        shape: the source's shape.
+        budget: the cache's sizes.
+        nope_dim: ``qk_nope_head_dim`` of the converted model.
+    """
+    latent, rope, head_dim, hidden = budget.kv_lora_rank, budget.qk_rope_head_dim, shape.head_dim, shape.hidden
+    mapped = has_query_map(head_dim, hidden, rope, nope_dim, shape.qk_norm)
+    query = head_dim if mapped else (head_dim if shape.qk_norm else nope_dim) + rope
+    keys = shape.kv_heads * head_dim if shape.qk_norm else 0  # cached numbers are then made from the keys, too
+    matrices = [
+        (shape.query_heads * query, hidden),
+        (latent + rope, keys + hidden),
+        (shape.query_heads * (nope_dim + head_dim), latent),
+        (hidden, shape.query_heads * head_dim),
+    ]
+    if keys:
+        matrices.append((keys, hidden))
+    return LORA_RANK * sum(map(sum, matrices)), shape.query_heads * head_dim * rope if mapped else 0
 
 
 def _ends(shape: Shape) -> int:

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from mla_converters.reports.base import Part, Report
 
 WRITER = "vllm-mla convert"
+CACHE_BYTES = 2  # of a cached number; vLLM serves float32 checkpoints in bfloat16, too
 # The entries for settings of methods, and for searches, in reports without a format version.
 _SETTINGS = ("freqfold", "rope_keep", "svd", "refit_steps", "without")
 _SEARCHES = {"split_errors": "latent + rotary", "freqfold_errors": "FreqFold"}
@@ -214,6 +215,14 @@ class ConversionReport(Report):
     out: str | None = None
     seconds: float | None = None
     peak_rss_bytes: int | None = None
+
+    @property
+    def cache_bytes(self) -> tuple[int, int]:
+        """Bytes of a token in all layers: of the source's cache in 16 bits, and of the converted model's."""
+        if size := self.bytes_per_token_and_layer:
+            return round(size.source * self.layers), round(size.mla * self.layers)
+        cached = self.cached_per_token_and_layer
+        return CACHE_BYTES * round(cached.source * self.layers), CACHE_BYTES * round(cached.mla * self.layers)
 
     @model_validator(mode="before")
     @classmethod

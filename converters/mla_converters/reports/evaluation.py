@@ -98,11 +98,13 @@ class ModelScores(Part):
     """The scores of one model; :mod:`mla_converters.evaluation.scores` explains those on text.
 
     A score is None if it was not asked for, or if the engine or the tokenizer cannot give it. Every comparison is None
-    if there is no reference.
+    if there is no reference. Both cache sizes are None for a model without attention; a cache that is not packed counts
+    two bytes a number.
     """
 
     name: str
     cached_per_token_and_layer: int | float | None = None
+    bytes_per_token_and_layer: int | float | None = None
     perplexity: float | None = None
     bits_per_byte: float | None = None
     loss_by_position: dict[str, float] | None = None

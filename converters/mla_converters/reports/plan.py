@@ -112,7 +112,7 @@ class PlannedTraining(Part):
     Attributes:
         train: the weights that change: ``attention``, ``all`` or ``lora``.
         devices, tokens: for which the plan was made.
-        trained_parameters: how many weights that is; with ``lora``, those of the matrices that change.
+        trained_parameters: how many weights that is; with ``lora``, those of the low-rank changes.
         memory_bytes: of each device, if each has all weights.
         sharded_memory_bytes: of each device, if they share the weights (``--fsdp``).
         disk_bytes: of the model, checkpoints and text.

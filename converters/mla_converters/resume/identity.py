@@ -45,12 +45,13 @@ def conversion_identity(source: Source, options: ConvertOptions) -> dict[str, An
 
 
 def healing_identity(model: Path, source: Source, options: HealOptions) -> dict[str, Any]:
-    """The identity of a healing: both models' files, the options, the text and the versions."""
-    files = {f"{model.name}/{path.name}": _describe(path) for path in sorted(model.iterdir()) if path.is_file()}
+    """The identity of a healing: the files of all models, the options, the text and the versions."""
+    teacher = None if options.teacher is None else local_path(options.teacher)
     return (
         {"model": str(model.resolve())}
-        | files
+        | _files_identity(model, model.name)
         | _source_identity(source)
+        | ({} if teacher is None else _files_identity(teacher, f"teacher {teacher.name}"))
         | _options_identity(options)
         | _texts_identity("text", options.text)
         | VERSIONS
@@ -66,6 +67,12 @@ def _source_identity(source: Source) -> dict[str, Any]:
     path = local_path(source.name)
     identity: dict[str, Any] = {"source": source.name if path is None else str(path.resolve())}
     return identity | {str(file.name): _describe(file) for file in source.files()}
+
+
+def _files_identity(path: Path, name: str) -> dict[str, str]:
+    """The size and the time of every file in a folder, or of a single file."""
+    files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
+    return {f"{name}/{file.name}": _describe(file) for file in files}
 
 
 def _options_identity(options: OptionsModel) -> dict[str, Any]:

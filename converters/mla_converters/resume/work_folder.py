@@ -29,11 +29,13 @@ class Work:
     Attributes:
         folder: ``OUT.partial``, beside OUT or in it.
         model: the folder below it that becomes OUT.
+        resumed: whether it holds the work of an earlier run.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.model = folder / MODEL
+        self.resumed = False
 
     def record(self, name: str) -> Record:
         """The record of one pass over the layers."""
@@ -86,7 +88,8 @@ class Work:
                     "it the way it was begun, or delete the folder to start again."
                 )
         # Without a model folder, this is a new start, or a run was killed after it had moved the model to its place.
-        if not self.model.is_dir():
+        self.resumed = self.model.is_dir()
+        if not self.resumed:
             for entry in self.folder.iterdir():
                 if entry.name != LOCK:
                     _remove(entry)
@@ -102,14 +105,16 @@ class Work:
 
         Raises:
             ConversionError: the disk has less space.
+            UnfinishedError: it has less space for going on with the work of an earlier run, which stays.
         """
         used = sum(512 * path.stat().st_blocks for path in self.folder.rglob("*"))
         available = shutil.disk_usage(self.folder).free + used
         if available < needed:
-            raise ConversionError(
+            sentence = (
                 f"This takes {needed / 1e9:,.2f} GB on disk, and {self.folder.parent} has "
                 f"{available / 1e9:,.2f} GB free: choose another OUT, or make room."
             )
+            raise UnfinishedError(sentence) if self.resumed else ConversionError(sentence)
 
 
 @contextmanager

@@ -6,10 +6,14 @@ from dataclasses import dataclass
 import torch
 from rich.progress import Progress
 
+from mla_converters.checkpoints.rope_scaling import context_length
 from mla_converters.checkpoints.source import Source
 from mla_converters.options import WINDOW
+from mla_converters.text.documents import Documents
 from mla_converters.text.held_out import LENGTH, WINDOWS, held_out_windows
-from mla_converters.text.origins import random_tokens, read_texts, written_windows
+from mla_converters.text.origins import long_enough, random_tokens, read_texts, written_windows
+
+READ = 16  # times as many tokens of documents are read as are cut out of them, so that windows seldom overlap
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,8 @@ def calibration_texts(
 
     Args:
         source: the model.
-        origins: UTF-8 text files, ``self`` or ``chat``; each gives the same number of windows.
+        origins: UTF-8 text files, documents (see :mod:`mla_converters.text.documents`), ``self`` or ``chat``; each
+            gives the same number of windows.
         tokens: number of tokens in total, rounded down to whole windows of each origin; at least ``WINDOW`` per origin.
         seed: decides where files are cut, and which text is sampled.
         length: tokens in a window; less if an origin's share or the model's context is less. If a file is shorter,
@@ -73,12 +78,15 @@ def calibration_texts(
     Raises:
         ConversionError: a text cannot be read or is too short, or the model has no chat template.
     """
-    share = tokens // len(origins)
-    texts = read_texts(source, origins)
-    length = max(WINDOW, min(length, share, source.config.max_position_embeddings))
+    share, context = tokens // len(origins), context_length(source.config)
+    texts = [
+        _read(text, share, seed, progress) if isinstance(text, Documents) else text
+        for text in read_texts(source, origins)
+    ]
+    length = max(WINDOW, min(length, share, context))
     if any(isinstance(text, torch.Tensor) and len(text) <= length for text in texts):
         length = WINDOW
-    count, short = share // length, min(LENGTH, length, source.config.max_position_embeddings)
+    count, short = share // length, min(LENGTH, length, context)
     generator = torch.Generator().manual_seed(seed)
     used, others = [], []
     for text in texts:
@@ -91,6 +99,11 @@ def calibration_texts(
             others.append(written[:, :short].flatten())
     windows = torch.stack(used, dim=1).flatten(0, 1)
     return {"used": windows, "held_out": held_out_windows(others, windows, short, seed)}
+
+
+def _read(documents: Documents, share: int, seed: int, progress: Progress) -> torch.Tensor:
+    """Token ids ``[tokens]`` of documents, of which ``share`` tokens are to be cut out."""
+    return long_enough(documents.windows(READ * share, 1, seed, progress).flatten().long(), documents.origin)
 
 
 def _cut(ids: torch.Tensor, count: int, length: int, generator: torch.Generator) -> torch.Tensor:

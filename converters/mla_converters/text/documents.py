@@ -120,7 +120,7 @@ def _json_lines(path: Path) -> Iterator[Any]:
 
 
 def _data_set(origin: str) -> Iterator[Any]:
-    require("datasets", f"--text {origin}", "run pip install datasets, or give a .jsonl or text file")
+    require("datasets", f"Text {origin}", "run pip install datasets, or give a .jsonl or text file")
     from datasets import load_dataset
 
     name, *more = origin.removeprefix(HUB).split(":")

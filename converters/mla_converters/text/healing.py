@@ -7,11 +7,12 @@ from typing import Any, Protocol, TypeVar
 import torch
 from rich.progress import Progress
 
+from mla_converters.checkpoints.rope_scaling import context_length
 from mla_converters.checkpoints.source import Source
 from mla_converters.errors import ConversionError
 from mla_converters.options.text import parse_weighted
 from mla_converters.text.chat import ChatTemplate
-from mla_converters.text.documents import Documents, has_documents
+from mla_converters.text.documents import Documents
 from mla_converters.text.origins import read_texts, written_windows
 from mla_converters.text.sampling import LENGTH
 
@@ -61,7 +62,7 @@ def training_windows(
     Raises:
         ConversionError: a text cannot be read, there is too little text, or the model has no chat template.
     """
-    length = min(length, source.config.max_position_embeddings)
+    length = min(length, context_length(source.config))
     names, weights = zip(*map(parse_weighted, origins), strict=True)
     counts = [int(tokens * weight / sum(weights)) // length for weight in weights]
     if not all(counts) or sum(counts) < LEAST:
@@ -69,12 +70,7 @@ def training_windows(
         raise ConversionError(
             f"--tokens is {tokens}, but must be at least {needed}, because windows have {length} tokens."
         )
-    texts = [
-        Documents(name, source.tokenizer, source.config.vocab_size)
-        if has_documents(name)
-        else read_texts(source, [name])[0]
-        for name in names
-    ]
+    texts = read_texts(source, names)
     generator = torch.Generator().manual_seed(seed)
     of_each = [
         text.windows(count, length, seed, progress)

@@ -11,10 +11,12 @@ from mla_converters.checkpoints.source import Source
 from mla_converters.errors import ConversionError
 from mla_converters.options import CHAT, SELF, WINDOW
 from mla_converters.text.chat import ChatTemplate, chat_template
+from mla_converters.text.documents import Documents, has_documents
 from mla_converters.text.sampling import LENGTH, sampled_texts
 
-Text: TypeAlias = torch.Tensor | ChatTemplate | None
-"""Token ids ``[tokens]`` of a file; or the template of conversations; or None for text that the model writes freely."""
+Text: TypeAlias = torch.Tensor | Documents | ChatTemplate | None
+"""Token ids ``[tokens]`` of a file; or documents; or the template of conversations; or None for text that the model
+writes freely."""
 
 
 def read_texts(source: Source, origins: Sequence[str]) -> list[Text]:
@@ -29,6 +31,8 @@ def read_texts(source: Source, origins: Sequence[str]) -> list[Text]:
 def _read_text(source: Source, origin: str) -> Text:
     if origin == CHAT:
         return chat_template(source.tokenizer, LENGTH)
+    if has_documents(origin):
+        return Documents(origin, source.tokenizer, source.config.vocab_size)
     return None if origin == SELF else _token_ids(source, Path(origin))
 
 
@@ -40,10 +44,22 @@ def _token_ids(source: Source, path: Path) -> torch.Tensor:
     if not text.strip():
         raise ConversionError(f"Text {path} is empty.")
     ids = source.tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
-    if len(ids) <= WINDOW:
-        raise ConversionError(f"Text {path} is too short: it has {len(ids)} tokens, and more than {WINDOW} are needed.")
+    long_enough(ids, str(path))
     if int(ids.max()) >= source.config.vocab_size:
         raise ConversionError(f"The tokenizer in {source.name} has ids beyond the model's vocabulary.")
+    return ids
+
+
+def long_enough(ids: torch.Tensor, origin: str) -> torch.Tensor:
+    """The token ids ``[tokens]`` of a text, if a window can be cut out of them.
+
+    Raises:
+        ConversionError: the text is too short.
+    """
+    if len(ids) <= WINDOW:
+        raise ConversionError(
+            f"Text {origin} is too short: it has {len(ids)} tokens, and more than {WINDOW} are needed."
+        )
     return ids
 
 

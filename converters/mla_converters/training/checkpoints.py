@@ -20,7 +20,7 @@ BYTES = 12  # per trained weight: the weight and Adam's two moments, in float32
 
 
 def save_training(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """Write the trained weights and Adam's moments; all processes together.
+    """Write the trained weights and what Adam knows of each; all processes together.
 
     Raises:
         OSError: a file cannot be written.
@@ -33,11 +33,8 @@ def save_training(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Pa
         raise OSError(str(next(iter(error.failures.values()))[0])) from error
 
 
-def load_training(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, steps: int) -> None:
-    """Read what :func:`save_training` wrote after a number of steps; all processes together."""
-    for parameter in _trained(model).values():
-        moments: dict[str, Any] = {name: torch.zeros_like(parameter) for name in MOMENTS}
-        optimizer.state[parameter] = {"step": torch.tensor(float(steps)), **moments}
+def load_training(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """Read what :func:`save_training` wrote; all processes together."""
     with _quietly():
         dcp.load(_state(model, optimizer), storage_reader=HuggingFaceStorageReader(str(folder)))
 
@@ -51,11 +48,21 @@ def _quietly() -> Iterator[None]:
 
 
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    state = {}
+    state: dict[str, torch.Tensor] = {}
     for name, parameter in _trained(model).items():
-        state[name] = parameter.detach()
-        state |= {f"{name}.{moment}": optimizer.state[parameter][moment] for moment in MOMENTS}
+        known = _known(parameter, optimizer)
+        # Weights may have taken different numbers of steps, because hidden states are learnt without the output head.
+        state |= {name: parameter.detach(), f"{name}.step": known["step"].view(1)}
+        state |= {f"{name}.{moment}": known[moment] for moment in MOMENTS}
     return state
+
+
+def _known(parameter: nn.Parameter, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What Adam knows of a weight. If that is nothing yet, it gets what Adam itself begins with."""
+    if not optimizer.state[parameter]:
+        moments = {name: torch.zeros_like(parameter) for name in MOMENTS}
+        optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
+    return optimizer.state[parameter]
 
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -1,5 +1,7 @@
 """Training a converted model: on a teacher's predictions (knowledge distillation, arXiv 1503.02531), or on text."""
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -63,6 +65,7 @@ class Distillation(nn.Module):
         input_ids: torch.Tensor,
         top_ids: torch.Tensor | None = None,
         top_logprobs: torch.Tensor | None = None,
+        weights: Weights | None = None,
     ) -> dict[str, torch.Tensor]:
         """Compute the loss.
 
@@ -70,6 +73,7 @@ class Distillation(nn.Module):
             input_ids: token ids ``[windows, tokens]``.
             top_ids, top_logprobs: ``[windows, tokens, k]``, a teacher's predictions that were written down; see
                 :class:`mla_converters.training.stored.TopTokens`.
+            weights: of the loss; None for those of training.
 
         Returns:
             ``loss`` in nats, and its ``parts``: divergence, loss on the text. While hidden states are learnt, ``loss``
@@ -77,13 +81,14 @@ class Distillation(nn.Module):
         """
         if self.learns_hidden:
             return {"loss": self._hidden_error(input_ids)}
+        weights = weights or self.weights
         teaching: Teaching | None = None
         if top_ids is not None and top_logprobs is not None:
             teaching = TopTokens(top_ids.flatten(0, 1), top_logprobs.flatten(0, 1))
-        elif self.weights.kl:
+        elif weights.kl:
             teaching = self._teaching(input_ids)
         hidden = _read_by_head(self.student, self.student.model(input_ids=input_ids, use_cache=False))
-        loss, parts = prediction_loss(hidden, self.student.lm_head.weight, input_ids, teaching, self.weights)
+        loss, parts = prediction_loss(hidden, self.student.lm_head.weight, input_ids, teaching, weights)
         return {"loss": loss, "parts": parts}
 
     def _teaching(self, input_ids: torch.Tensor) -> Teaching:
@@ -128,7 +133,8 @@ def _read_by_head(model: PreTrainedModel, output: BaseModelOutputWithPast) -> to
 def held_out_loss(model: Distillation, examples: Examples, device: str, dtype: torch.dtype) -> torch.Tensor:
     """The loss, the divergence and the loss on the text, means over windows in nats, float64.
 
-    All processes compute them together.
+    Predictions are taken at temperature 1, as they will be used, whatever the temperature of training. All processes
+    compute them together.
 
     Args:
         model: the model; sharded or not.
@@ -137,8 +143,10 @@ def held_out_loss(model: Distillation, examples: Examples, device: str, dtype: t
         dtype: of matrix products.
     """
 
+    weights = replace(model.weights, temperature=1.0)
+
     def measure(example: dict[str, torch.Tensor]) -> torch.Tensor:
-        result = model(**{name: values[None].to(device) for name, values in example.items()})
+        result = model(**{name: values[None].to(device) for name, values in example.items()}, weights=weights)
         return torch.cat((result["loss"][None], result["parts"]))
 
     model.learns_hidden = False

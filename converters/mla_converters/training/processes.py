@@ -23,7 +23,18 @@ def join_processes(device: str) -> PartialState:
     Args:
         device: the kind of device, as the user gave it. Each process of several gets a GPU of its own.
     """
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # --dtype decides, also with accelerate's configuration files
     return PartialState(cpu=torch.device(device).type == "cpu", timeout=PATIENCE)
+
+
+def begin_on_own_gpu(device: str | None) -> None:
+    """Make the GPU of this process of several the current one, so that none of them takes memory of the first GPU.
+
+    Args:
+        device: as the user gave it; None for a GPU, if there is one.
+    """
+    if device in (None, "cuda") and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
 
 
 @contextmanager

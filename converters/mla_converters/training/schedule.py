@@ -49,7 +49,7 @@ def suited_passes(divergence: float | None) -> int:
     return 2 if divergence is not None and divergence > LITTLE else 1
 
 
-def suited_rate(divergence: float | None, tokens: int, train: str = "attention") -> float:
+def suited_rate(divergence: float | None, tokens: int, train: str = "attention", on_text: bool = False) -> float:
     """A learning rate for a model that is ``divergence`` nats per token from its teacher.
 
     The rate grows with the divergence, because weights have further to go. It shrinks with fewer tokens in a step,
@@ -65,10 +65,13 @@ def suited_rate(divergence: float | None, tokens: int, train: str = "attention")
     1.8                128          0.0014 works; 0.002 fails
     ================== ============ ==============================================
 
+    A model may lose nothing and still learn a text, so training on text has a rate that does not need a divergence.
+
     Args:
-        divergence: nats per token; None if there is no teacher.
+        divergence: nats per token; None if there is no teacher. Rounding may leave a little less than nothing.
         tokens: in a step.
         train: the weights that are trained.
+        on_text: whether the text itself is learnt, too.
     """
-    rate = TEXT_RATE if divergence is None else RATE * math.sqrt(divergence)
+    rate = max(RATE * math.sqrt(max(divergence or 0.0, 0.0)), TEXT_RATE if on_text else 0.0)
     return SCALES[train] * rate * math.sqrt(min(tokens, MOST_TOKENS) / 512)

@@ -68,7 +68,8 @@ class Ordered(Dataset):
     def __init__(self, windows: Sequence[dict[str, Any]], count: int, seed: int) -> None:
         self._windows = windows
         passes = range(-(-count // len(windows)))
-        orders = [torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed + i)) for i in passes]
+        seeds = ((seed + i) % 2**64 for i in passes)  # generators take no larger ones
+        orders = [torch.randperm(len(windows), generator=torch.Generator().manual_seed(own)) for own in seeds]
         self._order = torch.cat(orders)[:count]
 
     def __len__(self) -> int:
@@ -118,7 +119,22 @@ def _stop(step: int, folder: Path) -> None:
 
 
 class OneDevice(TrainingArguments):
-    """Trainer's arguments, limited to one device a process, because by default Trainer uses all GPUs."""
+    """Trainer's arguments with the device of this process; by default Trainer uses all GPUs, or the first one.
+
+    Args:
+        own_device: the device of this process.
+    """
+
+    def __init__(self, own_device: str, **named: Any) -> None:
+        self._own_device = torch.device(own_device)
+        super().__init__(**named)
+
+    @property
+    def device(self) -> torch.device:
+        _ = super().device  # prepares Trainer, which makes the first GPU the current one
+        if self._own_device.type == "cuda":
+            torch.cuda.set_device(self._own_device.index or 0)
+        return self._own_device
 
     @property
     def n_gpu(self) -> int:
@@ -164,7 +180,7 @@ class _Trainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        load_training(self.model, self._adam, Path(checkpoint), self.state.global_step)
+        load_training(self.model, self._adam, Path(checkpoint))
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULE, weights_only=True))
         for group, rate in zip(self._adam.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
@@ -200,6 +216,7 @@ def train(
     """
     steps = schedule.steps
     arguments = OneDevice(
+        device,
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=schedule.at_a_time,
@@ -215,7 +232,7 @@ def train(
         disable_tqdm=True,
         report_to="none",
         remove_unused_columns=False,
-        seed=schedule.seed,
+        seed=schedule.seed % 2**32,  # numpy takes no other
         bf16=schedule.dtype == torch.bfloat16,
         use_cpu=torch.device(device).type == "cpu",
         ddp_find_unused_parameters=schedule.hidden_steps > 0,  # the output head is not used in them

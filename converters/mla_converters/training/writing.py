@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel
 
@@ -10,24 +11,34 @@ from mla_converters.checkpoints.writer import Shards
 from mla_converters.options.common import Train
 from mla_converters.training.checkpoints import BYTES
 from mla_converters.training.teachers import ATTENTION
-from mla_converters.training.trained import trained_tensors
+from mla_converters.training.trained import PROJECTIONS, trained_tensors
 
 TOKEN_BYTES = 4  # of a token id
 SAVES = 2  # checkpoints; a new one is written before the old one goes
 
 
-def disk_bytes(checkpoint: Checkpoint, choice: Train, tokens: int) -> int:
+def disk_bytes(checkpoint: Checkpoint, choice: Train, lora_rank: int, tokens: int) -> int:
     """Bytes on disk of the trained model, and of checkpoints and text on the way there.
 
     Args:
         checkpoint: of the model before.
+        choice: the weights that are trained.
+        lora_rank: rank of low-rank changes.
         tokens: of the text.
-        choice: the weights that are trained. Low-rank changes count as the matrices that they change.
     """
     tensors = {name: checkpoint.meta(name) for name in checkpoint.names()}
     weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    trained = [tensor for name, tensor in tensors.items() if choice == "all" or ATTENTION in name]
-    return weights + TOKEN_BYTES * tokens + SAVES * sum(BYTES * tensor.numel() for tensor in trained)
+    trained = sum(_trained_numbers(name, tensor, choice, lora_rank) for name, tensor in tensors.items())
+    return weights + TOKEN_BYTES * tokens + SAVES * BYTES * trained
+
+
+def _trained_numbers(name: str, tensor: torch.Tensor, choice: Train, lora_rank: int) -> int:
+    """How many numbers are trained to change a tensor of a checkpoint."""
+    if choice != "all" and ATTENTION not in name:
+        return 0
+    if choice == "lora" and name.split(".")[-2] in PROJECTIONS:
+        return lora_rank * sum(tensor.shape) if tensor.dim() == 2 else 0  # biases stay as they are
+    return tensor.numel()
 
 
 def write_weights(checkpoint: Checkpoint, student: PreTrainedModel, folder: Path) -> None:

@@ -171,7 +171,7 @@ def _scaled(
         values: ``[rows, columns]``.
         scale, zeros: ``[]`` or ``[1]`` for the whole weight; ``[rows]``; or ``[blocks of rows, groups of columns]``.
         groups: sizes of blocks and groups.
-        column_groups: ``[columns]``, the group of each column; None if groups are runs of columns.
+        column_groups: ``[columns]``, the group of each column; None, or -1 for columns, if groups are runs of columns.
 
     Raises:
         ValueError: the scales do not fit the numbers.
@@ -179,6 +179,8 @@ def _scaled(
     rows, columns = values.shape
     scale, zeros = (None if x is None else x.reshape(len(x) if x.dim() else 1, -1) for x in (scale, zeros))
     assert scale is not None
+    if column_groups is not None and bool((column_groups < 0).any()):
+        column_groups = None
     row_block = _group_of(rows, scale.shape[0], groups)
     column_group = _group_of(columns, scale.shape[1], groups) if column_groups is None else column_groups.long()
     weight = scale.new_empty(rows, columns)

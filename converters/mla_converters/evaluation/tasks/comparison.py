@@ -119,7 +119,7 @@ def verdict(changes: list[float], error: float, higher_is_better: bool, fraction
     """A paired difference in words.
 
     Args:
-        changes: score of the model minus the source's, for each problem.
+        changes: score of the model minus the reference's, for each problem.
         error: standard error of their mean.
         higher_is_better: whether a larger score is better.
         fraction: whether scores are shares, so that differences are in percentage points.
@@ -127,7 +127,7 @@ def verdict(changes: list[float], error: float, higher_is_better: bool, fraction
     difference, differing = mean(changes), sum(change != 0 for change in changes)
     problems = f"on {len(changes):,} problems"
     if abs(difference) <= SIGNIFICANT * error or differing < FEWEST:
-        return f"not distinguishable from the source {problems}"
+        return f"not distinguishable from the reference {problems}"
     word = "better" if (difference > 0) == higher_is_better else "worse"
     size = abs(difference)
     amount = f"{100 * size:.1f} ± {100 * error:.1f} points" if fraction else f"{size:.4f} ± {error:.4f}"

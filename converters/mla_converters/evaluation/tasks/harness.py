@@ -5,7 +5,7 @@ import io
 import os
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,6 +30,7 @@ from mla_converters.options import EvalOptions
 from mla_converters.reports.evaluation import TaskScore
 
 ADVICE = "give --dtype bfloat16 or a smaller VLLM_CPU_KVCACHE_SPACE, or run on a machine with more memory"
+TOO_SMALL = "gpu_memory_utilization"  # an option of vLLM that it names if its cache does not hold the context
 ALLOW = "HF_ALLOW_CODE_EVAL"  # a metric of Hugging Face that runs code looks for this variable
 UNSAFE = re.compile(r"^unsafe_code:\s*true\b", re.MULTILINE)
 INCLUDES = re.compile(r"^include:\s*(\S+)", re.MULTILINE)
@@ -185,7 +186,8 @@ def _run(
     return measured(results)
 
 
-def _engine(model: Model, dtype: str) -> Engine:
+@contextmanager
+def _engine(model: Model, dtype: str) -> Iterator[Engine]:
     arguments: dict[str, Any] = {
         "model": model.path,
         "dtype": dtype,
@@ -196,7 +198,15 @@ def _engine(model: Model, dtype: str) -> Engine:
     }
     if model.context is not None:
         arguments["max_model_len"] = model.context + 1  # a prompt may fill the context, and vLLM always adds a token
-    return Engine(f"answer tasks with {model.name} in {dtype}", arguments, advice=ADVICE, environment=ENVIRONMENT)
+    engine = Engine(f"answer tasks with {model.name} in {dtype}", arguments, advice=ADVICE, environment=ENVIRONMENT)
+    with ExitStack() as stack:
+        try:
+            started = stack.enter_context(engine)
+        except ConversionError as error:
+            if TOO_SMALL not in str(error) or torch.cuda.is_available():
+                raise
+            raise ConversionError(f"{error} Here, set VLLM_CPU_KVCACHE_SPACE to more GiB instead.") from error
+        yield started
 
 
 @contextmanager
