@@ -155,10 +155,10 @@ class ConvertOptions(TrustedCode, Device, Calibration, CacheSizes, MethodChoice)
 def command_line(source: str, options: ConvertOptions) -> str:
     """The command that converts ``source`` with these options."""
     out = f"./{Path(source).resolve().name.removesuffix('.gguf')}-mla"
-    return shlex.join(["vllm-mla", "convert", source, out, *_conversion_flags(options)])
+    return shlex.join(["vllm-mla", "convert", source, out, *conversion_flags(options)])
 
 
-def _conversion_flags(options: ConvertOptions) -> list[str]:
+def conversion_flags(options: ConvertOptions) -> list[str]:
     """The words of a command line that gives these options. The method and its own options come first."""
     default = ConvertOptions.model_fields["method"].default
     named = [] if options.method.name == default.name else ["--method", options.method.name]
