@@ -35,6 +35,7 @@ from mla_converters.reports.conversion import (
 )
 from mla_converters.resume.identity import VERSIONS, conversion_identity
 from mla_converters.resume.layer_pass import Record, Streams
+from mla_converters.resume.out_folder import check_apart
 from mla_converters.resume.work_folder import Work, work_folder
 from mla_converters.streaming.planned import planned_tensors
 from mla_converters.support.devices import usable_device
@@ -79,7 +80,7 @@ def convert(
         progress_bars(quiet) as progress,
         open_source(source, options.revision, options.trust_remote_code, options.rope_scaling) as opened,
     ):
-        _check_out(opened, out)
+        check_apart(out, opened.files(), "SOURCE")
         context, cache = _context(opened, options), method.cache(opened.shape, options)
         identity = conversion_identity(opened, options.model_copy(update={"device": device}))
         with work_folder(out, force, identity) as work:
@@ -140,13 +141,6 @@ def _check_text(method: Method, options: ConvertOptions) -> None:
     given = [option_name(name) for name in ("calibration", "calibration_tokens") if name in options.model_fields_set]
     if given and method.window is None:
         raise OptionError(f"{given[0]} is for a method that reads text, which this one does not: leave it out.")
-
-
-def _check_out(source: Source, out: Path) -> None:
-    """Refuse an OUT that holds files of the source, which ``--force`` would delete."""
-    places = {place for file in source.files() for place in (file.parent.resolve(), file.resolve().parent)}
-    if any(place.is_relative_to(out.resolve()) for place in places):
-        raise ConversionError(f"OUT is {out}, which holds files of SOURCE: give a folder of its own.")
 
 
 def _context(source: Source, options: ConvertOptions) -> int:

@@ -43,7 +43,7 @@ def test_other_weights(kind: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_other_frequencies_are_refused(tmp_path: Path) -> None:
-    """Captured graphs read the table that was there at the start."""
+    """vLLM puts the table back that was there at the start, so answers would be wrong."""
     served, other = (conversion(tmp_path / str(theta), theta=theta) for theta in (10000.0, 50000.0))
     with pytest.raises(AssertionError, match="other RoPE frequencies than those that are served"):
         run_engine(served, PROMPTS, reload=str(other), **JOB)

@@ -471,6 +471,8 @@ def test_refused_models(refusal: Refused, source: Path, mla: Path, tmp_path: Pat
     other = RandomModel(hidden=32, heads=2).save(tmp_path / "other")
     assert "differ in hidden_size, num_attention_heads" in refusal("heal", mla, out, "--source", other)
     assert "which is MODEL" in refusal("heal", mla, mla, "--force")
+    assert "which holds files of MODEL: give" in refusal("heal", mla, mla.parent, "--force")
+    assert "which holds files of MODEL's source: give" in refusal("heal", mla, source, "--force")
     assert "exists: choose another OUT" in refusal("heal", mla, exact, "--text", CALIBRATION)
     moved = Path(shutil.copytree(mla, tmp_path / "moved"))
     change_json(moved / "config.json", kv_lora_rank=6)

@@ -56,7 +56,7 @@ class AnySizeCPUMLABackend(CPUMLABackend):
 
     @classmethod
     def get_preferred_block_size(cls, default_block_size: int) -> int:
-        """As vLLM's. From 0.33 on, its CPU backend prefers 128 tokens, of which prefixes rarely are multiples."""
+        """vLLM's default, 16. Its own CPU backend prefers 128 from 0.33 on, of which prefixes rarely are multiples."""
         return default_block_size
 
     @staticmethod

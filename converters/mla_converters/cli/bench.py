@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mla_converters.cli.common import ReportFile, check_output, check_plot, quiet_transformers, write_report, writing
+from mla_converters.cli.common import ReportFile, check_output, check_plot, publish, quiet_transformers
 from mla_converters.cli.flags import with_flags
 from mla_converters.options import BenchOptions
 from mla_converters.reports.bench import BenchReport, BenchRow
@@ -64,13 +64,7 @@ def bench(
     require("vllm", "bench", "run pip install 'vllm-mla-plugin[cuda]' or '[cpu]'")
     report = run(models, options)
     report = report.model_copy(update={"command": shlex.join(["vllm-mla", *sys.argv[1:]])})
-    try:
-        write_report(json_file, report)
-        if plot:
-            with writing(plot):
-                plot_report(report, plot)
-    finally:
-        _print_report(report)  # hours of work are shown even if a file cannot be written
+    publish(report, _print_report, json_file, plot, plot_report)
 
 
 def _print_report(report: BenchReport) -> None:

@@ -3,10 +3,10 @@
 import json
 import os
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 from rich.console import Console
@@ -17,6 +17,7 @@ from mla_converters.reports.conversion import ConversionReport
 from mla_converters.reports.verdicts import verdict
 from mla_converters.support.packages import require
 
+R = TypeVar("R", bound=Report)
 NewFolder = Annotated[Path, typer.Argument(help="Folder to create. It appears when it is complete.")]
 ReportFile = Annotated[
     Path | None, typer.Option("--json", help="Write the report here, for machines.", rich_help_panel="Output")
@@ -42,15 +43,43 @@ def check_plot(path: Path | None) -> None:
         require("matplotlib", "--plot", "run pip install matplotlib, or leave it out")
 
 
+def publish(
+    report: R,
+    show: Callable[[R], None],
+    json_file: Path | None,
+    plot: Path | None = None,
+    draw: Callable[[R, Path], None] | None = None,
+) -> None:
+    """Write the files of a report that were asked for, and show it even if one of them cannot be written.
+
+    Args:
+        report: of the command, which may have taken hours.
+        show: prints it.
+        json_file: for machines.
+        plot: for a picture.
+        draw: draws it.
+
+    Raises:
+        ConversionError: a file cannot be written.
+    """
+    try:
+        write_report(json_file, report)
+        if plot and draw:
+            with _writing(plot):
+                draw(report, plot)
+    finally:
+        show(report)
+
+
 def write_report(path: Path | None, report: Report) -> None:
     """Write a report for machines, if a file was named for it."""
     if path is not None:
-        with writing(path):
+        with _writing(path):
             path.write_text(json.dumps(report.as_json(), indent=2) + "\n")
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def _writing(path: Path) -> Iterator[None]:
     """Say in one sentence that a file cannot be written.
 
     Raises:

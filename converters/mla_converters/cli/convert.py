@@ -14,8 +14,8 @@ from mla_converters.cli.common import (
     loss_rows,
     print_next,
     print_warnings,
+    publish,
     quiet_transformers,
-    write_report,
 )
 from mla_converters.cli.flags import with_flags
 from mla_converters.errors import OptionError
@@ -68,10 +68,7 @@ def convert(
     quiet_transformers()
     return_freed_memory()
     report = run(source, out, options, force=force)
-    try:
-        write_report(json_file, report)
-    finally:
-        _print_report(report)  # hours of work are shown even if the file cannot be written
+    publish(report, _print_report, json_file)
     if push_to_hub:
         update_card(out, repo=push_to_hub)
         print(f"Uploaded to {push(out, push_to_hub, private=not public)}")

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mla_converters.cli.common import ReportFile, check_output, check_plot, quiet_transformers, write_report, writing
+from mla_converters.cli.common import ReportFile, check_output, check_plot, publish, quiet_transformers
 from mla_converters.cli.flags import with_flags
 from mla_converters.errors import OptionError
 from mla_converters.options import EvalOptions
@@ -67,13 +67,7 @@ def evaluate(
         raise OptionError("--plot draws perplexity: give --text or --dataset too, or leave it out.")
     report = run(models, options)
     report = report.model_copy(update={"command": shlex.join(["vllm-mla", *sys.argv[1:]])})
-    try:
-        write_report(json_file, report)
-        if plot:
-            with writing(plot):
-                plot_report(report, plot)
-    finally:
-        _print_report(report)  # hours of work are shown even if a file cannot be written
+    publish(report, _print_report, json_file, plot, plot_report)
 
 
 def _print_report(report: EvaluationReport) -> None:

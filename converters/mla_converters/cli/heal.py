@@ -1,5 +1,6 @@
 """``vllm-mla heal``."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -15,8 +16,8 @@ from mla_converters.cli.common import (
     is_main_process,
     loss_rows,
     print_next,
+    publish,
     quiet_transformers,
-    write_report,
 )
 from mla_converters.cli.flags import with_flags
 from mla_converters.options import HealOptions
@@ -62,10 +63,7 @@ def heal(
     report = run(model, out, options, force=force)
     if not is_main_process():
         return
-    try:
-        write_report(json_file, report)
-    finally:
-        _print_report(model, report)  # hours of work are shown even if the file cannot be written
+    publish(report, partial(_print_report, model), json_file)
 
 
 def _print_report(model: Path, report: ConversionReport) -> None:

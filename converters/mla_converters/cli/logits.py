@@ -6,7 +6,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mla_converters.cli.common import NewFolder, ReportFile, check_output, quiet_transformers, write_report
+from mla_converters.cli.common import NewFolder, ReportFile, check_output, publish, quiet_transformers
 from mla_converters.cli.flags import with_flags
 from mla_converters.options import LogitsOptions
 from mla_converters.reports.logits import LogitsReport
@@ -39,14 +39,11 @@ def logits(
 
     quiet_transformers()
     report = run(model, out, options)
-    try:
-        write_report(json_file, report)
-    finally:
-        _print_report(model, report)  # hours of work are shown even if the file cannot be written
+    publish(report, _print_report, json_file)
 
 
-def _print_report(model: str, report: LogitsReport) -> None:
-    table = Table(title=f"Predictions of {model}", show_header=False)
+def _print_report(report: LogitsReport) -> None:
+    table = Table(title=f"Predictions of {report.model}", show_header=False)
     table.add_row("tokens", f"{report.windows:,} windows of {report.length:,}")
     table.add_row("written down at each", f"{report.top_k} likeliest; the others have {report.remainder:.2%} together")
     table.add_row("size, time", f"{report.bytes / 1e9:,.2f} GB, {report.seconds:,.0f} s")

@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mla_converters.cli.common import ReportFile, check_output, quiet_transformers, write_report
+from mla_converters.cli.common import ReportFile, check_output, publish, quiet_transformers
 from mla_converters.cli.flags import with_flags
 from mla_converters.options import VerifyOptions
 from mla_converters.reports.verification import Verification
@@ -40,8 +40,7 @@ def verify(
 
     quiet_transformers()
     report = run(out, options)
-    write_report(json_file, report)
-    _print_report(report)
+    publish(report, _print_report, json_file)
     if not report.ok:
         raise typer.Exit(1)
 

@@ -19,6 +19,7 @@ from mla_converters.errors import ConversionError, OptionError
 from mla_converters.options import HealOptions, option_name
 from mla_converters.reports.conversion import ConversionReport
 from mla_converters.resume.identity import healing_identity
+from mla_converters.resume.out_folder import check_apart
 from mla_converters.resume.work_folder import Work, joined_work, work_folder
 from mla_converters.support.packages import require
 from mla_converters.training.processes import shares
@@ -61,6 +62,8 @@ def open_inputs(model: Path, out: Path, options: HealOptions, device: str, force
         raise ConversionError(f"OUT is {out}, which is MODEL: give a folder of its own.")
     name, revision = (options.source, None) if options.source else _recorded_source(model, report)
     source = stack.enter_context(open_source(name, revision, options.trust_remote_code, report.rope_scaling))
+    check_apart(out, model.iterdir(), "MODEL")
+    check_apart(out, source.files(), "MODEL's source")
     _refuse_quantised(model, config, source)
     _check_pair(model, config, source)
     teacher = _teacher(options, source, stack)

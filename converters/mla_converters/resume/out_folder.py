@@ -14,6 +14,7 @@ which no program takes a folder for a model.
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from mla_converters.errors import ConversionError
@@ -46,6 +47,22 @@ def check_out(out: Path, force: bool) -> None:
         raise ConversionError(f"{out} exists: choose another OUT, or replace it with --force.")
     if not (out.is_dir() and (out / CONFIG).exists()):
         raise ConversionError(f"{out} exists and is no model folder, so --force will not replace it.")
+
+
+def check_apart(out: Path, files: Iterable[Path], name: str) -> None:
+    """Refuse an ``out`` that holds files of a model that is read, which ``--force`` would delete.
+
+    Args:
+        out: the folder to create.
+        files: of the model.
+        name: what the command calls the model.
+
+    Raises:
+        ConversionError: some of them are in ``out`` or below it.
+    """
+    places = {place for file in files for place in (file.parent.resolve(), file.resolve().parent)}
+    if any(place.is_relative_to(out.resolve()) for place in places):
+        raise ConversionError(f"OUT is {out}, which holds files of {name}: give a folder of its own.")
 
 
 def put_in_place(model: Path, out: Path, work: Path) -> None:

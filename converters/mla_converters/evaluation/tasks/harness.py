@@ -5,7 +5,7 @@ import io
 import os
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -198,15 +198,14 @@ def _engine(model: Model, dtype: str) -> Iterator[Engine]:
     }
     if model.context is not None:
         arguments["max_model_len"] = model.context + 1  # a prompt may fill the context, and vLLM always adds a token
-    engine = Engine(f"answer tasks with {model.name} in {dtype}", arguments, advice=ADVICE, environment=ENVIRONMENT)
-    with ExitStack() as stack:
-        try:
-            started = stack.enter_context(engine)
-        except ConversionError as error:
-            if TOO_SMALL not in str(error) or torch.cuda.is_available():
-                raise
-            raise ConversionError(f"{error} Here, set VLLM_CPU_KVCACHE_SPACE to more GiB instead.") from error
-        yield started
+    task = f"answer tasks with {model.name} in {dtype}"
+    try:
+        with Engine(task, arguments, advice=ADVICE, environment=ENVIRONMENT) as engine:
+            yield engine
+    except ConversionError as error:
+        if TOO_SMALL not in str(error) or torch.cuda.is_available():
+            raise
+        raise ConversionError(f"{error} Here, set VLLM_CPU_KVCACHE_SPACE to more GiB instead.") from error
 
 
 @contextmanager
