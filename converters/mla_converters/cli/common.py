@@ -63,19 +63,14 @@ def publish(
         ConversionError: a file cannot be written.
     """
     try:
-        write_report(json_file, report)
+        if json_file:
+            with _writing(json_file):
+                json_file.write_text(json.dumps(report.as_json(), indent=2) + "\n")
         if plot and draw:
             with _writing(plot):
                 draw(report, plot)
     finally:
         show(report)
-
-
-def write_report(path: Path | None, report: Report) -> None:
-    """Write a report for machines, if a file was named for it."""
-    if path is not None:
-        with _writing(path):
-            path.write_text(json.dumps(report.as_json(), indent=2) + "\n")
 
 
 @contextmanager

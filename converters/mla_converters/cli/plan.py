@@ -1,6 +1,7 @@
 """``vllm-mla plan``."""
 
 from collections.abc import Collection
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -8,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from mla_converters.cli.common import ReportFile, check_output, print_warnings, quiet_transformers, write_report
+from mla_converters.cli.common import ReportFile, check_output, print_warnings, publish, quiet_transformers
 from mla_converters.cli.flags import with_flags
 from mla_converters.options import PlanOptions
 from mla_converters.reports.plan import (
@@ -65,8 +66,7 @@ def plan(
 
     quiet_transformers()
     result = run(source, options)
-    write_report(json_file, result)
-    _print_plan(result, options.memory)
+    publish(result, partial(_print_plan, memory=options.memory), json_file)
 
 
 def _print_plan(result: Plan, memory: str) -> None:
