@@ -7,6 +7,7 @@ import pytest
 from support.modules import run_support
 from vllm.config import CompilationConfig
 from vllm.v1.attention.backends.mla.prefill.base import MLADimensions
+from vllm.v1.attention.backends.mla.triton_mla import TritonMLAMetadataBuilder
 
 pytest.importorskip("triton", reason="without Triton, vLLM has no such kernel")
 
@@ -31,7 +32,7 @@ def test_plan(planned: dict[str, Any], case: str) -> None:
     plan = planned[case]
     packed = case == "packed"
     assert plan["backends"] == ["PackedTritonMLABackend" if packed else "AnySizeTritonMLABackend"]
-    assert plan["prefill"] == ["FlashAttention"] and plan["graphs"] == "UNIFORM_BATCH"
+    assert plan["prefill"] == ["FlashAttention"] and plan["graphs"] == TritonMLAMetadataBuilder._cudagraph_support.name
     assert plan["groups"] == GROUPS[case]
     assert len({tuple(sizes) for sizes in plan["builders"]}) == len(plan["builders"]) == 3
     assert plan["workspaces"] == [0, 0, 0]

@@ -8,6 +8,7 @@ TRITON_INTERPRET must be set before Triton is imported.
 import json
 import sys
 import tempfile
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,9 +29,14 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.mla.prefill.cpu_sdpa import CPUSDPAMLAPrefillBackend
 from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts, resolve_kv_cache_layout
-from vllm.v1.core.kv_cache_utils import get_kv_cache_capacity, get_kv_cache_configs
+from vllm.v1.core.kv_cache_utils import get_kv_cache_capacity
 from vllm.v1.worker.gpu.attn_utils import init_attn_backend, init_kv_cache
 from vllm.v1.worker.workspace import current_workspace_manager, init_workspace_manager, lock_workspace
+
+try:
+    from vllm.v1.core import kv_cache_planning as planning
+except ImportError:  # before 0.33
+    from vllm.v1.core import kv_cache_utils as planning
 
 from vllm_mla_plugin import backends, register
 from vllm_mla_plugin.attention import MLASelfAttention
@@ -182,11 +188,14 @@ def check(name: str) -> dict[str, Any]:
     with set_current_vllm_config(vllm_config):
         layouts = get_supported_kv_cache_layouts([layer.attn.get_attn_backend() for layer in layers])
         resolve_kv_cache_layout(vllm_config, [[layout.name for layout in layouts]], specs.values())
-        (config,) = get_kv_cache_configs(vllm_config, [specs], [MEMORY])
+        from_0_33 = getattr(planning, "get_global_kv_cache_groups", None)
+        grouped = [from_0_33(vllm_config, [specs])] if from_0_33 else []
+        (config,) = planning.get_kv_cache_configs(vllm_config, [specs], [MEMORY], *grouped)
         groups, support, block_sizes = init_attn_backend(config, vllm_config, torch.device("cpu"))
         forward_context = vllm_config.compilation_config.static_forward_context
         lock_workspace()  # as after the capture of CUDA graphs
-        init_kv_cache(forward_context, config, torch.device("cpu"), block_sizes, vllm_config)
+        before_0_30 = [[]] if next(iter(signature(init_kv_cache).parameters)) == "runner_kv_caches" else []
+        init_kv_cache(*before_0_30, forward_context, config, torch.device("cpu"), block_sizes, vllm_config)
     table = torch.zeros(len(LENGTHS), 8, dtype=torch.int32)
     decoded = []
     for group in groups[0]:

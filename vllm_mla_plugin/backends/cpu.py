@@ -7,6 +7,7 @@ then attends by vLLM's kernel where that runs, and by torch's elsewhere.
 from typing import Any
 
 import torch
+from vllm.config import CacheConfig
 from vllm.model_executor.layers.attention.mla_attention import (
     MLACommonMetadata,
     MLACommonMetadataBuilder,
@@ -56,8 +57,8 @@ class AnySizeCPUMLABackend(CPUMLABackend):
 
     @classmethod
     def get_preferred_block_size(cls, default_block_size: int) -> int:
-        """vLLM's default, 16. Its own CPU backend prefers 128 from 0.33 on, of which prefixes rarely are multiples."""
-        return default_block_size
+        """vLLM's default, 16. On CPUs, 0.33 passes 128 here, of which prefixes rarely are multiples."""
+        return CacheConfig.DEFAULT_BLOCK_SIZE
 
     @staticmethod
     def get_impl_cls() -> type["AnySizeCPUMLAImpl"]:
