@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.attention import PREFILLS, TOLERANCE, assert_close, check_prefill
 from support.commands import convert
-from support.engine import run_engine
+from support.engine import run_engine, speculative
 from support.files import TEXT
 from support.models import RandomModel
 from transformers import AutoTokenizer
@@ -18,6 +18,7 @@ from vllm.platforms.cpu import CpuPlatform
 
 from vllm_mla_plugin.backends import cpu, cpu_kernel
 from vllm_mla_plugin.backends.cpu import AnySizeCPUMLAImpl
+from vllm_mla_plugin.backends.cpu_requests import Prefills
 from vllm_mla_plugin.testing.cpu import make_impl
 from vllm_mla_plugin.testing.layer import Sizes, cached_tokens, make_cache, reference
 
@@ -80,12 +81,42 @@ def test_prefill(sizes: str, case: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("sizes", ["smollm2-half", "not-multiples-of-anything"])
 def test_context_that_would_not_fit_expanded(sizes: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Above the limit, keys of earlier context are not expanded: only the new tokens are."""
+    """Above the limit, keys of requests with earlier context are not expanded."""
     if not cpu.has_extend_kernel(torch.bfloat16):
         pytest.skip("vLLM's kernel does not run on this processor")
     monkeypatch.setattr(cpu, "MAX_EXPANDED_BYTES", 0)
     monkeypatch.setattr(AnySizeCPUMLAImpl, "_expand", None)
-    check_prefill(SIZES[sizes], torch.bfloat16, *PREFILLS["context"])
+    check_prefill(SIZES[sizes], torch.bfloat16, [32, 8, 520, 1500], [200, 40, 1, 31])
+
+
+def test_runs_of_requests() -> None:
+    """Neighbours are attended together if they are of one kind, and if what is expanded for them is not too much."""
+    starts = torch.tensor([0, 7, 8, 10, 40, 90, 95], dtype=torch.int32)
+    contexts = torch.tensor([0, 900, 800, 60, 50, 10], dtype=torch.int32)
+    requests = Prefills(starts, contexts, torch.arange(6)[:, None])
+    runs = list(requests.runs(lambda new, cached: cached > 100 * new, most=100))
+    assert [tokens for tokens, _, _ in runs] == [slice(0, 7), slice(7, 10), slice(10, 40), slice(40, 95)]
+    assert [as_latents for _, _, as_latents in runs] == [False, True, False, False]
+    assert [part.starts.tolist() for _, part, _ in runs] == [[0, 7], [0, 1, 3], [0, 30], [0, 50, 55]]
+    assert [part.contexts.tolist() for _, part, _ in runs] == [[0], [900, 800], [60], [50, 10]]
+    assert [part.block_table.flatten().tolist() for _, part, _ in runs] == [[0], [1, 2], [3], [4, 5]]
+
+
+def test_each_request_as_is_cheaper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One token after much context is attended as latents beside a new prompt, whose keys and values are expanded."""
+    if not cpu.has_extend_kernel(torch.bfloat16):
+        pytest.skip("vLLM's kernel does not run on this processor")
+    calls = []
+    for name in ("_extend_latents", "_extend_expanded"):
+        method = getattr(AnySizeCPUMLAImpl, name)
+
+        def counted(self, q, new, cache, requests, name=name, method=method):
+            calls.append((name, len(q)))
+            return method(self, q, new, cache, requests)
+
+        monkeypatch.setattr(AnySizeCPUMLAImpl, name, counted)
+    check_prefill(SIZES["smollm2-half"], torch.bfloat16, [2000, 0, 16], [1, 300, 200])
+    assert calls == [("_extend_latents", 1), ("_extend_expanded", 500)]
 
 
 def test_compiler_problems(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -145,6 +176,7 @@ def test_chunked_prefill_and_prefix_caching(half: Path) -> None:
 
 
 @pytest.mark.engine
+@speculative
 def test_speculative_decoding(half: Path) -> None:
     """Checking several guessed tokens of a request at once gives the same tokens."""
     prompts = text_prompts(half)
@@ -155,6 +187,7 @@ def test_speculative_decoding(half: Path) -> None:
 
 
 @pytest.mark.engine
+@speculative
 def test_draft_model(tmp_path: Path) -> None:
     """A conversion guesses for its source, which vLLM serves by another backend; and the other way round."""
     source = RandomModel(heads=6, kv_heads=3, head_dim=32, hidden=192).save(tmp_path / "source")

@@ -85,6 +85,8 @@ def test_last_words() -> None:
     assert last_words(log + "(Main) WARNING [x.py:2] KeyError: harmless\n  warnings.warn('leaked')\n") == (
         "ValueError: no memory"
     )
+    nothing = "(Main) ERROR [x.py:2] ValueError: Tokenizer not available when `skip_tokenizer_init=True`\n"
+    assert last_words(log + nothing) == "ValueError: no memory", "vLLM 0.30 logs it at every start"
     assert last_words("loading\nSegmentation fault\n\n") == "Segmentation fault"
     assert last_words("\n") == "none"
     assert with_cause("RuntimeError: See root cause above.", log).startswith("ValueError: no memory (RuntimeError")

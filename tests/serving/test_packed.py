@@ -12,7 +12,7 @@ import pytest
 import torch
 from support.agreement import assert_agrees, hf_logprobs
 from support.commands import convert
-from support.engine import run_engine
+from support.engine import run_engine, speculative
 from support.files import TEXT
 from support.models import RandomModel, load
 from support.packed import pack_checkpoint
@@ -84,6 +84,7 @@ def test_chunked_prefill_prefix_caching_and_preemption(tiny: Path, plain: dict[s
     assert max(result["cached_tokens"]) >= 128
 
 
+@speculative
 def test_speculative_decoding(tiny: Path, plain: dict[str, Any]) -> None:
     """Several tokens of a request at once, guessed from its prompt: the same tokens."""
     speculation = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}

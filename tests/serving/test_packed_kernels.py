@@ -95,4 +95,4 @@ def test_context_that_would_not_fit_expanded(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(cpu, "MAX_EXPANDED_BYTES", 0)
     monkeypatch.setattr(PackedCPUMLAImpl, "_expand", None)
     impl = make_packed_impl(SIZES, torch.bfloat16, *random_layer(SPECS[4]))
-    check_prefill(impl, SIZES, torch.bfloat16, *PREFILLS["context"])
+    check_prefill(impl, SIZES, torch.bfloat16, [32, 8, 520, 1500], [200, 40, 1, 31])

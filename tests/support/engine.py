@@ -7,10 +7,18 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pytest
+from packaging.version import Version
+from vllm import __version__
+
 # Engines run in processes of their own, which start as copies of one that has imported vLLM: imports are half of a
 # short run's time.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["vllm.entrypoints.llm"])
+
+speculative = pytest.mark.skipif(
+    Version(__version__).release[:2] == (0, 30), reason="without Triton, vLLM 0.30 fails when it speculates"
+)
 
 
 def run_engine(model: Path, prompts: list[list[int]], timeout: int = 600, **job: Any) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from vllm.config import CacheConfig
 from vllm.model_executor.layers.attention.mla_attention import (
     MLACommonMetadata,
     MLACommonMetadataBuilder,
-    MLACommonPrefillMetadata,
 )
 from vllm.v1.attention.backend import AttentionLayer, MultipleOf
 from vllm.v1.attention.backends.mla.cpu_mla import CPUMLABackend, CPUMLAImpl
@@ -24,6 +23,7 @@ from vllm_mla_plugin.backends.cpu_prefill import (
     extend,
     has_extend_kernel,
 )
+from vllm_mla_plugin.backends.cpu_requests import Prefills
 from vllm_mla_plugin.backends.cpu_torch import attend_causally, decode_padded
 from vllm_mla_plugin.backends.dequantise import dequantise
 from vllm_mla_plugin.backends.metadata import AnySizeMLAMetadata, page_slots
@@ -97,7 +97,7 @@ class AnySizeCPUMLAImpl(CPUMLAImpl):
         return None if library is None else DecodeKernel(library, self.kv_lora_rank, self.scale)
 
     def read_new(
-        self, latent: torch.Tensor, k_rope: torch.Tensor, cache: torch.Tensor, prefill: MLACommonPrefillMetadata
+        self, latent: torch.Tensor, k_rope: torch.Tensor, cache: torch.Tensor, requests: Prefills
     ) -> torch.Tensor:
         """New tokens as the cache gives them back, ``[tokens, latent + rope]``.
 
@@ -119,7 +119,7 @@ class AnySizeCPUMLAImpl(CPUMLAImpl):
         return cache.view(-1, cache.shape[-1])[slots.long()]
 
     def read_range(
-        self, cache: torch.Tensor, prefill: MLACommonPrefillMetadata, first: torch.Tensor, end: torch.Tensor
+        self, cache: torch.Tensor, requests: Prefills, first: torch.Tensor, end: torch.Tensor
     ) -> torch.Tensor:
         """Each request's cached tokens from position ``first`` to before ``end``, request after request.
 
@@ -132,7 +132,7 @@ class AnySizeCPUMLAImpl(CPUMLAImpl):
         """
         positions = torch.arange(int(end.max())).expand(len(end), -1)
         wanted = (positions >= first[:, None]) & (positions < end[:, None])
-        slots = page_slots(prefill.block_table, cache.shape[1], positions.shape[1])
+        slots = page_slots(requests.block_table, cache.shape[1], positions.shape[1])
         return self.read_cached(cache, slots[wanted], positions[wanted])
 
     def forward_mqa(
@@ -182,49 +182,48 @@ class AnySizeCPUMLAImpl(CPUMLAImpl):
             kv_c_and_k_pe_cache: ``[blocks, block_size, row]``; holds earlier chunks and the new tokens.
             output: ``[tokens, heads * v]``, written.
         """
-        prefill = attn_metadata.prefill
-        assert prefill is not None
-        new = self.read_new(kv_c_normed, k_pe.squeeze(1), kv_c_and_k_pe_cache, prefill)
+        assert attn_metadata.prefill is not None
+        requests = Prefills.of(attn_metadata.prefill)
+        new = self.read_new(kv_c_normed, k_pe.squeeze(1), kv_c_and_k_pe_cache, requests)
         if not has_extend_kernel(q.dtype):
-            self._prefill_with_torch(q, new, kv_c_and_k_pe_cache, prefill, output)
-        elif self._latents_are_cheaper(prefill):
-            output.copy_(self._extend_latents(q, new, kv_c_and_k_pe_cache, prefill).flatten(1))
-        else:
-            output.copy_(self._extend_expanded(q, new, kv_c_and_k_pe_cache, prefill).flatten(1))
+            self._prefill_with_torch(q, new, kv_c_and_k_pe_cache, requests, output)
+            return
+        for tokens, part, as_latents in requests.runs(self._latents_are_cheaper, self._most_expanded):
+            extend_part = self._extend_latents if as_latents else self._extend_expanded
+            output[tokens] = extend_part(q[tokens], new[tokens], kv_c_and_k_pe_cache, part).flatten(1)
 
-    def _latents_are_cheaper(self, prefill: MLACommonPrefillMetadata) -> bool:
-        """Whether to attend to the latents: because that is cheaper, with few new tokens after much context; or because
-        expanded keys and values would be larger than :data:`MAX_EXPANDED_BYTES`."""
-        if prefill.chunked_context is None:
+    @property
+    def _most_expanded(self) -> int:
+        """Cached tokens whose keys and values are as large as :data:`MAX_EXPANDED_BYTES`."""
+        return MAX_EXPANDED_BYTES // (self.num_heads * (self.qk_head_dim + self.v_head_dim) * 2)
+
+    def _latents_are_cheaper(self, new: int, cached: int) -> bool:
+        """Whether to attend to a request's latents: because that is cheaper, with few new tokens after many cached
+        ones; or because expanded keys and values would be too large."""
+        if not cached:
             return False
-        lengths = prefill.query_start_loc.diff().tolist()
-        contexts = prefill.chunked_context.context_lens_list
-        new, cached = sum(lengths), sum(contexts)
-        expanded_width = self.qk_head_dim + self.v_head_dim
-        if cached * self.num_heads * expanded_width * 2 > MAX_EXPANDED_BYTES:
+        if cached > self._most_expanded:
             return True
         # Multiplications per head: for scores and values, of each pair of tokens; and for the up-projections.
-        pairs = sum(length * (context + length / 2) for length, context in zip(lengths, contexts, strict=True))
+        pairs = new * (cached + new / 2)
         projection = self.kv_lora_rank * (self.qk_nope_head_dim + self.v_head_dim)
         latents = pairs * (2 * self.kv_lora_rank + self.qk_rope_head_dim) + new * projection
-        expanded = pairs * expanded_width + (new + cached) * projection
+        expanded = pairs * (self.qk_head_dim + self.v_head_dim) + (new + cached) * projection
         return latents < expanded
 
     def _extend_latents(
-        self, q: torch.Tensor, new: torch.Tensor, cache: torch.Tensor, prefill: MLACommonPrefillMetadata
+        self, q: torch.Tensor, new: torch.Tensor, cache: torch.Tensor, requests: Prefills
     ) -> torch.Tensor:
         """Attend to the latents where they lie, with the up-projections absorbed into queries and outputs."""
-        chunked = prefill.chunked_context
-        assert chunked is not None
         q_nope, q_rope = q.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
         q_latent = torch.bmm(q_nope.transpose(0, 1), self.w_uk).transpose(0, 1)
-        cached, slots = self._context_in_place(cache, prefill)
+        cached, slots = self._context_in_place(cache, requests)
         out = extend(
             torch.cat((q_latent, q_rope), dim=-1),
             new[:, None],
             new[:, None, : self.kv_lora_rank],
-            prefill.query_start_loc,
-            chunked.context_lens.int(),
+            requests.starts,
+            requests.contexts,
             cached[:, None],
             cached[:, None, : self.kv_lora_rank],
             slots,
@@ -233,37 +232,30 @@ class AnySizeCPUMLAImpl(CPUMLAImpl):
         return torch.bmm(out.transpose(0, 1), self.w_uv).transpose(0, 1)
 
     def _extend_expanded(
-        self, q: torch.Tensor, new: torch.Tensor, cache: torch.Tensor, prefill: MLACommonPrefillMetadata
+        self, q: torch.Tensor, new: torch.Tensor, cache: torch.Tensor, requests: Prefills
     ) -> torch.Tensor:
         """Attend head by head to keys and values, which are expanded from cached latents and from new ones."""
-        starts, chunked = prefill.query_start_loc, prefill.chunked_context
-        contexts = torch.zeros_like(starts[1:]) if chunked is None else chunked.context_lens.int()
         k, v = self._expand(new)
-        cached_k, cached_v, slots = k, v, starts.new_zeros(len(contexts), 0)
-        if chunked is not None:
-            context, slots = self._context(cache, prefill)
+        cached_k, cached_v, slots = k, v, requests.starts.new_zeros(len(requests.contexts), 0)
+        if requests.contexts.any():
+            context, slots = self._context(cache, requests)
             cached_k, cached_v = self._expand(context)
-        return extend(q, k, v, starts, contexts, cached_k, cached_v, slots, self.scale)
+        return extend(q, k, v, requests.starts, requests.contexts, cached_k, cached_v, slots, self.scale)
 
-    def _context_in_place(
-        self, cache: torch.Tensor, prefill: MLACommonPrefillMetadata
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _context_in_place(self, cache: torch.Tensor, requests: Prefills) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows ``[anything, latent + rope]`` among which are those of earlier context, and which of them they are:
         ``[requests, longest context]`` int32."""
-        assert prefill.chunked_context is not None
         if self.kv_lora_rank % MULTIPLE or self.qk_rope_head_dim % MULTIPLE:
-            return self._context(cache, prefill)  # these are padded, which the whole cache should not be
-        longest = max(prefill.chunked_context.context_lens_list)
-        return cache.view(-1, cache.shape[-1]), page_slots(prefill.block_table, cache.shape[1], longest)
+            return self._context(cache, requests)  # these are padded, which the whole cache should not be
+        slots = page_slots(requests.block_table, cache.shape[1], int(requests.contexts.max()))
+        return cache.view(-1, cache.shape[-1]), slots
 
-    def _context(self, cache: torch.Tensor, prefill: MLACommonPrefillMetadata) -> tuple[torch.Tensor, torch.Tensor]:
+    def _context(self, cache: torch.Tensor, requests: Prefills) -> tuple[torch.Tensor, torch.Tensor]:
         """As :meth:`_context_in_place`, but a copy of what is needed, end to end."""
-        chunked = prefill.chunked_context
-        assert chunked is not None
-        contexts, longest = chunked.context_lens.int(), max(chunked.context_lens_list)
+        contexts = requests.contexts
         starts = contexts.cumsum(0, dtype=torch.int32) - contexts
-        rows = self.read_range(cache, prefill, torch.zeros_like(contexts), contexts)
-        return rows, starts[:, None] + torch.arange(longest).int()
+        rows = self.read_range(cache, requests, torch.zeros_like(contexts), contexts)
+        return rows, starts[:, None] + torch.arange(int(contexts.max())).int()
 
     def _expand(self, cached: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys ``[tokens, heads, nope + rope]`` and values ``[tokens, heads, v]``, from ``[tokens, latent + rope]``."""
@@ -280,18 +272,16 @@ class AnySizeCPUMLAImpl(CPUMLAImpl):
         q: torch.Tensor,
         new: torch.Tensor,
         cache: torch.Tensor,
-        prefill: MLACommonPrefillMetadata,
+        requests: Prefills,
         output: torch.Tensor,
     ) -> None:
         """Prefill one request after another, with torch's kernel."""
-        starts = prefill.query_start_loc.tolist()
-        chunked = prefill.chunked_context
-        contexts = chunked.context_lens_list if chunked is not None else [0] * (len(starts) - 1)
-        for request, context in enumerate(contexts):
+        starts = requests.starts.tolist()
+        for request, context in enumerate(requests.contexts.tolist()):
             tokens = slice(starts[request], starts[request + 1])
             cached = new[tokens]
             if context:
-                slots = page_slots(prefill.block_table[request : request + 1], cache.shape[1], context)[0]
+                slots = page_slots(requests.block_table[request : request + 1], cache.shape[1], context)[0]
                 cached = torch.cat((self.read_cached(cache, slots, torch.arange(context)), cached))
             k, v = self._expand(cached)
             output[tokens] = attend_causally(q[tokens], k, v, self.scale).flatten(1)

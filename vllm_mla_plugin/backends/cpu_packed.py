@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from vllm.model_executor.layers.attention.mla_attention import MLACommonPrefillMetadata
 
 from vllm_mla_plugin.backends.cpu import AnySizeCPUMLABackend, AnySizeCPUMLAImpl
 from vllm_mla_plugin.backends.cpu_kernel import DecodeKernel, compile_kernel, compile_packing
+from vllm_mla_plugin.backends.cpu_requests import Prefills
 from vllm_mla_plugin.checkpoint.cache_formats import CacheFormat
 from vllm_mla_plugin.latent_packing import dequantise, mean_at, quantise
 
@@ -175,16 +175,13 @@ class PackedCPUMLAImpl(AnySizeCPUMLAImpl):
             self.packing.pack(kv_c_normed, k_pe.squeeze(1), rows, slots)
 
     def read_new(
-        self, latent: torch.Tensor, k_rope: torch.Tensor, cache: torch.Tensor, prefill: MLACommonPrefillMetadata
+        self, latent: torch.Tensor, k_rope: torch.Tensor, cache: torch.Tensor, requests: Prefills
     ) -> torch.Tensor:
-        lengths, chunked = prefill.query_start_loc.diff(), prefill.chunked_context
-        contexts = torch.zeros_like(lengths) if chunked is None else chunked.context_lens
-        return self.read_range(cache, prefill, contexts, contexts + lengths)
+        contexts = requests.contexts
+        return self.read_range(cache, requests, contexts, contexts + requests.starts.diff())
 
     def read_cached(self, cache: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         return self.packing.unpack(cache.view(-1, cache.shape[-1]), slots, positions)
 
-    def _context_in_place(
-        self, cache: torch.Tensor, prefill: MLACommonPrefillMetadata
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._context(cache, prefill)  # there are no numbers in place
+    def _context_in_place(self, cache: torch.Tensor, requests: Prefills) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._context(cache, requests)  # there are no numbers in place
