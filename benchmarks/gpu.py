@@ -81,8 +81,8 @@ CASES = {
             Workload(MOST, 32768, 512): {DECODE: 2.5},
             # Small caches leave little to gain here, but nothing may be lost either.
             Workload(64, 128, 256): {RATE: 0.95},
-            Workload(1, 1024, 256): {RATE: 0.95},
-            Workload(1, 8192, 256): {RATE: 0.95},
+            Workload(1, 1024, 256): {RATE: 1.0},
+            Workload(1, 8192, 256): {RATE: 1.0},
         },
         fp8_targets={Workload(MOST, 8192, 8192): {RATE: 1.3}},
     ),

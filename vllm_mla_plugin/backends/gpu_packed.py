@@ -1,7 +1,8 @@
 """MLA on GPUs from a packed cache: every token is packed once, and attended as it is packed, new ones too.
 
 No step waits for the GPU or allocates by the data's values, so decoding is captured in CUDA graphs as vLLM's Triton
-backend is: for batches in which all requests have equally many new tokens (``UNIFORM_BATCH``).
+backend is: for batches in which all requests have equally many new tokens (``UNIFORM_BATCH``). Before vLLM 0.31, that
+is one token each.
 """
 
 from typing import Any
