@@ -88,12 +88,12 @@ def process(options: argparse.Namespace) -> None:
     """One process of ``memory``: a training of a few steps."""
     steps = HealOptions(
         text=(options.text,),
-        tokens=8192,
+        tokens=12288,
         length=1024,
         batch_size=2,
-        steps=2,
+        steps=6,  # fewer may leave a random model worse on text held out, which is refused
         loss="kl:0.5,lm:0.5",
-        learning_rate=3e-4,
+        learning_rate=1e-3,
         fsdp=True,
         device="cpu",
     )
