@@ -30,10 +30,12 @@ VLLM_MLA = Path(sys.executable).with_name("vllm-mla")
 QUESTION = "What is the capital of France? Answer in one sentence."
 TEXT = (ROOT / "scripts" / "demo_text.txt").read_text()
 # Neither refit nor trained, on half of the usual text, because a demo must be quick.
-SMALLER = {"quarter": "0.25", "eighth": "0.125"}
 QUICKLY = ("--refit-steps", "0", "--calibration-tokens", "8192")
-CONVERSIONS = {name: ("--cache-ratio", ratio, *QUICKLY) for name, ratio in SMALLER.items()}
-CONVERSIONS["exact"] = ("--method", "exact", "--latent-bits", "4")
+CONVERSIONS = {
+    "exact": ("--method", "exact", "--latent-bits", "4"),
+    "quarter": ("--cache-ratio", "0.25", *QUICKLY),
+    "eighth": ("--cache-ratio", "0.125", *QUICKLY),
+}
 # Two at a time, each on half of the cores, are sooner done than one after the other on all.
 AT_ONCE = 2
 SHARED = {
@@ -51,8 +53,7 @@ def main() -> None:
     started = time.monotonic()
     shutil.rmtree(DEMO, ignore_errors=True)
     DEMO.mkdir()
-    demo_gguf()
-    models = {"source": demo_folder()} | {name: DEMO / name for name in ("exact", *SMALLER)}
+    models = {"source": demo_folder()} | {name: DEMO / name for name in CONVERSIONS}
     table = Table(title="SmolLM2-135M-Instruct, bfloat16, 1 GiB of KV cache", caption=f"Q: {QUESTION}")
     for column in ("", "KV bytes/token", "KV capacity (tokens)", "perplexity", "A"):
         table.add_column(column, justify="left" if column in ("", "A") else "right")

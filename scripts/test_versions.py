@@ -91,7 +91,7 @@ def main() -> None:
     """Test the versions that the command line names, or all."""
     parser = argparse.ArgumentParser(description="Runs the end-to-end tests with every supported version of vLLM.")
     parser.add_argument("versions", nargs="*", default=VERSIONS, metavar="VERSION")
-    parser.add_argument("--tests", nargs="+", default=TESTS, metavar="FILE", help="files of tests, instead of all")
+    parser.add_argument("--tests", nargs="+", choices=TESTS, default=TESTS, metavar="FILE", help="some, not all")
     arguments = parser.parse_args()
     results = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     results |= {"command": "python -m scripts.test_versions", "hardware": f"{os.cpu_count()} cores, CPU only"}

@@ -4,10 +4,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from support.engine import VLLM
 from support.modules import run_support
 from vllm.config import CompilationConfig
 from vllm.v1.attention.backends.mla.prefill.base import MLADimensions
-from vllm.v1.attention.backends.mla.triton_mla import TritonMLAMetadataBuilder
 
 pytest.importorskip("triton", reason="without Triton, vLLM has no such kernel")
 
@@ -15,6 +15,7 @@ from vllm_mla_plugin import backends
 from vllm_mla_plugin.backends.gpu import AnySizeTritonMLABackend
 
 BLOCK, MEMORY = 16, 1 << 20
+GRAPHS = "UNIFORM_BATCH" if VLLM >= (0, 31) else "UNIFORM_SINGLE_TOKEN_DECODE"
 ROWS = {"16 bits": [160, 80, 160, 160], "packed": [64, 32, 64, 64], "vLLM's sizes": [1152, 640, 1152, 1152]}
 """Bytes of a token in each layer: no more than its numbers take."""
 GROUPS = {"16 bits": [[0, 3], [1], [2]], "packed": [[0, 3], [1], [2]], "vLLM's sizes": [[0, 2], [1], [3]]}
@@ -32,7 +33,7 @@ def test_plan(planned: dict[str, Any], case: str) -> None:
     plan = planned[case]
     packed = case == "packed"
     assert plan["backends"] == ["PackedTritonMLABackend" if packed else "AnySizeTritonMLABackend"]
-    assert plan["prefill"] == ["FlashAttention"] and plan["graphs"] == TritonMLAMetadataBuilder._cudagraph_support.name
+    assert plan["prefill"] == ["FlashAttention"] and plan["graphs"] == GRAPHS
     assert plan["groups"] == GROUPS[case]
     assert len({tuple(sizes) for sizes in plan["builders"]}) == len(plan["builders"]) == 3
     assert plan["workspaces"] == [0, 0, 0]

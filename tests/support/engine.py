@@ -16,9 +16,8 @@ from vllm import __version__
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["vllm.entrypoints.llm"])
 
-speculative = pytest.mark.skipif(
-    Version(__version__).release[:2] == (0, 30), reason="without Triton, vLLM 0.30 fails when it speculates"
-)
+VLLM = Version(__version__).release[:2]
+speculative = pytest.mark.skipif(VLLM == (0, 30), reason="without Triton, vLLM 0.30 fails when it speculates")
 
 
 def run_engine(model: Path, prompts: list[list[int]], timeout: int = 600, **job: Any) -> dict[str, Any]:

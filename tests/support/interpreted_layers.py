@@ -194,8 +194,9 @@ def check(name: str) -> dict[str, Any]:
         groups, support, block_sizes = init_attn_backend(config, vllm_config, torch.device("cpu"))
         forward_context = vllm_config.compilation_config.static_forward_context
         lock_workspace()  # as after the capture of CUDA graphs
-        before_0_30 = [[]] if next(iter(signature(init_kv_cache).parameters)) == "runner_kv_caches" else []
-        init_kv_cache(*before_0_30, forward_context, config, torch.device("cpu"), block_sizes, vllm_config)
+        # In 0.29, it also puts the caches into a list.
+        collected = [[]] if "runner_kv_caches" in signature(init_kv_cache).parameters else []
+        init_kv_cache(*collected, forward_context, config, torch.device("cpu"), block_sizes, vllm_config)
     table = torch.zeros(len(LENGTHS), 8, dtype=torch.int32)
     decoded = []
     for group in groups[0]:

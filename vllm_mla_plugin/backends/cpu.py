@@ -8,10 +8,7 @@ from typing import Any
 
 import torch
 from vllm.config import CacheConfig
-from vllm.model_executor.layers.attention.mla_attention import (
-    MLACommonMetadata,
-    MLACommonMetadataBuilder,
-)
+from vllm.model_executor.layers.attention.mla_attention import MLACommonMetadata, MLACommonMetadataBuilder
 from vllm.v1.attention.backend import AttentionLayer, MultipleOf
 from vllm.v1.attention.backends.mla.cpu_mla import CPUMLABackend, CPUMLAImpl
 

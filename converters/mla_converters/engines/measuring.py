@@ -63,7 +63,7 @@ def measure(llm: Any, requests: int, input_len: int, output_len: int, seed: int)
 
 def preemptions(llm: Any) -> int:
     """How often the engine has put a request back, since it started."""
-    # Not from the requests' own times, which count it from vLLM 0.30 on.
+    # Not from the requests' own times, which do not count it in vLLM 0.29.
     return sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
 
 
