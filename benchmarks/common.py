@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,11 @@ def row_parser(description: str | None) -> argparse.ArgumentParser:
     parser = text_parser(description)
     parser.add_argument("--only", default="", help="regular expression of row names")
     return parser
+
+
+def each(option: str, values: Iterable[Path]) -> list[str]:
+    """The option once for each value."""
+    return [word for value in values for word in (option, str(value))]
 
 
 def result(name: str) -> dict[str, Any]:

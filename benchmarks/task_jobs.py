@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.common import each
+
 SHARES = (0.25, 0.1875, 0.125)
 """Of the source's 16-bit bytes, for packed conversions."""
 IN_16_BITS = ["--cache-ratio", "0.5", "--latent-bits", "16"]
@@ -56,7 +58,7 @@ def jobs(texts: Sequence[Path]) -> dict[str, Job]:
     Args:
         texts: for calibration and healing.
     """
-    calibration, text = _each("--calibration", texts), _each("--text", texts)
+    calibration, text = each("--calibration", texts), each("--text", texts)
     rows = {"source": Job(None), "exact 4 bits": Job(["--method", "exact", "--latent-bits", "4"])}
     sizes = {f"{share}": ["--cache-ratio", str(share)] for share in SHARES} | {"0.5 in 16 bits": IN_16_BITS}
     for size, ratio in sizes.items():
@@ -69,8 +71,3 @@ def jobs(texts: Sequence[Path]) -> dict[str, Job]:
             rows[f"{origin} {size}"] = Job(options)
             rows[f"{origin} {size}, healed"] = Job(options, ["--text", origin])
     return rows
-
-
-def _each(option: str, values: Sequence[Path]) -> list[str]:
-    """The option once for each value."""
-    return [word for value in values for word in (option, str(value))]

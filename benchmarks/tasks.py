@@ -50,12 +50,12 @@ def main() -> None:
         model = _model(arguments.source, name, job, arguments.work)
         row = rows.setdefault(name, _described(model, job, arguments.text))
         for group in missing:
-            report = _ask(model, GROUPS[group], arguments.data)
+            report = ask(model, GROUPS[group], arguments.data)
             row.setdefault("asked", {})[group] = {
                 "seconds": report["seconds"],
                 "peak_rss_bytes": report["peak_rss_bytes"],
             }
-            row.setdefault("tasks", []).extend(_stored(TaskScore(**score)) for score in report["models"][0]["tasks"])
+            row.setdefault("tasks", []).extend(stored(TaskScore(**score)) for score in report["models"][0]["tasks"])
             _compare(rows)
             write_result("tasks", COMMAND, {"models": models})
             print(
@@ -121,8 +121,8 @@ def _shown(options: list[str], texts: list[Path]) -> str:
     return shown
 
 
-def _ask(model: Path | str, group: Group, data: Path) -> dict[str, Any]:
-    """Ask a model a group of tasks; return the report of ``vllm-mla eval``."""
+def ask(model: Path | str, group: Group, data: Path) -> dict[str, Any]:
+    """Ask a model a group of tasks, whose data is a folder; return the report of ``vllm-mla eval``."""
     with tempfile.TemporaryDirectory() as scratch:
         tasks, report = Path(scratch, "tasks"), Path(scratch, "report.json")
         copytree(TASK_FILES, tasks)
@@ -142,7 +142,7 @@ def _compare(rows: dict[str, Any]) -> None:
     for name, row in rows.items():
         own = [score for score in _scores(row) if name != "source" and score.measure in source]
         beside = {score.measure: score for score in compared(own, list(source.values()))}
-        row["tasks"] = [_stored(beside.get(score.measure, score)) for score in _scores(row)]
+        row["tasks"] = [stored(beside.get(score.measure, score)) for score in _scores(row)]
 
 
 def _scores(row: dict[str, Any]) -> list[TaskScore]:
@@ -151,7 +151,7 @@ def _scores(row: dict[str, Any]) -> list[TaskScore]:
     ]
 
 
-def _stored(score: TaskScore) -> dict[str, Any]:
+def stored(score: TaskScore) -> dict[str, Any]:
     """A score as it stands in the result file: those of its problems in one line."""
     fields = score.model_dump(exclude_none=True)
     return {**fields, EACH: " ".join(f"{value:g}" for value in score.score_of_each or [])}

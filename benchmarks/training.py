@@ -3,15 +3,15 @@
     python -m benchmarks.training memory
     python -m benchmarks.training recovery --valid wiki.valid.tokens --test wiki.test.raw
     python -m benchmarks.training teacher --model Qwen2.5-Coder-0.5B --teacher Qwen2.5-Coder-1.5B \\
-        --train a.jsonl --test b.txt
+        --train prose.txt --train code.txt --test other.txt --data DIR
     python -m benchmarks.training domain
 
 - ``memory``: peak memory of one process, and of each of two that share the weights (FSDP2), on a random model of about
   0.5 billion parameters. Both take steps of two windows.
 - ``recovery``: SmolLM2 at a quarter of its cache in 16 bits, trained on as many tokens: attentions (the default), all
   weights, low-rank changes, and attentions after a stage on hidden states.
-- ``teacher``: a model at a quarter of its cache, taught by its source and by a larger model, on as many tokens. It is
-  calibrated on text that it writes itself, or on ``--calibration``, so the text that is scored plays no part.
+- ``teacher``: a model at a quarter of its cache's bytes, taught by its source and by a larger model, on as many tokens
+  of the texts that calibrated it. HumanEval is asked besides; ``--data`` is the folder of ``benchmarks.tasks``.
 - ``domain``: SmolLM2 and its exact conversion, which has the same cache, trained on the same tokens of a domain: the
   source code of Python's ``asyncio``, or ``--train``. Perplexity of text held out (``http``, or ``--test``), with three
   seeds, at a learning rate that is chosen for each model with the first seed.
@@ -32,9 +32,14 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from benchmarks.common import convert, cost, evaluate, heal, plain_text, write_result
+from benchmarks.common import convert, cost, each, evaluate, heal, plain_text, write_result
+from benchmarks.task_jobs import GROUPS
+from benchmarks.tasks import ask, stored
+from mla_converters.evaluation.tasks.comparison import compared
 from mla_converters.heal.run import heal as heal_here
-from mla_converters.options import SELF, HealOptions
+from mla_converters.options import HealOptions
+from mla_converters.reports.evaluation import TaskScore
+from mla_converters.support.devices import native_bfloat16, usable_device
 from mla_converters.support.memory import peak_rss_bytes, return_freed_memory
 from mla_converters.training.distillation import Distillation, held_out_loss
 from mla_converters.training.losses import Weights
@@ -128,19 +133,29 @@ def recovery(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def teacher(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Divergence from the source, perplexity and task scores by who teaches."""
-    rows = {}
+    """Divergence from the source, perplexity and score of HumanEval by who teaches."""
+    asked = _code_scores(options.model, options.data)
+    rows: dict[str, dict[str, Any]] = {"source": {"tasks": [stored(score) for score in asked]}}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        calibrated = ("--calibration", options.calibration, "--calibration-tokens", "16384")
-        convert(options.model, folder / "mla", *calibrated, *QUARTER, *options.convert.split())
-        scored = ("--reference", str(options.model), *(("--tasks", options.tasks) if options.tasks else ()))
-        rows["converted"] = evaluate(folder / "mla", options.test, *scored)
-        taught = ("--text", str(options.train), "--tokens", str(options.tokens), "--length", str(options.length))
-        for name, way in (("source", ()), ("larger teacher", ("--teacher", str(options.teacher)))):
-            healed = heal(folder / "mla", folder / "healed", *taught, *way)
-            rows[name] = {**evaluate(folder / "healed", options.test, *scored), "healing": healed["healing"]}
+        calibrated = (*each("--calibration", options.train), "--calibration-tokens", "16384")
+        convert(options.model, folder / "mla", *calibrated, "--cache-ratio", "0.25", *options.convert.split())
+        taught = (*each("--text", options.train), "--tokens", str(options.tokens), "--length", str(options.length))
+        for name, way in (("converted", None), ("own source", ()), ("larger teacher", ("--teacher", options.teacher))):
+            model, healing = folder / "mla", None
+            if way is not None:
+                model = folder / "healed"
+                healing = heal(folder / "mla", model, *taught, *map(str, way))["healing"]
+            score = evaluate(model, options.test, "--reference", str(options.model))
+            tasks = compared(_code_scores(model, options.data), asked)
+            rows[name] = {**score, "healing": healing, "tasks": [stored(task) for task in tasks]}
             yield {"tokens": options.tokens, "rows": rows}
+
+
+def _code_scores(model: Path, data: Path) -> list[TaskScore]:
+    """How many problems of HumanEval a model solves."""
+    report = ask(model, GROUPS["code"], data)
+    return [TaskScore(**score) for score in report["models"][0]["tasks"]]
 
 
 def domain(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -189,14 +204,15 @@ def _tuned(
         for layer in model.model.layers:
             layer.self_attn.requires_grad_(True)
     tuned = Distillation(model, Weights(kl=0, lm=1))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = usable_device(None)
+    dtype = torch.bfloat16 if native_bfloat16(device) else torch.float32
     tuned.to(device)
     held_out = Examples(input_ids=windows["test"])
-    before = held_out_loss(tuned, held_out, device, torch.float32)[2].item()
-    schedule = Schedule(options.steps, rate, options.batch_size, 1, seed, torch.float32)
+    before = held_out_loss(tuned, held_out, device, dtype)[2].item()
+    schedule = Schedule(options.steps, rate, options.batch_size, 1, seed, dtype)
     with tempfile.TemporaryDirectory() as folder:
         train(tuned, Examples(input_ids=windows["train"]), schedule, device, Path(folder), lambda step, loss: None)
-    after = held_out_loss(tuned, held_out, device, torch.float32)[2].item()
+    after = held_out_loss(tuned, held_out, device, dtype)[2].item()
     trained = sum(weight.numel() for weight in tuned.trained)
     perplexities = {"perplexity_before": math.exp(before), "perplexity": math.exp(after)}
     return {"seed": seed, "rate": rate, "trained_parameters": trained, **perplexities}
@@ -224,12 +240,11 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--hidden-steps", type=int, default=64)
     one.add_argument("--convert", default="", help="more options of convert")
     one = kinds.add_parser("teacher")
-    for name in ("model", "teacher", "train", "test"):
+    for name in ("model", "teacher", "test", "data"):
         one.add_argument(f"--{name}", type=Path, required=True)
-    one.add_argument("--calibration", default=SELF, help="a text file, or what the model writes itself")
+    one.add_argument("--train", type=Path, action="append", required=True, help="text; may be repeated")
     one.add_argument("--tokens", type=int, default=1_000_000)
     one.add_argument("--length", type=int, default=1024)
-    one.add_argument("--tasks", default="")
     one.add_argument("--convert", default="", help="more options of convert")
     one = kinds.add_parser("domain")
     one.add_argument("--model", type=Path, help="SmolLM2 by default")

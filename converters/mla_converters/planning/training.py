@@ -32,8 +32,8 @@ TIMED = 3  # steps of which the fastest counts
 def planned_training(source: PlannedSource, chosen: Candidate, options: PlanTraining) -> PlannedTraining:
     """Memory, disk and time of training the recommended conversion on its source's predictions.
 
-    Sharded over N devices, each device has one N-th of the weights, and beside that the embedding and the output head
-    whole, and two layers. A device keeps for each token and layer what the backward pass needs: about 16 bytes for each
+    Sharded over N devices, each device has one N-th of the weights, and beside that the output head whole, and two
+    layers. A device keeps for each token and layer what the backward pass needs: about 16 bytes for each
     number of the hidden state, 8 for each of the MLP's width, and 12 for each of the heads' queries.
 
     A token takes 2 floating-point operations per weight for the teacher's forward pass and as many for the student's;
@@ -57,8 +57,9 @@ def planned_training(source: PlannedSource, chosen: Candidate, options: PlanTrai
     # The source has all that is outside the converted attentions and not trained, or it teaches.
     weights = TRAINED * trained + WEIGHT * (shape.parameters + frozen)
     ends = _ends(shape)
-    gathered = WEIGHT * (ends + 2 * (shape.parameters - ends + own_attention) // shape.layers)
-    vocabulary = shape.embedding_parameters // shape.hidden
+    head = shape.embedding_parameters
+    gathered = WEIGHT * (head + 2 * (shape.parameters - ends + own_attention) // shape.layers)
+    vocabulary = head // shape.hidden
     queries = shape.query_heads * (chosen.nope_dim + budget.qk_rope_head_dim)
     layer = HIDDEN * shape.hidden + INNER * shape.mlp_width + HEADS * queries
     kept = layer + WEIGHT * shape.layers * shape.hidden if options.gradient_checkpointing else layer * shape.layers

@@ -5,6 +5,7 @@ import ctypes.util
 import re
 import resource
 import sys
+from functools import cache
 from pathlib import Path
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # constants of malloc.h
@@ -17,10 +18,20 @@ def return_freed_memory() -> None:
     By default, glibc returns only blocks above a limit, and it raises that limit to the size of the largest block freed
     so far, up to 32 MiB. Tensors of ever new sizes then leave holes, which cost a third of a conversion's peak memory.
     """
-    library = ctypes.CDLL(ctypes.util.find_library("c"))
-    if hasattr(library, "mallopt"):
-        library.mallopt(M_MMAP_THRESHOLD, LARGE)
-        library.mallopt(M_TRIM_THRESHOLD, 4 * LARGE)
+    if hasattr(_c_library(), "mallopt"):
+        _c_library().mallopt(M_MMAP_THRESHOLD, LARGE)
+        _c_library().mallopt(M_TRIM_THRESHOLD, 4 * LARGE)
+
+
+def return_holes() -> None:
+    """Return to the system what lies free between glibc's small blocks; do nothing with other C libraries."""
+    if hasattr(_c_library(), "malloc_trim"):
+        _c_library().malloc_trim(0)
+
+
+@cache
+def _c_library() -> ctypes.CDLL:
+    return ctypes.CDLL(ctypes.util.find_library("c"))
 
 
 def peak_rss_bytes() -> int:

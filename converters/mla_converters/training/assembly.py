@@ -47,7 +47,7 @@ def assemble(
         if turns == 1 or turn == state.local_process_index:
             joined = _load(model, source, teacher, options, dtype, "cpu" if sharded else device)
             if sharded:
-                shard_model(joined, joined.layers, dtype, torch.device(device).type)
+                shard_model(joined, joined.in_turn, dtype, torch.device(device).type)
         state.wait_for_everyone()
     return joined
 

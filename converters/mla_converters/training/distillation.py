@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from mla_converters.support.logits import scaled_logits
+from mla_converters.support.memory import return_holes
 from mla_converters.training.losses import Teaching, Weights, WholeVocabulary, prediction_loss
 from mla_converters.training.processes import mean_over_windows
 from mla_converters.training.relative import relative_weights
@@ -56,9 +57,12 @@ class Distillation(nn.Module):
         return trained_parameters(self.student)
 
     @property
-    def layers(self) -> list[nn.Module]:
-        """The layers of all models."""
-        return [layer for model in (self.student, self.teacher) if model is not None for layer in model.model.layers]
+    def in_turn(self) -> list[nn.Module]:
+        """What runs one after another: the layers of all models, and embeddings that are no output head as well."""
+        models = [model for model in (self.student, self.teacher) if model is not None]
+        layers = [layer for model in models for layer in model.model.layers]
+        embeddings = [(model.get_input_embeddings(), model.lm_head) for model in models]
+        return layers + [embedding for embedding, head in embeddings if embedding.weight is not head.weight]
 
     def forward(
         self,
@@ -79,6 +83,8 @@ class Distillation(nn.Module):
             ``loss`` in nats, and its ``parts``: divergence, loss on the text. While hidden states are learnt, ``loss``
             is their relative squared error.
         """
+        if input_ids.device.type == "cpu":
+            return_holes()
         if self.learns_hidden:
             return {"loss": self._hidden_error(input_ids)}
         weights = weights or self.weights
@@ -88,6 +94,8 @@ class Distillation(nn.Module):
         elif weights.kl:
             teaching = self._teaching(input_ids)
         hidden = _read_by_head(self.student, self.student.model(input_ids=input_ids, use_cache=False))
+        if hidden.device.type == "cpu":
+            return_holes()  # the layers leave some, and the loss needs the most memory
         loss, parts = prediction_loss(hidden, self.student.lm_head.weight, input_ids, teaching, weights)
         return {"loss": loss, "parts": parts}
 

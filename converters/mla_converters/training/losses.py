@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import FunctionCtx
 
-CHUNK = 512  # positions whose logits exist at the same time
+CHUNK = 128  # positions whose logits exist at the same time
 UNSCORED = -100  # in the place of a token that follows the last one of a window
 
 

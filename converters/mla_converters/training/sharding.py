@@ -7,18 +7,18 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 
-def shard_model(model: nn.Module, layers: list[nn.Module], dtype: torch.dtype, device: str) -> None:
-    """Shard a model over all processes: each of ``layers`` is gathered when it runs, and the rest stays gathered.
+def shard_model(model: nn.Module, in_turn: list[nn.Module], dtype: torch.dtype, device: str) -> None:
+    """Shard a model over all processes: each of ``in_turn`` is gathered when it runs, and the rest stays gathered.
 
     Args:
         model: equal in all processes; changed in place.
-        layers: modules in it that are gathered one at a time.
+        in_turn: modules in it that are gathered one at a time.
         dtype: in which weights are gathered and multiplied; gradients are summed in float32.
         device: the kind of device to which the weights go.
     """
     mesh = init_device_mesh(device, (get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32)
-    for module in (*layers, model):
+    for module in (*in_turn, model):
         fully_shard(module, mesh=mesh, mp_policy=policy, shard_placement_fn=_placement)
 
 
