@@ -266,7 +266,7 @@ def test_held_out_text_is_measured_at_temperature_1(source: Path, mla: Path) -> 
 @torch.no_grad()
 @pytest.mark.parametrize("put_together", [beside_its_source, beside])
 def test_loss_is_the_divergence_of_evaluations(source: Path, mla: Path, put_together: Callable) -> None:
-    """The loss equals the KL divergence of evaluations, with one chunk and with several, the last of which is shorter."""
+    """The loss equals the KL divergence of evaluations, with one chunk and with several, the last one shorter."""
     student, teacher = load(mla), load(source)
     for shape in ((1, 100), (5, 120)):
         ids = torch.randint(0, 128, shape, generator=torch.Generator().manual_seed(0))
