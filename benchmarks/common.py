@@ -89,14 +89,14 @@ def heal(model: Path, out: Path, *options: str) -> dict[str, Any]:
 
 
 def _made(command: str, source: Path, out: Path, *options: str) -> dict[str, Any]:
-    report = out.with_suffix(".json")
+    report = out.with_name(f"{out.name}.json")
     subprocess.run([VLLM_MLA, command, source, out, *options, "--force", "--json", report], check=True)
     return json.loads(report.read_text())
 
 
 def evaluate(model: Path, text: Path, *options: str) -> dict[str, Any]:
     """Score a model with ``vllm-mla eval``; return its row of the report."""
-    report = model.with_suffix(".eval.json")
+    report = model.with_name(f"{model.name}.eval.json")
     subprocess.run([VLLM_MLA, "eval", model, "--text", text, *options, "--json", report], check=True)
     return json.loads(report.read_text())["models"][0]
 

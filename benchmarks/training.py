@@ -128,7 +128,7 @@ def recovery(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for name, way in ways.items():
             healed = heal(folder / "mla", folder / "healed", "--text", str(text), "--tokens", str(options.tokens), *way)
             score = evaluate(folder / "healed", options.test)["perplexity"]
-            rows[name] = {"perplexity": score, "healing": healed["healing"], **cost(healed)}
+            rows[name] = {"perplexity": score, "healing": _healing(healed), **cost(healed)}
             yield {"tokens": options.tokens, "rows": rows}
 
 
@@ -145,11 +145,18 @@ def teacher(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             model, healing = folder / "mla", None
             if way is not None:
                 model = folder / "healed"
-                healing = heal(folder / "mla", model, *taught, *map(str, way))["healing"]
+                healing = _healing(heal(folder / "mla", model, *taught, *map(str, way)))
             score = evaluate(model, options.test, "--reference", str(options.model))
             tasks = compared(_code_scores(model, options.data), asked)
-            rows[name] = {**score, "healing": healing, "tasks": [stored(task) for task in tasks]}
+            rows[name] = {key: score[key] for key in ("perplexity", "perplexity_ratio", "kl", "top1_agreement")}
+            rows[name] |= {"healing": healing, "tasks": [stored(task) for task in tasks]}
             yield {"tokens": options.tokens, "rows": rows}
+
+
+def _healing(report: dict[str, Any]) -> dict[str, Any]:
+    """What a report says of a training, without its files."""
+    kept = ("tokens", "window", "steps", "batch_size", "learning_rate", "kl_held_out")
+    return {key: report["healing"][key] for key in kept}
 
 
 def _code_scores(model: Path, data: Path) -> list[TaskScore]:

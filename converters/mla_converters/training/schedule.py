@@ -3,6 +3,7 @@
 import math
 
 RATE = 0.002  # learning rate for a model that is 1 nat per token from its teacher, in steps of 512 tokens
+NOISY = 0.05  # nats per token; a packed model with less is apart from its teacher mostly by rounding, which stays
 TEXT_RATE = 0.0005  # learning rate on text alone, in steps of 512 tokens
 MOST_TOKENS = 8192  # in a step; the rate for more is the same
 SCALES = {"attention": 1.0, "all": 0.5, "lora": 1.0}  # of the rate, by what is trained
@@ -52,8 +53,8 @@ def suited_passes(divergence: float | None) -> int:
 def suited_rate(divergence: float | None, tokens: int, train: str = "attention", on_text: bool = False) -> float:
     """A learning rate for a model that is ``divergence`` nats per token from its teacher.
 
-    The rate grows with the divergence, because weights have further to go. It shrinks with fewer tokens in a step,
-    because their gradient is less certain. Measured:
+    The rate grows with the root of the divergence, because weights have further to go, and below :data:`NOISY` with
+    the divergence itself. It shrinks with fewer tokens in a step, because their gradient is less certain. Measured:
 
     ================== ============ ==============================================
     nats per token     tokens       learning rates
@@ -73,5 +74,6 @@ def suited_rate(divergence: float | None, tokens: int, train: str = "attention",
         train: the weights that are trained.
         on_text: whether the text itself is learnt, too.
     """
-    rate = max(RATE * math.sqrt(max(divergence or 0.0, 0.0)), TEXT_RATE if on_text else 0.0)
+    lost = max(divergence or 0.0, 0.0)
+    rate = max(RATE * math.sqrt(lost * min(1.0, lost / NOISY)), TEXT_RATE if on_text else 0.0)
     return SCALES[train] * rate * math.sqrt(min(tokens, MOST_TOKENS) / 512)
