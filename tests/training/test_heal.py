@@ -208,8 +208,12 @@ def test_a_model_that_lost_nothing_learns_text(source: Path, refusal: Refused, t
 
 
 def test_rates() -> None:
-    """Rounding may leave a divergence below zero."""
+    """The rate falls with the root of the divergence, then with the divergence, which rounding may leave below zero."""
     assert schedule.suited_rate(-1e-9, 512) == 0
+    assert schedule.suited_rate(0.25, 512) == pytest.approx(schedule.RATE / 2)
+    least = schedule.RATE * schedule.SMALL**0.5
+    for part in (1, 1 / 4):
+        assert schedule.suited_rate(part * schedule.SMALL, 512) == pytest.approx(part * least)
     assert schedule.suited_rate(1.0, 512) == schedule.suited_rate(1.0, 512, on_text=True) == schedule.RATE
     for little in (None, -1e-9, 1e-9):
         assert schedule.suited_rate(little, 512, on_text=True) == schedule.TEXT_RATE
