@@ -3,7 +3,7 @@
 import math
 
 RATE = 0.002  # learning rate for a model that is 1 nat per token from its teacher, in steps of 512 tokens
-SMALL = 0.16  # nats per token; packed models with less are apart from their teacher mostly by rounding, which stays
+SMALL = 0.16  # nats per token; with less, the root gave rates that made packed models worse
 TEXT_RATE = 0.0005  # learning rate on text alone, in steps of 512 tokens
 MOST_TOKENS = 8192  # in a step; the rate for more is the same
 SCALES = {"attention": 1.0, "all": 0.5, "lora": 1.0}  # of the rate, by what is trained
