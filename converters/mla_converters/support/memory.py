@@ -10,17 +10,21 @@ from pathlib import Path
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # constants of malloc.h
 LARGE = 2**23  # bytes; with a lower limit, the system would clear new pages for every tensor of a small model
+SHARDED_LARGE = 2**21  # bytes, for those who share weights because memory is short; a step takes a tenth longer
 
 
-def return_freed_memory() -> None:
+def return_freed_memory(large: int = LARGE) -> None:
     """Make glibc return large blocks to the system when they are freed; do nothing with other C libraries.
 
     By default, glibc returns only blocks above a limit, and it raises that limit to the size of the largest block freed
     so far, up to 32 MiB. Tensors of ever new sizes then leave holes, which cost a third of a conversion's peak memory.
+
+    Args:
+        large: the limit in bytes.
     """
     if hasattr(_c_library(), "mallopt"):
-        _c_library().mallopt(M_MMAP_THRESHOLD, LARGE)
-        _c_library().mallopt(M_TRIM_THRESHOLD, 4 * LARGE)
+        _c_library().mallopt(M_MMAP_THRESHOLD, large)
+        _c_library().mallopt(M_TRIM_THRESHOLD, 4 * large)
 
 
 def return_holes() -> None:

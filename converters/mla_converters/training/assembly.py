@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from mla_converters.checkpoints.models import Model, load_model, read_config
 from mla_converters.checkpoints.source import Source
 from mla_converters.options import HealOptions
+from mla_converters.support.memory import SHARDED_LARGE, return_freed_memory
 from mla_converters.training.distillation import Distillation
 from mla_converters.training.losses import Weights
 from mla_converters.training.sharding import shard_model
@@ -41,6 +42,8 @@ def assemble(
     Raises:
         ConversionError: a model cannot be loaded, or ``options`` need a package that is not installed.
     """
+    if sharded:
+        return_freed_memory(SHARDED_LARGE)
     state = PartialState()
     turns = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if sharded else 1
     for turn in range(turns):
