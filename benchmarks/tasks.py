@@ -138,17 +138,16 @@ def ask(model: Path | str, group: Group, data: Path) -> dict[str, Any]:
 
 def _compare(rows: dict[str, Any]) -> None:
     """Say of every score how it differs from the source's, paired by problem."""
-    source = {score.measure: score for score in _scores(rows.get("source", {}))}
+    source = {score.measure: score for score in unstored(rows.get("source", {}).get("tasks", []))}
     for name, row in rows.items():
-        own = [score for score in _scores(row) if name != "source" and score.measure in source]
+        own = [score for score in unstored(row.get("tasks", [])) if name != "source" and score.measure in source]
         beside = {score.measure: score for score in compared(own, list(source.values()))}
-        row["tasks"] = [stored(beside.get(score.measure, score)) for score in _scores(row)]
+        row["tasks"] = [stored(beside.get(score.measure, score)) for score in unstored(row.get("tasks", []))]
 
 
-def _scores(row: dict[str, Any]) -> list[TaskScore]:
-    return [
-        TaskScore(**{**score, EACH: [float(value) for value in score[EACH].split()]}) for score in row.get("tasks", [])
-    ]
+def unstored(scores: list[dict[str, Any]]) -> list[TaskScore]:
+    """Scores from a result file."""
+    return [TaskScore(**{**score, EACH: [float(value) for value in score[EACH].split()]}) for score in scores]
 
 
 def stored(score: TaskScore) -> dict[str, Any]:

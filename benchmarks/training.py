@@ -3,7 +3,7 @@
     python -m benchmarks.training memory
     python -m benchmarks.training recovery --valid wiki.valid.tokens --test wiki.test.raw
     python -m benchmarks.training teacher --model Qwen2.5-Coder-0.5B --teacher Qwen2.5-Coder-1.5B \\
-        --train prose.txt --train code.txt --test other.txt --data DIR
+        --train prose.txt --train code.txt --test other.txt --data DIR --work DIR
     python -m benchmarks.training domain
 
 - ``memory``: peak memory of one process, and of each of two that share the weights (FSDP2), on a random model of about
@@ -12,6 +12,7 @@
   weights, low-rank changes, and attentions after a stage on hidden states.
 - ``teacher``: a model at a quarter of its cache's bytes, taught by its source and by a larger model, on as many tokens
   of the texts that calibrated it. HumanEval is asked besides; ``--data`` is the folder of ``benchmarks.tasks``.
+  Checkpoints stay in ``--work``, and rows that are in the result file already are kept.
 - ``domain``: SmolLM2 and its exact conversion, which has the same cache, trained on the same tokens of a domain: the
   source code of Python's ``asyncio``, or ``--train``. Perplexity of text held out (``http``, or ``--test``), with three
   seeds, at a learning rate that is chosen for each model with the first seed.
@@ -32,9 +33,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from benchmarks.common import convert, cost, each, evaluate, heal, plain_text, write_result
+from benchmarks.common import convert, cost, each, evaluate, heal, measured_rows, plain_text, write_result
 from benchmarks.task_jobs import GROUPS
-from benchmarks.tasks import ask, stored
+from benchmarks.tasks import ask, stored, unstored
 from mla_converters.evaluation.tasks.comparison import compared
 from mla_converters.heal.run import heal as heal_here
 from mla_converters.options import HealOptions
@@ -134,23 +135,27 @@ def recovery(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def teacher(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Divergence from the source, perplexity and score of HumanEval by who teaches."""
-    asked = _code_scores(options.model, options.data)
-    rows: dict[str, dict[str, Any]] = {"source": {"tasks": [stored(score) for score in asked]}}
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
+    rows = measured_rows("training_teacher")
+    if "source" not in rows:
+        rows["source"] = {"tasks": [stored(score) for score in _code_scores(options.model, options.data)]}
+    asked = unstored(rows["source"]["tasks"])
+    converted = options.work / "mla"
+    if not converted.exists():
         calibrated = (*each("--calibration", options.train), "--calibration-tokens", "16384")
-        convert(options.model, folder / "mla", *calibrated, "--cache-ratio", "0.25", *options.convert.split())
-        taught = (*each("--text", options.train), "--tokens", str(options.tokens), "--length", str(options.length))
-        for name, way in (("converted", None), ("own source", ()), ("larger teacher", ("--teacher", options.teacher))):
-            model, healing = folder / "mla", None
-            if way is not None:
-                model = folder / "healed"
-                healing = _healing(heal(folder / "mla", model, *taught, *map(str, way)))
-            score = evaluate(model, options.test, "--reference", str(options.model))
-            tasks = compared(_code_scores(model, options.data), asked)
-            rows[name] = {key: score[key] for key in ("perplexity", "perplexity_ratio", "kl", "top1_agreement")}
-            rows[name] |= {"healing": healing, "tasks": [stored(task) for task in tasks]}
-            yield {"tokens": options.tokens, "rows": rows}
+        convert(options.model, converted, *calibrated, "--cache-ratio", "0.25", *options.convert.split())
+    taught = (*each("--text", options.train), "--tokens", str(options.tokens), "--length", str(options.length))
+    for name, way in (("converted", None), ("larger teacher", ("--teacher", options.teacher)), ("own source", ())):
+        if name in rows:
+            continue
+        model, healing = converted, None
+        if way is not None:
+            model = options.work / name.replace(" ", "-")
+            healing = _healing(heal(converted, model, *taught, *map(str, way)))
+        score = evaluate(model, options.test, "--reference", str(options.model))
+        tasks = compared(_code_scores(model, options.data), asked)
+        rows[name] = {key: score[key] for key in ("perplexity", "perplexity_ratio", "kl", "top1_agreement")}
+        rows[name] |= {"healing": healing, "tasks": [stored(task) for task in tasks]}
+        yield {"tokens": options.tokens, "rows": rows}
 
 
 def _healing(report: dict[str, Any]) -> dict[str, Any]:
@@ -247,7 +252,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--hidden-steps", type=int, default=64)
     one.add_argument("--convert", default="", help="more options of convert")
     one = kinds.add_parser("teacher")
-    for name in ("model", "teacher", "test", "data"):
+    for name in ("model", "teacher", "test", "data", "work"):
         one.add_argument(f"--{name}", type=Path, required=True)
     one.add_argument("--train", type=Path, action="append", required=True, help="text; may be repeated")
     one.add_argument("--tokens", type=int, default=1_000_000)

@@ -16,6 +16,7 @@ from mla_converters.cli.common import (
     is_main_process,
     loss_rows,
     print_next,
+    print_warnings,
     publish,
     quiet_transformers,
 )
@@ -79,4 +80,5 @@ def _print_report(model: Path, report: ConversionReport) -> None:
     table.add_row("time, peak memory", f"{report.seconds:.0f} s, {(report.peak_rss_bytes or 0) / 1e9:.2f} GB")
     out = Console()
     out.print(table)
+    print_warnings(out, report.warnings)
     print_next(out, report)

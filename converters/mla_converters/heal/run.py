@@ -38,6 +38,7 @@ from mla_converters.training.writing import write_weights
 # Nats per token from the source that are no more than rounding; a small model that lost nothing has 2e-9 and 7e-4.
 NOTHING = {torch.float32: 1e-5, torch.bfloat16: 1e-3}
 MEASURED = 1  # held-out windows on which the loss is measured
+BY_CHANCE = 0.05  # share of the divergence by which a few windows may differ though two models are equally good
 
 
 def heal(
@@ -121,11 +122,7 @@ def _train(run: Inputs, progress: Progress) -> tuple[ConversionReport, torch.Ten
 
     train(distilled, trained_on, schedule, run.device, run.work.folder / "trainer", advance)
     after = measure()
-    if state.is_main_process and not after[0] < total:
-        raise ConversionError(
-            f"Training made the model worse on text held out ({total:.4f} to {after[0].item():.4f} nats per token): "
-            "lower --learning-rate, or give more --tokens."
-        )
+    warnings = _judged(total, after[0].item(), options.losses.get("kl", 0.0) * kl) if state.is_main_process else []
     write_weights(Checkpoint(run.model), distilled.student, run.work.model)
     if state.is_main_process:
         _copy_others(run.model, Checkpoint(run.model), run.work.model)
@@ -145,7 +142,31 @@ def _train(run: Inputs, progress: Progress) -> tuple[ConversionReport, torch.Ten
         lm_held_out=_change(lm, after[2].item()) if "lm" in options.losses else None,
         versions=VERSIONS,
     )
-    return run.report.model_copy(update={"healing": healing, "lossless": False}), held_out.columns["input_ids"]
+    updates = {"healing": healing, "lossless": False, "warnings": run.report.warnings + warnings}
+    return run.report.model_copy(update=updates), held_out.columns["input_ids"]
+
+
+def _judged(before: float, after: float, kl: float) -> list[str]:
+    """A warning if training brought nothing, by the losses on text held out.
+
+    Args:
+        before, after: the losses, in nats per token.
+        kl: the part of ``before`` that is a divergence; rounding may leave a little less than nothing.
+
+    Raises:
+        ConversionError: the model became worse by more than chance.
+    """
+    losses = f"{before:.4f} to {after:.4f} nats per token"
+    if not after <= before + BY_CHANCE * max(kl, 0.0):
+        raise ConversionError(
+            f"Training made the model worse on text held out ({losses}): lower --learning-rate, or give more --tokens."
+        )
+    if after < before:
+        return []
+    return [
+        f"Training did not make the model better on text held out ({losses}): keep the model that you have, or give "
+        "more --tokens."
+    ]
 
 
 def _planned(run: Inputs, trained_on: Examples, kl: float, dtype: torch.dtype) -> tuple[Examples, Schedule]:

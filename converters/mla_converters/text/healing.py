@@ -27,6 +27,7 @@ class Sliceable(Protocol):
 
 Windows = TypeVar("Windows", bound=Sliceable)
 HELD_OUT = 32  # one window in 32 is held out, and not trained on
+FEW_HELD_OUT, SHARE = 4, 8  # of few windows, so many are held out, but at most one in 8: a single one tells too little
 MOST_HELD_OUT = 128  # windows; more would take time, and tell no more
 WRITTEN_LENGTH = 256  # tokens of a text that the model writes; short, because twice as many half as long teach more
 LEAST = 2  # windows: one to train on, and one to hold out
@@ -93,9 +94,10 @@ def training_windows(
 def hold_out(windows: Windows) -> tuple[Windows, Windows]:
     """Divide windows: those to train on, and one in :data:`HELD_OUT` to measure the result.
 
-    At most :data:`MOST_HELD_OUT` are held out.
+    Of few windows, up to :data:`FEW_HELD_OUT` are held out, and of many at most :data:`MOST_HELD_OUT`.
     """
-    count = min(-(-len(windows) // HELD_OUT), MOST_HELD_OUT)
+    few = min(FEW_HELD_OUT, len(windows) // SHARE)
+    count = min(max(-(-len(windows) // HELD_OUT), few), MOST_HELD_OUT)
     return windows[count:], windows[:count]
 
 
