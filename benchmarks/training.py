@@ -143,7 +143,9 @@ def teacher(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     if not converted.exists():
         calibrated = (*each("--calibration", options.train), "--calibration-tokens", "16384")
         convert(options.model, converted, *calibrated, "--cache-ratio", "0.25", *options.convert.split())
-    taught = (*each("--text", options.train), "--tokens", str(options.tokens), "--length", str(options.length))
+    steps = options.tokens // options.length  # as many for both teachers; the default follows from the divergence
+    amount = ("--tokens", str(options.tokens), "--length", str(options.length), "--steps", str(steps))
+    taught = (*each("--text", options.train), *amount)
     for name, way in (("converted", None), ("larger teacher", ("--teacher", options.teacher)), ("own source", ())):
         if name in rows:
             continue
