@@ -154,6 +154,8 @@ def main() -> None:
         f"{named}, w4a16": lambda: quality(twin(model(), W4A16, four_bits), folder / "mla", text, arguments.test),
     }
     command = "python -m benchmarks.quantised --valid wiki.valid.tokens --test wiki.test.raw --folder /scratch"
+    if arguments.layers != parser.get_default("layers"):
+        command += f" --layers {arguments.layers}"
     if arguments.model:
         command += f" --model {arguments.model.name}"
     for name, measure in measurements.items():
