@@ -60,9 +60,10 @@ def test_change_on_text_held_out(
         assert code == 2 and expected in errors and not list(tmp_path.iterdir())
         return
     assert code == 0
-    warnings = json.loads((out / "conversion_report.json").read_text())["warnings"]
-    assert bool(said) == any(expected in warning for warning in warnings if "Training" in warning)
-    assert expected in " ".join(shown.split())
+    warning = json.loads((out / "conversion_report.json").read_text())["healing"].get("warning")
+    assert (warning is not None) == (said is not None)
+    for told in (warning or "", shown, (out / "README.md").read_text()):
+        assert expected in " ".join(told.split())
 
 
 @pytest.mark.parametrize(

@@ -80,5 +80,5 @@ def _print_report(model: Path, report: ConversionReport) -> None:
     table.add_row("time, peak memory", f"{report.seconds:.0f} s, {(report.peak_rss_bytes or 0) / 1e9:.2f} GB")
     out = Console()
     out.print(table)
-    print_warnings(out, report.warnings)
+    print_warnings(out, filter(None, [healing.warning]))
     print_next(out, report)

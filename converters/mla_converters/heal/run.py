@@ -122,7 +122,7 @@ def _train(run: Inputs, progress: Progress) -> tuple[ConversionReport, torch.Ten
 
     train(distilled, trained_on, schedule, run.device, run.work.folder / "trainer", advance)
     after = measure()
-    warnings = _judged(total, after[0].item(), options.losses.get("kl", 0.0) * kl) if state.is_main_process else []
+    warning = _judged(total, after[0].item(), options.losses.get("kl", 0.0) * kl) if state.is_main_process else None
     write_weights(Checkpoint(run.model), distilled.student, run.work.model)
     if state.is_main_process:
         _copy_others(run.model, Checkpoint(run.model), run.work.model)
@@ -140,13 +140,13 @@ def _train(run: Inputs, progress: Progress) -> tuple[ConversionReport, torch.Ten
         teacher=options.teacher,
         kl_held_out=_change(kl, after[1].item()) if "kl" in options.losses else None,
         lm_held_out=_change(lm, after[2].item()) if "lm" in options.losses else None,
+        warning=warning,
         versions=VERSIONS,
     )
-    updates = {"healing": healing, "lossless": False, "warnings": run.report.warnings + warnings}
-    return run.report.model_copy(update=updates), held_out.columns["input_ids"]
+    return run.report.model_copy(update={"healing": healing, "lossless": False}), held_out.columns["input_ids"]
 
 
-def _judged(before: float, after: float, kl: float) -> list[str]:
+def _judged(before: float, after: float, kl: float) -> str | None:
     """A warning if training brought nothing, by the losses on text held out.
 
     Args:
@@ -162,11 +162,11 @@ def _judged(before: float, after: float, kl: float) -> list[str]:
             f"Training made the model worse on text held out ({losses}): lower --learning-rate, or give more --tokens."
         )
     if after < before:
-        return []
-    return [
+        return None
+    return (
         f"Training did not make the model better on text held out ({losses}): keep the model that you have, or give "
         "more --tokens."
-    ]
+    )
 
 
 def _planned(run: Inputs, trained_on: Examples, kl: float, dtype: torch.dtype) -> tuple[Examples, Schedule]:

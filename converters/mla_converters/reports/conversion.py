@@ -91,6 +91,7 @@ class Healing(Part):
         teacher: the model that taught; None for the source, or for none.
         kl_held_out: the divergence from the teacher on held-out text before and after; None without a teacher.
         lm_held_out: the loss of a language model on held-out text before and after; None where it did not count.
+        warning: a sentence for the user if held-out text does not show that training helped.
         versions: versions of the packages.
     """
 
@@ -107,6 +108,7 @@ class Healing(Part):
     teacher: str | None = None
     kl_held_out: Divergence | None = None
     lm_held_out: Divergence | None = None
+    warning: str | None = None
     versions: dict[str, str]
 
 
